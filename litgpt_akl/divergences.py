@@ -1,0 +1,275 @@
+"""Divergences between two distributions over a vocabulary: per-token values and closed-form gradients.
+
+``p = softmax(teacher_logits / T)``, ``q = softmax(student_logits / T)``; the teacher never gets a gradient. Values are
+multiplied by ``T**2`` and gradients by ``T`` (``T**2 / T``), so that the temperature does not rescale the step (Hinton
+et al. 2015). Adaptive KL is from Wu et al., arXiv 2404.02657. Everything is computed in float32, or in float64 when
+given float64, and is exact: the top-k that finds a head is enlarged for the rows whose head is longer.
+"""
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+DivergenceName = Literal["akl", "fkl", "rkl", "mix"]
+HeadRule = Literal["paper", "official"]
+
+_FIRST_HEAD_SIZE = 64
+
+
+class Comparison(NamedTuple):
+    """What one sweep over teacher and student logits tells about each row; all of shape ``[n]``."""
+
+    teacher_log_sum: Tensor
+    """logsumexp of the teacher's logits over the vocabulary."""
+    student_log_sum: Tensor
+    """logsumexp of the student's logits over the vocabulary."""
+    forward_kl: Tensor
+    """KL(p || q) in nats."""
+    reverse_kl: Tensor
+    """KL(q || p) in nats."""
+    gap: Tensor
+    """sum of |p - q|, which is the head gap plus the tail gap."""
+    student_max: Tensor
+    """The student's largest logit."""
+
+
+class Head(NamedTuple):
+    """The head of the teacher's distribution, as the student meets it; both of shape ``[n]``."""
+
+    gap: Tensor
+    """sum of |p - q| over the head."""
+    top_id: Tensor
+    """The teacher's most probable id."""
+
+
+def compare(teacher_logits: Tensor, student_logits: Tensor) -> Comparison:
+    """Reduce two ``[n, vocab]`` blocks of logits to what the divergences of each row need."""
+    teacher_max, student_max = teacher_logits.amax(dim=-1), student_logits.amax(dim=-1)
+    log_p, log_q = teacher_logits - teacher_max[:, None], student_logits - student_max[:, None]
+    p, q = torch.exp(log_p), torch.exp(log_q)
+    teacher_sum, student_sum = p.sum(dim=-1), q.sum(dim=-1)
+    p, q = p.div_(teacher_sum[:, None]), q.div_(student_sum[:, None])
+    teacher_log_sum, student_log_sum = teacher_sum.log(), student_sum.log()
+    log_ratio = log_p.sub_(log_q).sub_((teacher_log_sum - student_log_sum)[:, None])
+    forward = _finite_products(p * log_ratio).sum(dim=-1)
+    reverse = _finite_products(log_ratio.mul_(q)).sum(dim=-1).neg()
+    gap = p.sub_(q).abs_().sum(dim=-1)
+    teacher_log_sum, student_log_sum = teacher_log_sum + teacher_max, student_log_sum + student_max
+    # a NaN or +inf among the logits shows in its log-sum, and must show in the result
+    broken = (teacher_log_sum + student_log_sum) * 0
+    return Comparison(teacher_log_sum, student_log_sum, forward + broken, reverse + broken, gap, student_max)
+
+
+def _finite_products(products: Tensor) -> Tensor:
+    """Set to 0, in place, the NaN of an id without mass (0 times infinity); keep the infinity of one with mass."""
+    return torch.nan_to_num_(products, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
+def find_head(
+    teacher_logits: Tensor, student_logits: Tensor, comparison: Comparison, *, mu: float, head_rule: HeadRule
+) -> Head:
+    """Find the head of each row of ``p`` and sum |p - q| over it (arXiv 2404.02657, section 4).
+
+    The head is the smallest set of the most probable ids whose mass reaches ``mu`` (``paper``), or the ids whose
+    cumulative mass is at most ``mu``, and the first id always (``official``, the authors' published code).
+    """
+    if mu == 1.0:
+        return _head_of_everything(teacher_logits, student_logits, comparison, head_rule)
+    logs = comparison.teacher_log_sum, comparison.student_log_sum
+    head, whole = _head_among_top(teacher_logits, student_logits, *logs, _FIRST_HEAD_SIZE, mu, head_rule)
+    for size in (1024, teacher_logits.size(-1)):
+        rows = (~whole).nonzero()[:, 0]
+        if len(rows) == 0:
+            break
+        found, now_whole = _head_among_top(
+            teacher_logits[rows], student_logits[rows], logs[0][rows], logs[1][rows], size, mu, head_rule
+        )
+        head.gap[rows], whole[rows] = found.gap, now_whole
+    return head
+
+
+def _head_among_top(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    teacher_log_sum: Tensor,
+    student_log_sum: Tensor,
+    size: int,
+    mu: float,
+    head_rule: HeadRule,
+) -> tuple[Head, Tensor]:
+    """The part of each head that lies among the ``size`` most probable ids, and whether that is the whole head."""
+    size = min(size, teacher_logits.size(-1))
+    top, ids = teacher_logits.topk(size, dim=-1)
+    p = torch.exp(top - teacher_log_sum[:, None])
+    q = torch.exp(student_logits.gather(-1, ids) - student_log_sum[:, None])
+    mass = p.cumsum(dim=-1)
+    if head_rule == "paper":
+        in_head = torch.nn.functional.pad(mass[:, :-1], (1, 0)) < mu
+        whole = mass[:, -1] >= mu
+    else:
+        in_head = mass <= mu
+        in_head[:, 0] = True
+        whole = mass[:, -1] > mu
+    if size == teacher_logits.size(-1):
+        whole = torch.ones_like(whole)
+    return Head(((p - q).abs() * in_head).sum(dim=-1), ids[:, 0]), whole
+
+
+def _head_of_everything(
+    teacher_logits: Tensor, student_logits: Tensor, comparison: Comparison, head_rule: HeadRule
+) -> Head:
+    """The head for ``mu = 1``: every id with mass (``paper``), or every id at all (``official``)."""
+    gap = comparison.gap
+    if head_rule == "paper":
+        p = torch.exp(teacher_logits - comparison.teacher_log_sum[:, None])
+        q = torch.exp(student_logits - comparison.student_log_sum[:, None])
+        gap = ((p - q).abs() * (p > 0)).sum(dim=-1)
+    return Head(gap, teacher_logits.argmax(dim=-1))
+
+
+def adaptive_weight(comparison: Comparison, head_gap: Tensor) -> Tensor:
+    """``h = head_gap / (head_gap + tail_gap)``, shape ``[n]``; 1/2 where teacher and student agree (0 / 0)."""
+    agree = comparison.gap == 0
+    return torch.where(agree, 0.5, head_gap / torch.where(agree, 1.0, comparison.gap)).clamp(max=1.0)
+
+
+def forward_share(name: DivergenceName, adaptive_weight: Tensor, mix_ratio: float) -> Tensor | float:
+    """Share of forward KL in the divergence ``name``, the rest being reverse KL."""
+    return {"akl": adaptive_weight, "fkl": 1.0, "rkl": 0.0, "mix": mix_ratio}[name]
+
+
+def blend(share: Tensor | float, forward: Tensor, reverse: Tensor) -> Tensor:
+    """``share * forward + (1 - share) * reverse``, where a side without a share counts nothing even if infinite."""
+    if not isinstance(share, Tensor):
+        if share in (0.0, 1.0):
+            return forward if share == 1.0 else reverse
+        return share * forward + (1 - share) * reverse
+    return torch.where(share == 0, 0, share * forward) + torch.where(share == 1, 0, (1 - share) * reverse)
+
+
+def gradient(teacher_logits: Tensor, student_logits: Tensor, comparison: Comparison, share: Tensor | float) -> Tensor:
+    """Gradient of ``share * forward_kl + (1 - share) * reverse_kl`` in the student's logits, ``[n, vocab]``.
+
+    ``share`` is a number or a detached ``[n]`` tensor. Forward KL: ``q - p``; reverse KL: ``q (log q - log p - RKL)``.
+    """
+    log_p = teacher_logits - comparison.teacher_log_sum[:, None]
+    log_q = student_logits - comparison.student_log_sum[:, None]
+    p, q = torch.exp(log_p), torch.exp(log_q)
+    if isinstance(share, float) and share == 1.0:
+        return q.sub_(p)
+    reverse = _finite_products(log_q.sub_(log_p).sub_(comparison.reverse_kl[:, None]).mul_(q))
+    if isinstance(share, float):
+        return reverse if share == 0.0 else q.sub_(p).mul_(share).add_(reverse, alpha=1 - share)
+    share = share[:, None]
+    return q.sub_(p).mul_(share).add_(reverse.mul_(1 - share))
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student_logits, teacher_logits, name, mu, head_rule, mix_ratio, temperature):
+        teacher, student = _rows(teacher_logits, student_logits, temperature)
+        comparison = compare(teacher, student)
+        weight = None
+        if name == "akl":
+            head = find_head(teacher, student, comparison, mu=mu, head_rule=head_rule)
+            weight = adaptive_weight(comparison, head.gap)
+        share = forward_share(name, weight, mix_ratio)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(gradient(teacher, student, comparison, share).mul_(temperature))
+        ctx.shape, ctx.dtype = student_logits.shape, student_logits.dtype
+        value = blend(share, comparison.forward_kl, comparison.reverse_kl) * temperature**2
+        return value.view(student_logits.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        (student_gradient,) = ctx.saved_tensors
+        scaled = student_gradient * grad_output.reshape(-1, 1)
+        return scaled.view(ctx.shape).to(ctx.dtype), None, None, None, None, None, None
+
+
+def _rows(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    if teacher_logits.shape != student_logits.shape:
+        raise ValueError(
+            f"teacher_logits {tuple(teacher_logits.shape)} and student_logits {tuple(student_logits.shape)} must have"
+            " the same shape"
+        )
+    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
+    vocab = student_logits.size(-1)
+    teacher = teacher_logits.detach().reshape(-1, vocab).to(dtype)
+    return teacher / temperature, student_logits.detach().reshape(-1, vocab).to(dtype) / temperature
+
+
+def check_divergence_options(
+    *,
+    divergence: str = "akl",
+    mu: float = 0.5,
+    head_rule: str = "paper",
+    mix_ratio: float = 0.5,
+    temperature: float = 1.0,
+) -> None:
+    """Raise ValueError, naming the option, its value and its range, if an option is out of range."""
+    if divergence not in get_args(DivergenceName):
+        raise ValueError(f"divergence must be one of {', '.join(get_args(DivergenceName))}, got {divergence!r}")
+    if head_rule not in get_args(HeadRule):
+        raise ValueError(f"head_rule must be one of {', '.join(get_args(HeadRule))}, got {head_rule!r}")
+    if not 0.0 < mu <= 1.0:
+        raise ValueError(f"mu must be above 0 and at most 1, got {mu}")
+    if not 0.0 <= mix_ratio <= 1.0:
+        raise ValueError(f"mix_ratio must be between 0 and 1, got {mix_ratio}")
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+
+
+def forward_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Forward KL ``sum p (log p - log q)``: logits ``[..., vocab]`` -> nats per token ``[...]``, times ``T**2``."""
+    check_divergence_options(temperature=temperature)
+    return _Divergence.apply(student_logits, teacher_logits, "fkl", 0.5, "paper", 0.5, temperature)
+
+
+def reverse_kl(teacher_logits: Tensor, student_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Reverse KL ``sum q (log q - log p)``: logits ``[..., vocab]`` -> nats per token ``[...]``, times ``T**2``."""
+    check_divergence_options(temperature=temperature)
+    return _Divergence.apply(student_logits, teacher_logits, "rkl", 0.5, "paper", 0.5, temperature)
+
+
+def mixed_kl(
+    teacher_logits: Tensor, student_logits: Tensor, *, mix_ratio: float = 0.5, temperature: float = 1.0
+) -> Tensor:
+    """``mix_ratio * forward KL + (1 - mix_ratio) * reverse KL``: ``[..., vocab]`` -> nats per token ``[...]``."""
+    check_divergence_options(mix_ratio=mix_ratio, temperature=temperature)
+    return _Divergence.apply(student_logits, teacher_logits, "mix", 0.5, "paper", mix_ratio, temperature)
+
+
+def adaptive_kl(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    *,
+    mu: float = 0.5,
+    head_rule: HeadRule = "paper",
+    temperature: float = 1.0,
+) -> Tensor:
+    """``h * forward KL + (1 - h) * reverse KL`` with the detached ``h`` of :func:`adaptive_kl_weight`.
+
+    Logits ``[..., vocab]`` -> nats per token ``[...]``, times ``T**2``. Source: arXiv 2404.02657, equations 8 to 11.
+    """
+    check_divergence_options(mu=mu, head_rule=head_rule, temperature=temperature)
+    return _Divergence.apply(student_logits, teacher_logits, "akl", mu, head_rule, 0.5, temperature)
+
+
+@torch.no_grad()
+def adaptive_kl_weight(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    *,
+    mu: float = 0.5,
+    head_rule: HeadRule = "paper",
+    temperature: float = 1.0,
+) -> Tensor:
+    """The share ``h`` of forward KL in adaptive KL: logits ``[..., vocab]`` -> ``[...]`` in [0, 1], no gradient."""
+    check_divergence_options(mu=mu, head_rule=head_rule, temperature=temperature)
+    teacher, student = _rows(teacher_logits, student_logits, temperature)
+    comparison = compare(teacher, student)
+    head = find_head(teacher, student, comparison, mu=mu, head_rule=head_rule)
+    return adaptive_weight(comparison, head.gap).view(student_logits.shape[:-1])

@@ -1,0 +1,374 @@
+"""The distillation loss over two LM heads, block by block: a ``[tokens, vocab]`` tensor for a whole batch never exists.
+
+Each block of tokens goes through both heads, its loss and the gradient of its logits are formed at once in two buffers
+that are allocated once, and the gradient is carried back through the student's head before the next block overwrites
+them. Results are sums over tokens, never means.
+"""
+
+import importlib.util
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from litgpt_akl.divergences import (
+    Comparison,
+    DivergenceName,
+    HeadRule,
+    adaptive_weight,
+    blend,
+    check_divergence_options,
+    compare,
+    find_head,
+    forward_share,
+    gradient,
+)
+
+IGNORE_INDEX = -100
+
+STATISTICS = (
+    "divergence",
+    "forward_kl",
+    "reverse_kl",
+    "cross_entropy",
+    "teacher_cross_entropy",
+    "h",
+    "head_gap",
+    "tail_gap",
+    "agreement",
+)
+"""Names of the sums over tokens beside the loss: nats, except ``h``, the gaps and ``agreement`` (of top-1 ids)."""
+
+_BLOCK_BYTES = {"cpu": 100 * 2**20}
+_BLOCK_BYTES_ELSEWHERE = 2**30
+# on a CPU, rows are worked on in tiles of 1 MiB, so that they stay in the cache from the first pass to the last
+_TILE_ELEMENTS = 2**18
+
+
+class HeadLoss(NamedTuple):
+    """What :class:`DistillationLoss` returns."""
+
+    loss: Tensor
+    """Sum over tokens of ``(1 - kd_ratio) * cross-entropy + kd_ratio * divergence`` in nats, with gradients."""
+    tokens: int
+    """How many labels were not -100."""
+    stats: dict[str, Tensor]
+    """The sums of :data:`STATISTICS`, scalars without gradients."""
+
+
+class _Head(NamedTuple):
+    """Final hidden states ``[n, d]`` and the head ``[vocab, d]`` that turns them into logits."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+    def logits_into(self, out: Tensor, rows: slice) -> None:
+        _product(self.hidden[rows], self.weight.T, out)
+        if self.bias is not None:
+            out.add_(self.bias)
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """Cross-entropy and a divergence to the teacher over two LM heads, exact, in memory that does not grow with tokens.
+
+    Source: arXiv 2404.02657 for the adaptive divergence; all sums are in float32 (float64 when given float64).
+    """
+
+    divergence: DivergenceName = "akl"
+    """akl, fkl, rkl or mix."""
+    mu: float = 0.5
+    """Mass of the teacher's distribution that makes up the head, for akl."""
+    head_rule: HeadRule = "paper"
+    """Whether the id that crosses mu belongs to the head (paper) or not (official)."""
+    mix_ratio: float = 0.5
+    """Share of forward KL, for mix."""
+    temperature: float = 1.0
+    """Divides both models' logits in the divergence; value and gradient are multiplied by its square."""
+    kd_ratio: float = 0.5
+    """Share of the divergence in the loss; the rest is cross-entropy."""
+    block_tokens: int | None = None
+    """Tokens that go through the heads at a time; None chooses from a budget for both models' logits, 100 MiB on a CPU
+    and 1 GiB elsewhere."""
+    compile: bool | None = None
+    """Whether torch.compile fuses the element-wise part; None: wherever there is a compiler for it."""
+
+    def __post_init__(self) -> None:
+        check_divergence_options(
+            divergence=self.divergence,
+            mu=self.mu,
+            head_rule=self.head_rule,
+            mix_ratio=self.mix_ratio,
+            temperature=self.temperature,
+        )
+        if not 0.0 <= self.kd_ratio <= 1.0:
+            raise ValueError(f"kd_ratio must be between 0 and 1, got {self.kd_ratio}")
+        if self.block_tokens is not None and self.block_tokens < 1:
+            raise ValueError(f"block_tokens must be at least 1, got {self.block_tokens}")
+
+    def __call__(
+        self,
+        student_hidden: Tensor,
+        student_head_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_head_weight: Tensor,
+        labels: Tensor,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        vocab_size: int | None = None,
+    ) -> HeadLoss:
+        """Sum the loss over the tokens whose label is not -100.
+
+        Args:
+            student_hidden: final hidden states of the student, ``[n, d]``.
+            student_head_weight: the student's LM head, ``[v, d]``.
+            teacher_hidden: final hidden states of the teacher, ``[n, D]``; no gradient.
+            teacher_head_weight: the teacher's LM head, ``[v', D]``; no gradient.
+            labels: ``[n]``, the id that follows each position, or -100.
+            student_bias: ``[v]``.
+            teacher_bias: ``[v']``.
+            student_softcap: the student's ``final_logit_softcapping``.
+            teacher_softcap: the teacher's ``final_logit_softcapping``.
+            vocab_size: ids from here on are padding and get no mass; default: the narrower of the two heads.
+
+        Raises:
+            ValueError: shapes that do not fit, or a label at or above ``vocab_size``.
+        """
+        if vocab_size is None:
+            vocab_size = min(len(student_head_weight), len(teacher_head_weight))
+        _check(student_hidden, student_head_weight, teacher_hidden, teacher_head_weight, labels, vocab_size)
+        rows = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        if len(rows) < len(labels):
+            student_hidden, teacher_hidden, labels = student_hidden[rows], teacher_hidden[rows], labels[rows]
+        dtype = _product_dtype(student_hidden)
+        student = student_hidden.to(dtype), student_head_weight.to(dtype), student_bias
+        teacher = _Head(
+            teacher_hidden.detach().to(dtype),
+            teacher_head_weight.detach()[:vocab_size].to(dtype),
+            None if teacher_bias is None else teacher_bias.detach()[:vocab_size],
+            teacher_softcap,
+        )
+        wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
+        with torch.autocast(student_hidden.device.type, enabled=False):
+            loss, sums = _BlockwiseLoss.apply(*student, teacher, student_softcap, labels, wanted, self)
+        return HeadLoss(loss, len(rows), dict(zip(STATISTICS, sums.unbind(), strict=True)))
+
+    def tokens_per_block(self, vocab_size: int, device_type: str) -> int:
+        """How many tokens go through the heads at a time."""
+        if self.block_tokens is not None:
+            return self.block_tokens
+        budget = _BLOCK_BYTES.get(device_type, _BLOCK_BYTES_ELSEWHERE)
+        return max(16, budget // (2 * 4 * vocab_size))
+
+    def compiles_on(self, device_type: str) -> bool:
+        """Whether torch.compile fuses the element-wise part there."""
+        return self.compile is not False and _has_compiler(device_type)
+
+
+class _BlockwiseLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, teacher: _Head, softcap, labels, wanted, options: DistillationLoss):
+        vocab_size, device = len(teacher.weight), hidden.device.type
+        student = _Head(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size], softcap)
+        gradients = _Gradients.like(student, wanted, len(weight), empty=len(labels) == 0)
+        sums_dtype = gradients.dtype
+        stats = torch.empty(len(STATISTICS), len(labels), dtype=sums_dtype, device=hidden.device)
+        blocks = max(1, math.ceil(len(labels) / options.tokens_per_block(vocab_size, device)))
+        size = math.ceil(len(labels) / blocks)
+        buffers = torch.empty(2, size, vocab_size, dtype=sums_dtype, device=hidden.device)
+        score = _Scorer(options, softcap, want_gradient=any(wanted), device_type=device)
+        for start in range(0, len(labels), size or 1):
+            rows = slice(start, min(start + size, len(labels)))
+            student_logits, teacher_logits = buffers[:, : rows.stop - rows.start]
+            student.logits_into(student_logits, rows)
+            teacher.logits_into(teacher_logits, rows)
+            score(teacher_logits, student_logits, labels[rows], stats[:, rows])
+            gradients.add(student_logits, student, rows)
+        ctx.gradients, ctx.inputs = gradients, (hidden, weight, bias)
+        sums = stats.sum(dim=1)
+        divergence, cross_entropy = sums[STATISTICS.index("divergence")], sums[STATISTICS.index("cross_entropy")]
+        ctx.mark_non_differentiable(sums)
+        return _weighted(options.kd_ratio, divergence, cross_entropy), sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output, _):
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss were already handed out; call the loss again")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *gradients.scaled(grad_output, ctx.inputs), None, None, None, None, None
+
+
+def _weighted(kd_ratio: float, divergence: Tensor, cross_entropy: Tensor) -> Tensor:
+    """The loss of two sums; a term without weight counts nothing even if infinite."""
+    if kd_ratio in (0.0, 1.0):
+        return (divergence if kd_ratio == 1.0 else cross_entropy).clone()
+    return kd_ratio * divergence + (1 - kd_ratio) * cross_entropy
+
+
+class _Gradients(NamedTuple):
+    """Gradients of a sum of losses in the student's hidden states, head and bias; None for what needs none."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    @classmethod
+    def like(cls, student: _Head, wanted: tuple[bool, bool, bool], width: int, empty: bool) -> "_Gradients":
+        dtype = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
+        vocab_size, device = len(student.weight), student.hidden.device
+        hidden = torch.empty(student.hidden.shape, dtype=dtype, device=device) if wanted[0] else None
+        weight = torch.empty(width, student.weight.size(1), dtype=dtype, device=device) if wanted[1] else None
+        if weight is not None:
+            # the first block overwrites its part, so only ids without a token of their own are cleared
+            weight[0 if empty else vocab_size :].zero_()
+        bias = torch.zeros(width, dtype=dtype, device=device) if wanted[2] else None
+        return cls(hidden, weight, bias, dtype)
+
+    def add(self, logits_gradient: Tensor, student: _Head, rows: slice) -> None:
+        """Carry the gradient of one block's logits ``[block, vocab]`` back through the student's head."""
+        vocab_size = len(student.weight)
+        if self.bias is not None:
+            self.bias[:vocab_size] += logits_gradient.sum(dim=0)
+        logits_gradient = logits_gradient.to(student.weight.dtype)
+        if self.hidden is not None:
+            _product(logits_gradient, student.weight, self.hidden[rows])
+        if self.weight is not None:
+            total, hidden = self.weight[:vocab_size], student.hidden[rows]
+            _product(logits_gradient.T, hidden, total, add=rows.start > 0)
+
+    def scaled(self, factor: Tensor, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """The gradients times ``factor``, in place, in the dtypes of their inputs."""
+        pairs = zip(self[:3], inputs, strict=True)
+        return tuple(None if total is None else total.mul_(factor).to(given.dtype) for total, given in pairs)
+
+
+class _Scorer:
+    """Scores blocks of logits and turns the student's logits into the gradient of the loss, in place."""
+
+    def __init__(self, options: DistillationLoss, softcap: float | None, want_gradient: bool, device_type: str) -> None:
+        self.options, self.softcap, self.want_gradient = options, softcap, want_gradient
+        make = _compiled if options.compiles_on(device_type) else partial
+        constants = {"kd_ratio": options.kd_ratio, "temperature": options.temperature, "softcap": softcap}
+        self.compare, self.replace = make(compare), make(_replace_by_gradient, **constants)
+        self.in_tiles = device_type == "cpu"
+
+    def __call__(self, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, stats: Tensor) -> None:
+        tile = max(1, _TILE_ELEMENTS // student_logits.size(1)) if self.in_tiles else len(labels)
+        for start in range(0, len(labels), tile):
+            rows = slice(start, start + tile)
+            self._score(teacher_logits[rows], student_logits[rows], labels[rows, None], stats[:, rows])
+
+    def _score(self, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, stats: Tensor) -> None:
+        options, temperature = self.options, self.options.temperature
+        teacher, student = teacher_logits, student_logits
+        if temperature != 1.0:
+            teacher, student = teacher / temperature, student / temperature
+        comparison = self.compare(teacher, student)
+        head = find_head(teacher, student, comparison, mu=options.mu, head_rule=options.head_rule)
+        h = adaptive_weight(comparison, head.gap)
+        share = forward_share(options.divergence, h, options.mix_ratio)
+        teacher_log_sum, log_sum = comparison.teacher_log_sum, comparison.student_log_sum
+        if temperature != 1.0:
+            teacher_log_sum, log_sum = teacher_logits.logsumexp(dim=-1), student_logits.logsumexp(dim=-1)
+        values = (
+            blend(share, comparison.forward_kl, comparison.reverse_kl) * temperature**2,
+            comparison.forward_kl,
+            comparison.reverse_kl,
+            log_sum - student_logits.gather(-1, labels)[:, 0],
+            teacher_log_sum - teacher_logits.gather(-1, labels)[:, 0],
+            h,
+            head.gap,
+            comparison.gap - head.gap,
+            student.gather(-1, head.top_id[:, None])[:, 0] >= comparison.student_max,
+        )
+        for row, value in zip(stats, values, strict=True):
+            row.copy_(value)
+        if self.want_gradient:
+            self.replace(teacher, student, student_logits, comparison, share, log_sum, labels)
+
+
+def _replace_by_gradient(
+    teacher: Tensor,
+    student: Tensor,
+    student_logits: Tensor,
+    comparison: Comparison,
+    share: Tensor | float,
+    log_sum: Tensor,
+    labels: Tensor,
+    *,
+    kd_ratio: float,
+    temperature: float,
+    softcap: float | None,
+) -> None:
+    """Overwrite ``student_logits`` with the gradient of the loss in the logits as they were before the softcap.
+
+    ``teacher`` and ``student`` are the logits divided by the temperature, ``log_sum`` is that of ``student_logits``.
+    """
+    if kd_ratio > 0:
+        result = gradient(teacher, student, comparison, share).mul_(kd_ratio * temperature)
+    else:
+        result = torch.zeros_like(student_logits)
+    if kd_ratio < 1:
+        result.add_((student_logits - log_sum[:, None]).exp_(), alpha=1 - kd_ratio)
+        result.scatter_add_(-1, labels, torch.full_like(labels, kd_ratio - 1, dtype=result.dtype))
+    if softcap is not None:
+        result.mul_(1 - (student_logits / softcap).square_())
+    student_logits.copy_(result)
+
+
+def _check(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, vocab_size: int) -> None:
+    for name, hidden, weight in (
+        ("student", student_hidden, student_weight),
+        ("teacher", teacher_hidden, teacher_weight),
+    ):
+        if hidden.shape != (len(labels), weight.size(1)):
+            raise ValueError(
+                f"{name}_hidden must be [{len(labels)} labels, {weight.size(1)}], got {list(hidden.shape)}"
+            )
+        if vocab_size > len(weight):
+            raise ValueError(f"vocab_size {vocab_size} is above the {len(weight)} ids of the {name}'s head")
+    if not labels.is_cuda and len(labels) and int(labels.max()) >= vocab_size:
+        raise ValueError(f"label {int(labels.max())} lies outside the {vocab_size} ids that both heads have")
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """CUDA multiplies in half precision and sums in float32; elsewhere the operands themselves become float32."""
+    if not hidden.is_cuda:
+        return torch.promote_types(hidden.dtype, torch.float32)
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None:
+    """``out = left @ right``, or ``out += left @ right``, with ``out`` in float32 for operands of half precision."""
+    if left.dtype == out.dtype:
+        out.addmm_(left, right, beta=1 if add else 0)
+    elif add:
+        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def _has_compiler(device_type: str) -> bool:
+    if device_type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+
+
+@cache
+def _compiled(function: Callable, **constants) -> Callable:
+    return torch.compile(partial(function, **constants), dynamic=True)
