@@ -1,4 +1,4 @@
-"""The slow, obvious reference: float64, one token and one id at a time, a full sort; no code shared with the package."""
+"""The slow, obvious reference: float64, one id at a time, a full sort; no code shared with the package."""
 
 import math
 
@@ -26,7 +26,7 @@ def head_of(p: list[float], mu: float, head_rule: str) -> set[int]:
     """Ids of the head, from a full descending sort."""
     order = sorted(range(len(p)), key=lambda i: -p[i])
     if mu == 1.0:
-        # the mass of a finite sum of floats reaches 1 by luck of rounding: in exact arithmetic all the support is needed
+        # whether a sum of floats reaches 1 is luck of rounding: in exact arithmetic all the support is needed
         return {i for i in order if p[i] > 0 or head_rule == "official"}
     head, mass = set(), 0.0
     for rank, i in enumerate(order):

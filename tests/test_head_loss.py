@@ -9,7 +9,7 @@ from litgpt_akl.head_loss import STATISTICS, DistillationLoss
 
 
 def problem(tokens=37, vocab=90, width=16, teacher_vocab=None, teacher_width=24, dtype=torch.float64, bias=False):
-    """Random hidden states and heads, every fifth label masked, with NaN in the hidden states of one masked position."""
+    """Random hidden states and heads; every fifth label masked, with NaN in one masked position."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape, scale=1.0):

@@ -1,0 +1,34 @@
+"""Distil a large language model into a smaller one with LitGPT, by adaptive Kullback-Leibler divergence.
+
+Importing this package imports nothing else: the start-up file loads it in every ``litgpt`` process.
+"""
+
+_MODULES = {
+    "forward_kl": "litgpt_akl.divergences",
+    "reverse_kl": "litgpt_akl.divergences",
+    "adaptive_kl": "litgpt_akl.divergences",
+    "mixed_kl": "litgpt_akl.divergences",
+    "adaptive_kl_weight": "litgpt_akl.divergences",
+    "DistillationLoss": "litgpt_akl.head_loss",
+}
+
+__all__ = [*_MODULES, "__version__"]
+
+
+def __getattr__(name: str):
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value = version("litgpt-akl")
+    elif name in _MODULES:
+        from importlib import import_module
+
+        value = getattr(import_module(_MODULES[name]), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,130 @@
+"""Arguments of distillation, and which of LitGPT's arguments this package honours."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import yaml
+from litgpt.args import EvalArgs, TrainArgs
+
+from litgpt_akl.divergences import DivergenceName, HeadRule
+from litgpt_akl.errors import UserError
+from litgpt_akl.head_loss import DistillationLoss
+
+PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+
+
+@dataclass
+class DistillArgs:
+    """Distillation-related arguments"""
+
+    divergence: DivergenceName = "akl"
+    """What to minimise between teacher and student: adaptive KL (akl), forward KL (fkl), reverse KL (rkl), or a fixed
+    mix of the two (mix)"""
+    mu: float = 0.5
+    """Mass of the teacher's distribution that counts as its head (akl)"""
+    head_rule: HeadRule = "paper"
+    """Whether the id that crosses mu belongs to the head (paper), or not, as in the authors' code (official)"""
+    mix_ratio: float = 0.5
+    """Share of forward KL (mix)"""
+    temperature: float = 1.0
+    """Divides both models' logits in the divergence, whose value and gradient are multiplied by its square"""
+    kd_ratio: float = 0.5
+    """Share of the divergence in the loss; the rest is cross-entropy with the labels"""
+    block_tokens: int | None = None
+    """Tokens that go through the LM heads at a time (default: as many as 100 MiB of logits hold on a CPU, 1 GiB on a
+    GPU). Changes memory and speed, never the result"""
+    compile: bool | None = None
+    """Whether torch.compile fuses the element-wise part of the loss (default: if there is a compiler)"""
+
+    def __post_init__(self) -> None:
+        try:
+            self.loss()
+        except ValueError as error:
+            raise UserError(f"--distill.{error}") from None
+        if self.mix_ratio != 0.5 and self.divergence != "mix":
+            raise UserError(
+                f"--distill.mix_ratio {self.mix_ratio} has no part in --distill.divergence {self.divergence}."
+                " Use --distill.divergence mix, or leave mix_ratio out."
+            )
+
+    def loss(self) -> DistillationLoss:
+        """The loss that these arguments describe."""
+        return DistillationLoss(**asdict(self))
+
+
+def check_training_args(train: TrainArgs, eval: EvalArgs) -> None:
+    """Refuse by name what this command does not do and what cannot be meant.
+
+    Raises:
+        UserError: names the option, its value and the way out.
+    """
+    if train.max_tokens is not None:
+        raise UserError(
+            f"--train.max_tokens {train.max_tokens} is not supported: the schedule needs the number of steps.\n"
+            "Use --train.max_steps, --train.epochs or --train.max_time."
+        )
+    if train.epochs is None and train.max_steps is None:
+        raise UserError("--train.epochs and --train.max_steps are both null: the run would never end. Set one of them.")
+    sizes = ("global_batch_size", "micro_batch_size", "max_seq_length", "log_interval", "save_interval")
+    counts = {
+        "train": (train, (*sizes, "epochs", "max_steps")),
+        "eval": (eval, ("interval", "max_iters", "max_new_tokens")),
+    }
+    for group, (args, names) in counts.items():
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{group}.{name} must be at least 1, got {value}.")
+    for name in ("max_norm", "max_time"):
+        value = getattr(train, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--train.{name} must be above 0, got {value}. Leave it out (null) for no limit.")
+    for name in ("min_lr", "lr_warmup_steps"):
+        value = getattr(train, name)
+        if value is not None and value < 0:
+            raise UserError(f"--train.{name} must not be negative, got {value}.")
+    if isinstance(eval.evaluate_example, str) and eval.evaluate_example not in ("first", "random"):
+        raise UserError(
+            f"--eval.evaluate_example must be first, random or the number of a record, got {eval.evaluate_example!r}."
+        )
+
+
+def choose_precision(precision: str | None, cuda: bool) -> Literal["32-true", "bf16-true", "bf16-mixed"]:
+    """The precision to train in: LitGPT's default on a GPU; float32 on a CPU, where bf16 products are slow.
+
+    Raises:
+        UserError: a precision that distillation does not support.
+    """
+    if precision is None:
+        return "bf16-mixed" if cuda else "32-true"
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"--precision {precision} is not supported: fp16 and its loss scaling would change which steps are taken.\n"
+            f"Use one of {', '.join(PRECISIONS)}."
+        )
+    return precision
+
+
+def optimizer_config(optimizer: str | dict) -> str | dict:
+    """An optimizer as LitGPT's function for it takes it: a name, or class_path and init_args.
+
+    jsonargparse hands ``--optimizer.init_args.lr 1e-4`` over as ``{"lr": "1e-4"}`` beside the class_path.
+    """
+    if isinstance(optimizer, str):
+        return optimizer
+    init_args = {**optimizer.get("init_args", {})}
+    init_args.update({name: value for name, value in optimizer.items() if name not in ("class_path", "init_args")})
+    return {
+        "class_path": optimizer.get("class_path", "torch.optim.AdamW"),
+        "init_args": {name: _number(value) for name, value in init_args.items()},
+    }
+
+
+def _number(value: Any) -> Any:
+    # YAML reads 1e-4, without a point, as text
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return yaml.safe_load(value)

@@ -1,0 +1,84 @@
+"""The commands of this package, put into LitGPT's command line. Importing this module imports nothing heavy."""
+
+import functools
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib import import_module
+from pkgutil import resolve_name
+from types import ModuleType
+
+from litgpt_akl.errors import UserError
+
+COMMANDS = {
+    "finetune_akl": "litgpt_akl.finetune_akl:setup",
+    "make_student": "litgpt_akl.make_student:make_student",
+}
+
+
+def main() -> None:
+    """LitGPT's command line with this package's commands in it; works without the start-up file."""
+    extend(import_module("litgpt.parser_config"))
+    import_module("litgpt.__main__").main()
+
+
+def extend(parser_config: ModuleType) -> None:
+    """Makes ``parser_commands()`` list this package's commands too, and keep LitGPT's main module in step with that."""
+    litgpt_commands = parser_config.parser_commands
+    if hasattr(litgpt_commands, "__wrapped__"):
+        return
+
+    @functools.wraps(litgpt_commands)
+    def parser_commands() -> list[str]:
+        names = litgpt_commands()
+        try:
+            for main_module in _litgpt_main_modules():
+                _fill(main_module, names)
+        except Exception as error:
+            parser_config.parser_commands = litgpt_commands
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            print(f"The litgpt-akl commands are missing: {reason}", file=sys.stderr)
+            return names
+        return [*names, *COMMANDS]
+
+    parser_config.parser_commands = parser_commands
+
+
+def names_our_command(words: list[str], litgpt_commands: list[str]) -> bool:
+    """Whether a command line runs one of ``COMMANDS`` or something that looks like one misspelt."""
+    words = [word for word in words if not word.startswith("-")]
+    every_command = [*litgpt_commands, *COMMANDS]
+    command = next((word for word in words if word in every_command), words[0] if words else "")
+    return any(match in COMMANDS for match in get_close_matches(command, every_command, n=1))
+
+
+def without_traceback(command: Callable) -> Callable:
+    """The same command, except that a mistake of the user ends it with a message and not with a traceback."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+        except KeyboardInterrupt:
+            print("Interrupted.", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return run
+
+
+def _litgpt_main_modules() -> list[ModuleType]:
+    # `python -m litgpt` runs it under the name __main__, the `litgpt` script under its own
+    modules = [sys.modules.get(name) for name in ("__main__", "litgpt.__main__")]
+    return [module for module in modules if hasattr(module, "PARSER_DATA")]
+
+
+def _fill(main_module: ModuleType, litgpt_commands: list[str]) -> None:
+    commands = {name: without_traceback(resolve_name(target)) for name, target in COMMANDS.items()}
+    if names_our_command(sys.argv[1:], litgpt_commands):
+        from litgpt_akl.parser import Parser
+
+        main_module.CLI = functools.partial(main_module.CLI, parser_class=Parser)
+    main_module.PARSER_DATA.update(commands)

@@ -1,0 +1,231 @@
+"""A store of samples, a plan of which samples make which optimizer step, and windows of micro-batches.
+
+The plan is a pure function of seed, epoch and lengths: every record comes once per epoch, the samples of a step do not
+depend on the micro-batch size, and a position in training is two integers (epoch, step).
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from litgpt.data import DataModule
+from litgpt.tokenizer import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+
+from litgpt_akl.errors import UserError
+from litgpt_akl.head_loss import IGNORE_INDEX
+
+
+class Store:
+    """Tokenised samples in two flat arrays, read by number."""
+
+    def __init__(self, input_ids: np.ndarray, labels: np.ndarray, ends: np.ndarray) -> None:
+        self._input_ids, self._labels = input_ids, labels
+        self._ends = ends
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """``input_ids`` and ``labels``, both ``[length]`` int64, labels not shifted, -100 where they do not count."""
+        span = slice(self._ends[number] - self.lengths[number], self._ends[number])
+        return {
+            "input_ids": torch.from_numpy(self._input_ids[span].astype(np.int64)),
+            "labels": torch.from_numpy(self._labels[span].astype(np.int64)),
+        }
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample."""
+        return np.diff(self._ends, prepend=0)
+
+
+def prepare_stores(data: DataModule, tokenizer: Tokenizer, train, context_length: int) -> tuple[Store, Store]:
+    """Tokenise a LitGPT data module's training and validation samples.
+
+    Args:
+        data: any of LitGPT's data modules for finetuning.
+        tokenizer: the student's.
+        train: LitGPT's ``TrainArgs``; ``micro_batch_size`` and ``max_seq_length`` are used.
+        context_length: tokens that both models can read.
+
+    Raises:
+        UserError: unreadable data, a record without its fields, a response cut off entirely, a sample that is too long,
+            no training samples. The message names file and line where there is one.
+    """
+    data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=train.max_seq_length)
+    try:
+        data.prepare_data()
+        data.setup()
+        loaders = data.train_dataloader(), data.val_dataloader()
+    except json.JSONDecodeError as error:
+        raise UserError(_describe_bad_json(data, error)) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{type(data).__name__} cannot load its data: {error}") from error
+    stores = []
+    for split, loader in zip(("training", "validation"), loaders, strict=True):
+        dataset = _map_style_dataset(loader, data)
+        stores.append(_tokenise(dataset, split, data, train.max_seq_length, context_length))
+    if len(stores[0]) == 0:
+        raise UserError(f"{type(data).__name__} has no training samples. Check its path and its split fraction.")
+    return stores[0], stores[1]
+
+
+def _map_style_dataset(loader: DataLoader, data: DataModule) -> Dataset:
+    dataset = getattr(loader, "dataset", None)
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise UserError(
+            f"--data {type(data).__name__} is made for pretraining: it has no responses to read by number.\n"
+            "Choose one of LitGPT's finetuning modules, such as JSON."
+        )
+    return dataset
+
+
+def _tokenise(dataset: Dataset, split: str, data: DataModule, max_seq_length: int | None, context_length: int) -> Store:
+    input_ids, labels, ends, end = [], [], [], 0
+    numbers = range(len(dataset))
+    for number in tqdm(numbers, desc=f"tokenising {split} samples", leave=False, delay=1, file=sys.stderr):
+        try:
+            sample = dataset[number]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(_describe_bad_record(dataset, number, data, error)) from error
+        _check_sample(sample, number, dataset, data, max_seq_length, context_length)
+        end += len(sample["input_ids"])
+        input_ids.append(sample["input_ids"].numpy().astype(np.int32))
+        labels.append(sample["labels"].numpy().astype(np.int32))
+        ends.append(end)
+    none = [np.empty(0, dtype=np.int32)]
+    return Store(np.concatenate(input_ids or none), np.concatenate(labels or none), np.array(ends, dtype=np.int64))
+
+
+def _check_sample(
+    sample: dict, number: int, dataset: Dataset, data: DataModule, max_seq_length: int | None, context_length: int
+) -> None:
+    length = len(sample["input_ids"])
+    if length > context_length:
+        raise UserError(
+            f"{_place(dataset, number, data)} has {length} tokens; the pair reads {context_length}.\n"
+            f"Set --train.max_seq_length {context_length} to cut such samples."
+        )
+    if bool((sample["labels"][1:] == IGNORE_INDEX).all()):
+        cut = max_seq_length is not None and length >= max_seq_length
+        reason = f"--train.max_seq_length {max_seq_length} cuts its response off" if cut else "it has no response"
+        raise UserError(
+            f"{_place(dataset, number, data)} has no token to learn from: {reason}.\n"
+            + ("Raise --train.max_seq_length, or drop the record." if cut else "Drop the record or give it a response.")
+        )
+
+
+def _place(dataset: Dataset, number: int, data: DataModule) -> str:
+    """Where a sample comes from: file and line for the JSON module, else the module and the record's number."""
+    records = getattr(dataset, "data", None)
+    if isinstance(records, Subset):
+        number = records.indices[number]
+    path = getattr(data, "json_path", None)
+    if path is not None and path.is_dir():
+        split = "train" if dataset is getattr(data, "train_dataset", None) else "val"
+        path = data.find_split(split)
+    if path is None:
+        return f"{type(data).__name__}: record {number}"
+    text = path.read_text(encoding="utf-8")
+    line = number + 1 if path.suffix == ".jsonl" else _line_of_record(text, number)
+    return f"{path}, line {line} (record {number})"
+
+
+def _line_of_record(text: str, number: int) -> int:
+    """The line on which record ``number`` of a JSON list begins."""
+    decoder, position = json.JSONDecoder(), text.index("[") + 1
+    for _ in range(number + 1):
+        while text[position] in " \t\r\n,":
+            position += 1
+        start = position
+        _, position = decoder.raw_decode(text, position)
+    return text.count("\n", 0, start) + 1
+
+
+def _describe_bad_record(dataset: Dataset, number: int, data: DataModule, error: Exception) -> str:
+    missing = f"has no field {error}" if isinstance(error, KeyError) else f"cannot be read: {error}"
+    return (
+        f"{_place(dataset, number, data)} {missing}.\n"
+        "A record needs 'instruction' and 'output', both text, and may have 'input'."
+    )
+
+
+def _describe_bad_json(data: DataModule, error: json.JSONDecodeError) -> str:
+    path = getattr(data, "json_path", None)
+    if path is None:
+        return f"{type(data).__name__}: not valid JSON: {error}"
+    files = [path] if path.is_file() else [data.find_split("train"), data.find_split("val")]
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        if text.strip() == "":
+            return f"{file} is empty. It needs records with 'instruction' and 'output'."
+        # a line of a .jsonl file is a text of its own, whose error says line 1
+        for number, part in enumerate(text.splitlines() if file.suffix == ".jsonl" else [text], start=1):
+            try:
+                json.loads(part)
+            except json.JSONDecodeError as found:
+                line = number if file.suffix == ".jsonl" else found.lineno
+                return f"{file}, line {line} is not valid JSON: {found.msg} at column {found.colno}."
+    return f"{path} is not valid JSON: {error}"
+
+
+def plan_epoch(seed: int, epoch: int, samples: int, global_batch_size: int) -> list[np.ndarray]:
+    """The sample numbers of each optimizer step of an epoch; the last step may be smaller."""
+    order = np.random.default_rng((seed, epoch)).permutation(samples)
+    return [order[start : start + global_batch_size] for start in range(0, samples, global_batch_size)]
+
+
+@dataclass
+class MicroBatch:
+    """Samples that go through the models together, padded on the right."""
+
+    input_ids: Tensor
+    """``[batch, time]``."""
+    positions: Tensor
+    """``[n]``: flat positions in ``input_ids`` whose next token counts."""
+    labels: Tensor
+    """``[n]``: those next tokens."""
+    tokens: int
+    """Tokens that are not padding."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        move = {"device": device, "non_blocking": True}
+        return MicroBatch(self.input_ids.to(**move), self.positions.to(**move), self.labels.to(**move), self.tokens)
+
+
+def window(store: Store, numbers: Sequence[int], micro_batch_size: int) -> tuple[list[MicroBatch], int]:
+    """The micro-batches of one optimizer step, samples of like length together, and the step's response tokens."""
+    ordered = sorted(numbers, key=lambda number: (store.lengths[number], number))
+    groups = [ordered[start : start + micro_batch_size] for start in range(0, len(ordered), micro_batch_size)]
+    micro_batches = [_collate([store[number] for number in group]) for group in groups]
+    return micro_batches, sum(len(batch.labels) for batch in micro_batches)
+
+
+def _collate(samples: list[dict[str, Tensor]]) -> MicroBatch:
+    def pad(name: str, value: int) -> Tensor:
+        columns = [sample[name] for sample in samples]
+        return torch.nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=value)
+
+    input_ids = pad("input_ids", 0)
+    # the hidden state at a position belongs to the label that follows it
+    next_labels = torch.nn.functional.pad(pad("labels", IGNORE_INDEX)[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    positions = (next_labels != IGNORE_INDEX).nonzero()[:, 0]
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    return MicroBatch(input_ids, positions, next_labels[positions], tokens)
+
+
+def windows_from(
+    store: Store, *, seed: int, epoch: int, step: int, global_batch_size: int, micro_batch_size: int
+) -> Iterator[tuple[int, int, list[MicroBatch], int]]:
+    """Endless windows from a position on: ``(epoch, step within the epoch, micro-batches, response tokens)``."""
+    while True:
+        plan = plan_epoch(seed, epoch, len(store), global_batch_size)
+        for number in range(step, len(plan)):
+            yield epoch, number, *window(store, plan[number].tolist(), micro_batch_size)
+        epoch, step = epoch + 1, 0

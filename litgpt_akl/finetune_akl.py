@@ -1,0 +1,273 @@
+"""`litgpt finetune_akl`: its signature is the whole configuration."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.data import Alpaca, DataModule
+from litgpt.types import LoggerChoice
+from litgpt.utils import (
+    choose_logger,
+    init_out_dir,
+    instantiate_torch_optimizer,
+    num_parameters,
+    parse_devices,
+)
+from torch import Tensor
+
+from litgpt_akl.args import DistillArgs, check_training_args, choose_precision, optimizer_config
+from litgpt_akl.checkpoint import export_student, find_training_state, load_training_state, save_training_state
+from litgpt_akl.data import Store, prepare_stores
+from litgpt_akl.errors import UserError
+from litgpt_akl.models import build_model, freeze, is_tied, load_weights, tie
+from litgpt_akl.monitor import Progress, silence_known_noise
+from litgpt_akl.pair import Pair, check_pair
+from litgpt_akl.recipe import recipe_as_yaml
+from litgpt_akl.train import fit, make_scheduler, total_steps, warmup_steps
+from litgpt_akl.validation import describe, example_answer, validate
+from litgpt_akl.weights import open_weights
+
+
+@dataclass
+class Run:
+    """One call of the command, checked."""
+
+    pair: Pair
+    data: DataModule
+    distill: DistillArgs
+    train: TrainArgs
+    eval: EvalArgs
+    optimizer: str | dict
+    seed: int
+    resume: Path | None
+    out_dir: Path
+    recipe: str
+
+
+def setup(
+    checkpoint_dir: Path,
+    *,
+    teacher_checkpoint_dir: Path,
+    out_dir: Path = Path("out/finetune/akl"),
+    precision: str | None = None,
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    resume: bool | Literal["auto"] | Path = False,
+    data: DataModule | None = None,
+    distill: DistillArgs = DistillArgs(),
+    train: TrainArgs = TrainArgs(
+        save_interval=1000,
+        log_interval=1,
+        global_batch_size=16,
+        micro_batch_size=4,
+        lr_warmup_steps=None,
+        epochs=5,
+        max_norm=1.0,
+        min_lr=0.0,
+    ),
+    eval: EvalArgs = EvalArgs(interval=600, max_new_tokens=100, max_iters=100, initial_validation=True),
+    log: LogArgs = LogArgs(),
+    optimizer: str | dict = "AdamW",
+    logger_name: LoggerChoice = "csv",
+    seed: int = 1337,
+    access_token: str | None = None,
+) -> None:
+    """Distil a teacher into a student: finetune the student on the teacher's whole output distribution.
+
+    Arguments:
+        checkpoint_dir: The student's checkpoint directory, or a model id that LitGPT can download.
+        teacher_checkpoint_dir: The teacher's checkpoint directory, or a model id; it must have the student's tokenizer.
+        out_dir: Directory in which to save checkpoints and logs; ``final/`` in it is the trained student. If running in
+            a Lightning Studio Job, look for it in /teamspace/jobs/<job-name>/share.
+        precision: The precision to use: "32-true", "bf16-true" or "bf16-mixed" (default: bf16-mixed on a GPU, 32-true
+            on a CPU).
+        devices: How many devices to use. This version trains on one.
+        num_nodes: How many nodes the code is being run on. This version trains on one.
+        resume: Path to a ``step-...`` directory of an interrupted run to go on from, ``true`` for the latest one in
+            ``out_dir``, or ``auto`` for the latest one if there is one.
+        data: Data-related arguments. If not provided, the default is ``litgpt.data.Alpaca``.
+        distill: Distillation-related arguments. See ``litgpt_akl.args.DistillArgs`` for details.
+        train: Training-related arguments. See ``litgpt.args.TrainArgs`` for details. An iteration is an optimizer step
+            here. Without ``lr_warmup_steps`` or ``lr_warmup_fraction``, a tenth of the run warms up, at most 100 steps.
+        eval: Evaluation-related arguments. See ``litgpt.args.EvalArgs`` for details. Every validation reads the same
+            ``max_iters`` micro-batches, so that they can be compared.
+        log: Logging-related arguments. See ``litgpt.args.LogArgs`` for details.
+        optimizer: An optimizer name (such as "AdamW") or config.
+        logger_name: The name of the logger to send metrics to.
+        seed: The random seed to use for reproducibility.
+        access_token: Optional API token to access models with restrictions.
+    """
+    optimizer = optimizer_config(optimizer)
+    recipe = recipe_as_yaml({name: value for name, value in locals().items() if name != "access_token"})
+    silence_known_noise()
+    check_training_args(train, eval)
+    precision = choose_precision(precision, torch.cuda.is_available())
+    if parse_devices(devices) * num_nodes > 1:
+        raise UserError(f"--devices {devices} --num_nodes {num_nodes}: this version trains on one device. Use 1 and 1.")
+    pair = check_pair(checkpoint_dir, teacher_checkpoint_dir, access_token)
+    if train.max_seq_length is not None and train.max_seq_length > pair.context_length:
+        raise UserError(
+            f"--train.max_seq_length {train.max_seq_length} is more than the {pair.context_length} tokens that the"
+            f" {pair.name_shorter_context()} reads. Set it to {pair.context_length} or less."
+        )
+    out_dir = _writable(init_out_dir(out_dir))
+    run = Run(
+        pair=pair,
+        data=Alpaca() if data is None else data,
+        distill=distill,
+        train=train,
+        eval=eval,
+        optimizer=optimizer,
+        seed=seed,
+        resume=find_training_state(resume, out_dir),
+        out_dir=out_dir,
+        recipe=recipe,
+    )
+    logger = _make_logger(logger_name, run, log)
+    fabric = L.Fabric(devices=1, num_nodes=1, strategy="auto", precision=precision, loggers=logger)
+    fabric.launch(main, run)
+
+
+def main(fabric: L.Fabric, run: Run) -> None:
+    """Load, train, validate and export in one process of a run."""
+    pair, train = run.pair, run.train
+    weights = {
+        "student": open_weights(pair.student_dir, pair.student_config),
+        "teacher": open_weights(pair.teacher_dir, pair.teacher_config),
+    }
+    tokenised = prepare_stores(run.data, pair.tokenizer, train, pair.context_length)
+    store, validation_store = tokenised
+    (run.out_dir / "hyperparameters.yaml").write_text(run.recipe, encoding="utf-8")
+    fabric.seed_everything(run.seed, verbose=False)
+    state = make_state(fabric, run, weights, store)
+    announce(fabric, run, state, tokenised)
+
+    def save() -> Path:
+        directory = run.out_dir / f"step-{state['step_count']:06d}"
+        save_training_state(directory, state, **export_options(run, state))
+        return directory
+
+    def report(progress: Progress | None = None) -> None:
+        if len(validation_store) == 0:
+            return
+        metrics = validate(fabric, state, validation_store, run.eval.max_iters, train.micro_batch_size)
+        fabric.log_dict(metrics, step=state["step_count"])
+        write = progress.write if progress else fabric.print
+        write(f"Step {state['step_count']}: {describe(metrics)}")
+        answer = example_answer(fabric, state["student"], pair.tokenizer, run.data, run.eval) if progress else None
+        if answer is not None:
+            write(f"{answer}\n")
+
+    if run.eval.initial_validation and "start_cross_entropy" not in state:
+        report()
+    fit(fabric, state, store, train, run.eval, seed=run.seed, validate=report, save=save)
+    if run.eval.final_validation:
+        report()
+    export_student(run.out_dir / "final", state["student"].state_dict(), **export_options(run, state))
+    for logger in fabric.loggers:
+        logger.finalize("success")
+    fabric.print(f"The student is in {run.out_dir / 'final'}: litgpt chat {run.out_dir / 'final'}")
+
+
+def make_state(fabric: L.Fabric, run: Run, weights: dict[str, dict[str, Tensor]], store: Store) -> dict[str, Any]:
+    """Models, optimizer, scheduler and counters; with ``run.resume``, as they were when it was saved."""
+    pair, models = run.pair, {}
+    for role, config in (("student", pair.student_config), ("teacher", pair.teacher_config)):
+        models[role] = build_model(fabric, config)
+    tied = is_tied(pair.student_dir, weights["student"], run.train.tie_embeddings)
+    if tied:
+        tie(models["student"])
+    if is_tied(pair.teacher_dir, weights["teacher"], None):
+        tie(models["teacher"])
+    freeze(models["teacher"])
+    models = {role: fabric.setup_module(model) for role, model in models.items()}
+    models["student"].train()
+    optimizer = fabric.setup_optimizers(_make_optimizer(run.optimizer, models["student"]))
+    steps, warmup = total_steps(run.train, len(store)), warmup_steps(run.train, len(store))
+    state = {
+        **models,
+        "optimizer": optimizer,
+        "scheduler": make_scheduler(optimizer, warmup, steps, run.train.min_lr),
+        "loss": run.distill.loss(),
+        "vocab_size": pair.vocab_size,
+        "tied": tied,
+        "step_count": 0,
+        "epoch": 0,
+        "epoch_step": 0,
+        "tokens": 0,
+    }
+    for role, tensors in weights.items():
+        load_weights(models[role], tensors)
+    if run.resume is not None:
+        load_training_state(run.resume, state)
+    return state
+
+
+def export_options(run: Run, state: dict) -> dict[str, Any]:
+    """What lies beside the weights of this run's students."""
+    return {
+        "source_dir": run.pair.student_dir,
+        "tied": state["tied"],
+        "prompt_style": getattr(run.data, "prompt_style", None),
+        "recipe": run.recipe,
+    }
+
+
+def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store]) -> None:
+    """A few lines that say what is about to happen."""
+    for role, directory in (("Student", run.pair.student_dir), ("Teacher", run.pair.teacher_dir)):
+        model = state[role.lower()]
+        fabric.print(
+            f"{role}: {directory}, {model.config.n_layer} layers, {num_parameters(model) / 1e6:,.1f} M parameters"
+        )
+    for name, store in zip(("Training", "Validation"), stores, strict=True):
+        fabric.print(f"{name}: {len(store):,} samples, {int(store.lengths.sum()):,} tokens")
+    if len(stores[1]) == 0:
+        fabric.print("There are no validation samples: validation is off.")
+    kind = fabric.device.type
+    fused = "compiled by torch.compile" if state["loss"].compiles_on(kind) else "eager (no compiler, or switched off)"
+    fabric.print(
+        f"Loss: {run.distill.divergence}, kd_ratio {run.distill.kd_ratio}, {run.pair.vocab_size:,} ids,"
+        f" {state['loss'].tokens_per_block(run.pair.vocab_size, kind)} tokens a block, element-wise part {fused}"
+    )
+    if run.resume is not None:
+        fabric.print(f"Going on from {run.resume}, step {state['step_count']}")
+
+
+def _make_optimizer(optimizer: str | dict, student: torch.nn.Module) -> torch.optim.Optimizer:
+    try:
+        return instantiate_torch_optimizer(optimizer, student.parameters())
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--optimizer {optimizer!r} cannot be made: {error}.\nGive a class of torch.optim, such as AdamW, or its"
+            " class_path and init_args."
+        ) from error
+
+
+def _make_logger(logger_name: LoggerChoice, run: Run, log: LogArgs):
+    try:
+        return choose_logger(
+            logger_name,
+            run.out_dir,
+            name=f"distill-{run.pair.student_config.name}",
+            resume=run.resume is not None,
+            log_interval=run.train.log_interval,
+            log_args=dataclasses.asdict(log),
+        )
+    except ModuleNotFoundError as error:
+        raise UserError(f"--logger_name {logger_name} needs a package that is not installed: {error}") from error
+
+
+def _writable(out_dir: Path) -> Path:
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir {out_dir} cannot be made ({error.strerror}). Give another directory.") from error
+    if not os.access(out_dir, os.W_OK | os.X_OK):
+        raise UserError(f"--out_dir {out_dir} is not writable. Give another directory.")
+    return out_dir

@@ -1,0 +1,191 @@
+"""`litgpt make_student`: a student made from some of its teacher's layers."""
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from litgpt.config import Config
+from litgpt.model import GPT
+from litgpt.utils import extend_checkpoint_dir, save_config
+
+from litgpt_akl.checkpoint import copy_model_files, write_directory
+from litgpt_akl.errors import UserError
+
+HF_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+
+def make_student(teacher_dir: Path, out_dir: Path, *, layers: int | list[int]) -> None:
+    """Make a student from some of the layers of a teacher, for teachers that have no smaller sibling.
+
+    The student keeps the teacher's embeddings, output head, final norm, tokenizer and chat template. It is a complete
+    LitGPT checkpoint, to be trained by distillation: untrained it is a much worse model than its teacher.
+
+    Examples: ``litgpt make_student checkpoints/big checkpoints/small --layers 15`` and
+    ``litgpt make_student checkpoints/big checkpoints/small --layers '[0,2,5,8]'``.
+
+    Args:
+        teacher_dir: The teacher's LitGPT checkpoint directory.
+        out_dir: The student's checkpoint directory. It must not exist yet, or be empty.
+        layers: How many layers to keep, spread evenly from the teacher's first to its last (``4`` of 30 keeps 0, 10, 19
+            and 29), or the numbers of the layers to keep, rising from 0: ``'[0,2,5,8]'``.
+    """
+    teacher_dir = extend_checkpoint_dir(Path(teacher_dir))
+    out_dir = Path(out_dir)
+    _check_directories(teacher_dir, out_dir)
+    teacher_config = Config.from_file(teacher_dir / "model_config.yaml")
+    kept = _kept_layers(layers, teacher_config.n_layer)
+    teacher_weights = _load_weights(teacher_dir / "lit_model.pth")
+    _check_weights(teacher_weights, teacher_config, teacher_dir)
+    with write_directory(out_dir) as student_dir:
+        copy_model_files(teacher_dir, student_dir)
+        save_config(_student_config(teacher_config, kept), student_dir)
+        if (student_dir / "config.json").is_file():
+            _edit_hf_config(student_dir / "config.json", teacher_config, kept)
+        student_weights = _student_weights(teacher_weights, kept)
+        torch.save(student_weights, student_dir / "lit_model.pth")
+    print(
+        f"{out_dir}: a student with {len(kept)} of the {teacher_config.n_layer} layers of {teacher_dir} "
+        f"({', '.join(map(str, kept))}), {_count_parameters(student_weights) / 1e6:.1f} M of its "
+        f"{_count_parameters(teacher_weights) / 1e6:.1f} M parameters."
+    )
+
+
+def _check_directories(teacher_dir: Path, out_dir: Path) -> None:
+    if not teacher_dir.is_dir():
+        raise UserError(
+            f"teacher_dir {teacher_dir} is not a directory. Give a LitGPT checkpoint directory; "
+            "`litgpt download` makes one."
+        )
+    needed = {name: (teacher_dir / name).is_file() for name in ("lit_model.pth", "model_config.yaml")}
+    needed["tokenizer.json or tokenizer.model"] = any(
+        (teacher_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
+    )
+    missing = [name for name, exists in needed.items() if not exists]
+    if missing:
+        raise UserError(
+            f"teacher_dir {teacher_dir} is not a LitGPT checkpoint: it lacks {', '.join(missing)}.\n"
+            "`litgpt convert_to_litgpt` makes one from a Hugging Face model."
+        )
+    if out_dir.resolve() == teacher_dir.resolve():
+        raise UserError(f"out_dir {out_dir} is the teacher's own directory. Give another one for the student.")
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"out_dir {out_dir} is a file. Give a directory that does not exist yet.")
+    if out_dir.is_dir() and any(out_dir.iterdir()):
+        raise UserError(f"out_dir {out_dir} is not empty. Remove it, or give a directory that does not exist yet.")
+
+
+def _kept_layers(layers: int | list[int], n_layer: int) -> list[int]:
+    """The numbers of the layers to keep, rising; raises UserError unless they are layers of an n_layer model."""
+    if isinstance(layers, int):
+        if not 1 <= layers <= n_layer:
+            raise UserError(
+                f"layers is {layers}, but the teacher has {n_layer} layers. Give a number of 1 to {n_layer}."
+            )
+        last = n_layer - 1
+        return [round(index * last / (layers - 1)) for index in range(layers)] if layers > 1 else [last]
+    if not layers:
+        raise UserError(f"layers is empty. Give at least one of the teacher's layers, 0 to {n_layer - 1}.")
+    outside = [layer for layer in layers if not 0 <= layer < n_layer]
+    if outside:
+        raise UserError(
+            f"layers names {outside}, but the teacher's {n_layer} layers are numbered 0 to {n_layer - 1}. "
+            "Leave out what is not there."
+        )
+    if layers != sorted(set(layers)):
+        raise UserError(f"layers is {layers}: not rising, or a layer twice. Give {sorted(set(layers))}.")
+    return layers
+
+
+def _load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name, memory-mapped from a flat checkpoint or from the ``model`` entry of a training checkpoint."""
+    try:
+        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{path} ({path.stat().st_size} bytes) cannot be read as weights: truncated, or not a LitGPT checkpoint.\n"
+            "Download or convert the teacher again."
+        ) from error
+    weights = weights.get("model", weights) if isinstance(weights, dict) else {}
+    return {name: tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _check_weights(weights: dict[str, torch.Tensor], config: Config, teacher_dir: Path) -> None:
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    if any("lora_" in name for name in weights):
+        raise UserError(f"{teacher_dir}/lit_model.pth holds LoRA weights. Merge them first: litgpt merge_lora.")
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or extra:
+        raise UserError(
+            f"{teacher_dir}/lit_model.pth does not fit its model_config.yaml: it lacks {len(missing)} of "
+            f"{len(expected)} tensors {missing[:1]} and has {len(extra)} others {extra[:1]}.\n"
+            "Convert the teacher again with litgpt convert_to_litgpt."
+        )
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise UserError(
+                f"{teacher_dir}/lit_model.pth: {name} has shape {tuple(weights[name].shape)}, "
+                f"its model_config.yaml says {tuple(shape)}. Convert the teacher again with litgpt convert_to_litgpt."
+            )
+
+
+def _student_config(teacher: Config, kept: list[int]) -> Config:
+    def subset(per_layer: list[int] | None) -> list[int] | None:
+        return None if per_layer is None else [per_layer[layer] for layer in kept]
+
+    return replace(
+        teacher,
+        n_layer=len(kept),
+        sliding_window_indices=subset(teacher.sliding_window_indices),
+        rope_indices=subset(teacher.rope_indices),
+        first_k_dense_replace=_leading_layers(teacher.first_k_dense_replace, kept),
+    )
+
+
+def _leading_layers(count: int | None, kept: list[int]) -> int | None:
+    return None if count is None else sum(layer < count for layer in kept)
+
+
+def _edit_hf_config(path: Path, teacher: Config, kept: list[int]) -> None:
+    """Makes a Hugging Face config.json describe a model of the kept layers only."""
+    hf_config = json.loads(path.read_text(encoding="utf-8"))
+    # models with several parts, such as Gemma 3, describe the language model in an entry of its own
+    text_config: dict[str, Any] = hf_config.get("text_config", hf_config)
+    text_config["num_hidden_layers"] = len(kept)
+    for name in HF_LAYER_LISTS:
+        if isinstance(text_config.get(name), list):
+            text_config[name] = [text_config[name][layer] for layer in kept]
+    if "first_k_dense_replace" in text_config:
+        text_config["first_k_dense_replace"] = _leading_layers(text_config["first_k_dense_replace"], kept)
+    if "layer_types" not in text_config and len(set(teacher.sliding_window_indices or [])) > 1:
+        # Gemma's classes derive the kind of a layer from its number, which has changed
+        kinds = {0: "full_attention", 1: "sliding_attention"}
+        text_config["layer_types"] = [kinds[teacher.sliding_window_indices[layer]] for layer in kept]
+    path.write_text(json.dumps(hf_config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _student_weights(teacher: dict[str, torch.Tensor], kept: list[int]) -> dict[str, torch.Tensor]:
+    """The kept tensors under their new names; tensors that share storage in the teacher share it here."""
+    new_number = {str(layer): str(number) for number, layer in enumerate(kept)}
+    owned: dict[tuple, torch.Tensor] = {}
+    student = {}
+    for name, tensor in teacher.items():
+        parts = name.split(".")
+        if parts[:2] == ["transformer", "h"]:
+            if parts[2] not in new_number:
+                continue
+            parts[2] = new_number[parts[2]]
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if place not in owned:
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            # torch.save writes a view's whole storage: a part must become a tensor of its own
+            owned[place] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+        student[".".join(parts)] = owned[place]
+    return student
+
+
+def _count_parameters(weights: dict[str, torch.Tensor]) -> int:
+    return sum({tensor.data_ptr(): tensor.numel() for tensor in weights.values()}.values())

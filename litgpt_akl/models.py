@@ -1,0 +1,140 @@
+"""Student and teacher: LitGPT's GPT with an LM head that can also hand over hidden states or give the loss.
+
+GPT's forward ends in ``lm_head``, so what the head returns is what the model returns. The head is asked from outside,
+for one call at a time; its parameters keep their names, and they are read inside the model's own forward.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from litgpt.config import Config
+from litgpt.model import GPT, do_softcapping
+from torch import Tensor, nn
+
+from litgpt_akl.errors import UserError
+from litgpt_akl.head_loss import DistillationLoss, HeadLoss
+
+
+class DistillationHead(nn.Linear):
+    """An LM head that gives logits, softcap included, or for the length of a `giving` block something else."""
+
+    softcap: float | None = None
+    _give: Callable[["DistillationHead", Tensor], Any] | None = None
+
+    def forward(self, hidden: Tensor) -> Any:
+        if self._give is not None:
+            return self._give(self, hidden)
+        logits = super().forward(hidden)
+        return logits if self.softcap is None else do_softcapping(logits, self.softcap)
+
+    @contextmanager
+    def giving(self, give: Callable[["DistillationHead", Tensor], Any]) -> Iterator[None]:
+        """The model returns ``give(head, hidden)`` with the final hidden states ``[batch, time, n_embd]``."""
+        self._give = give
+        try:
+            yield
+        finally:
+            self._give = None
+
+
+def build_model(fabric: L.Fabric, config: Config) -> GPT:
+    """A GPT with a :class:`DistillationHead`, its weights not yet set."""
+    with fabric.init_module(empty_init=True):
+        model = GPT(config)
+        head = DistillationHead(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
+    head.softcap = config.final_logit_softcapping
+    model.lm_head = head
+    # the softcap has moved into the head: GPT must not apply it to what the head gives
+    model.config = copy(config)
+    model.config.final_logit_softcapping = None
+    return model
+
+
+def freeze(model: GPT) -> GPT:
+    """No parameter of ``model`` gets a gradient."""
+    return model.requires_grad_(False).eval()
+
+
+def is_tied(checkpoint_dir: Path, weights: dict[str, Tensor], wish: bool | None) -> bool:
+    """Whether embeddings and LM head are one matrix: as told, else if they are equal and config.json does not deny it.
+
+    LitGPT writes both matrices whether they are tied or not, so the weights themselves decide.
+
+    Raises:
+        UserError: told to tie matrices that differ: one of them would be thrown away.
+    """
+    head, embeddings = weights["lm_head.weight"], weights["transformer.wte.weight"]
+    equal = torch.equal(head, embeddings)
+    if wish and not equal:
+        raise UserError(
+            f"--train.tie_embeddings true, but in {checkpoint_dir} the LM head and the embeddings differ: one of them"
+            " would be thrown away.\nLeave the option out."
+        )
+    if wish is not None:
+        return wish
+    config_path = checkpoint_dir / "config.json"
+    hf_config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
+    return equal and hf_config.get("tie_word_embeddings") is not False
+
+
+def tie(model: GPT) -> None:
+    """Make embeddings and LM head one parameter; before the model is set up and the optimizer built."""
+    model.transformer.wte.weight = model.lm_head.weight
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Copy ``weights`` into ``model``, every name required."""
+    model.load_state_dict(weights, strict=True)
+
+
+def hidden_states(teacher: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
+    """The teacher's final hidden states ``[n, D]`` at flat ``positions`` ``[n]`` of ``input_ids`` ``[batch, time]``."""
+    with torch.no_grad(), teacher.lm_head.giving(lambda head, hidden: hidden.flatten(0, 1)[positions]):
+        # Fabric hands float32 to its caller whatever the model computes in
+        return teacher(input_ids).to(teacher.lm_head.weight.dtype)
+
+
+def distillation_loss(
+    student: nn.Module,
+    teacher: nn.Module,
+    loss: DistillationLoss,
+    input_ids: Tensor,
+    positions: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+) -> HeadLoss:
+    """The loss of one micro-batch, computed inside the student's forward.
+
+    Args:
+        student: the student as Fabric set it up.
+        teacher: the teacher as Fabric set it up.
+        loss: what to compute.
+        input_ids: ``[batch, time]``.
+        positions: ``[n]``, flat positions in ``input_ids`` whose next token is a response token.
+        labels: ``[n]``, those next tokens.
+        vocab_size: ids that tokenizer and both heads have.
+    """
+    teacher_hidden, teacher_head = hidden_states(teacher, input_ids, positions), teacher.lm_head
+
+    def give(head: DistillationHead, hidden: Tensor) -> HeadLoss:
+        return loss(
+            hidden.flatten(0, 1)[positions],
+            head.weight,
+            teacher_hidden,
+            teacher_head.weight,
+            labels,
+            student_bias=head.bias,
+            teacher_bias=teacher_head.bias,
+            student_softcap=head.softcap,
+            teacher_softcap=teacher_head.softcap,
+            vocab_size=vocab_size,
+        )
+
+    with student.lm_head.giving(give):
+        return student(input_ids)

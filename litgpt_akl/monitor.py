@@ -1,0 +1,89 @@
+"""What a run shows: a progress line, the logger's metrics, and which noise of other libraries is kept away."""
+
+import sys
+import time
+import warnings
+
+import lightning as L
+import psutil
+import torch
+from tqdm import tqdm
+
+from litgpt_akl.head_loss import STATISTICS
+
+
+class Progress:
+    """The progress line and the metrics of training steps."""
+
+    def __init__(self, fabric: L.Fabric, total_steps: int, first_step: int) -> None:
+        self.fabric = fabric
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            desc="distilling",
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            # a log file is no terminal: a line every ten seconds is enough there
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        )
+        self._time, self._tokens, self._response_tokens, self._steps = time.perf_counter(), 0, 0, 0
+
+    def step(self, tokens: int, response_tokens: int) -> None:
+        """One optimizer step was taken on so many tokens, padding not counted."""
+        self.bar.update()
+        self._tokens += tokens
+        self._response_tokens += response_tokens
+        self._steps += 1
+
+    def log(self, state: dict, sums: torch.Tensor, loss: float, gradient_norm: float, response_tokens: int) -> None:
+        """Send the last step's means to the logger and to the progress line."""
+        now = time.perf_counter()
+        seconds = now - self._time
+        metrics = {
+            "loss": loss,
+            **dict(zip(STATISTICS, (sums / response_tokens).tolist(), strict=True)),
+            "gradient_norm": gradient_norm,
+            "learning_rate": state["learning_rate"],
+            "step": state["step_count"],
+            "epoch": state["epoch"],
+            "tokens": state["tokens"],
+            "tokens_per_second": self._tokens / seconds,
+            "response_tokens_per_second": self._response_tokens / seconds,
+            "seconds_per_step": seconds / self._steps,
+            "memory_gb": memory_in_use(self.fabric.device),
+        }
+        self._time, self._tokens, self._response_tokens, self._steps = now, 0, 0, 0
+        self.fabric.log_dict(metrics, step=state["step_count"])
+        self.bar.set_postfix_str(
+            f"loss {loss:.3f}, divergence {metrics['divergence']:.3f}, h {metrics['h']:.2f},"
+            f" {metrics['tokens_per_second']:,.0f} tokens/s, lr {metrics['learning_rate']:.1e},"
+            f" {metrics['memory_gb']:.1f} GB",
+            refresh=False,
+        )
+
+    def write(self, text: str) -> None:
+        """Print a line above the progress line."""
+        self.bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def memory_in_use(device: torch.device) -> float:
+    """Peak gigabytes on a GPU; gigabytes of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+
+def silence_known_noise() -> None:
+    """Warnings of other libraries that say nothing to a user of this command, each by its text."""
+    for message in (
+        r"Experiment logs directory .* exists and is not empty",
+        r".*`torch.jit.script_method` is deprecated",
+        # the data modules' loaders are only asked for their datasets, their workers never start
+        r"This DataLoader will create .* worker processes",
+    ):
+        warnings.filterwarnings("ignore", message=message)

@@ -1,0 +1,89 @@
+"""Do teacher and student fit? Asked before any weight is read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from litgpt.config import Config
+from litgpt.tokenizer import Tokenizer
+
+from litgpt_akl.errors import UserError
+from litgpt_akl.weights import find_checkpoint_dir, read_config
+
+
+@dataclass
+class Pair:
+    """A student and a teacher that can be compared token by token."""
+
+    student_dir: Path
+    teacher_dir: Path
+    student_config: Config
+    teacher_config: Config
+    tokenizer: Tokenizer
+    """The student's; the teacher's has the same id -> token map."""
+    vocab_size: int
+    """Ids that the tokenizer and both heads have; ids from here on are padding."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that both models can read."""
+        return min(self.student_config.block_size, self.teacher_config.block_size)
+
+    def name_shorter_context(self) -> str:
+        """Whose context length it is that bounds the pair, for a message."""
+        return "student" if self.student_config.block_size <= self.teacher_config.block_size else "teacher"
+
+
+def check_pair(student_dir: Path, teacher_dir: Path, access_token: str | None = None) -> Pair:
+    """Read both models' configurations and tokenizers and see that they fit.
+
+    Raises:
+        UserError: a directory that is no checkpoint, tokenizers that differ, a head narrower than the tokenizer. The
+            message names both sides and the way out.
+    """
+    student_dir = find_checkpoint_dir(student_dir, "student", access_token)
+    teacher_dir = find_checkpoint_dir(teacher_dir, "teacher", access_token)
+    configs = {"student": read_config(student_dir), "teacher": read_config(teacher_dir)}
+    tokenizer, teacher_tokenizer = _read_tokenizer(student_dir, "student"), _read_tokenizer(teacher_dir, "teacher")
+    tokens = token_map(tokenizer)
+    _check_same_tokens(tokens, token_map(teacher_tokenizer), student_dir, teacher_dir)
+    vocab_size = max(tokens) + 1
+    for role, config in configs.items():
+        if config.padded_vocab_size < vocab_size:
+            raise UserError(
+                f"The {role}'s LM head has {config.padded_vocab_size:,} ids, but its tokenizer has"
+                f" {vocab_size:,} ({tokens[vocab_size - 1]!r} is the last).\nUse the tokenizer it was trained with."
+            )
+    for role, reader in (("student", tokenizer), ("teacher", teacher_tokenizer)):
+        if reader.eos_id is None or reader.eos_id >= vocab_size:
+            raise UserError(
+                f"The {role}'s end-of-text id is {reader.eos_id}; its tokenizer has the ids 0 to {vocab_size - 1}.\n"
+                "Set eos_token in its tokenizer_config.json to a token of the tokenizer."
+            )
+    return Pair(student_dir, teacher_dir, configs["student"], configs["teacher"], tokenizer, vocab_size)
+
+
+def token_map(tokenizer: Tokenizer) -> dict[int, str]:
+    """Token by id, special and added tokens included."""
+    processor = tokenizer.processor
+    if tokenizer.backend == "huggingface":
+        return {id: token for token, id in processor.get_vocab(with_added_tokens=True).items()}
+    return {id: processor.id_to_piece(id) for id in range(processor.vocab_size())}
+
+
+def _read_tokenizer(checkpoint_dir: Path, role: str) -> Tokenizer:
+    try:
+        return Tokenizer(checkpoint_dir)
+    except Exception as error:
+        raise UserError(f"The {role}'s tokenizer in {checkpoint_dir} cannot be read: {error}") from error
+
+
+def _check_same_tokens(student: dict[int, str], teacher: dict[int, str], student_dir: Path, teacher_dir: Path) -> None:
+    if student == teacher:
+        return
+    differing = sorted(id for id in student.keys() | teacher.keys() if student.get(id) != teacher.get(id))
+    first = differing[0]
+    raise UserError(
+        f"The tokenizers differ in {len(differing):,} ids: id {first} is {student.get(first)!r} in {student_dir}"
+        f" ({len(student):,} ids) and {teacher.get(first)!r} in {teacher_dir} ({len(teacher):,} ids).\n"
+        "Choose models of one family: their next-token distributions are over the same ids then."
+    )

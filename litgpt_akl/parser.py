@@ -1,0 +1,218 @@
+"""What a user reads when a command line cannot be run: the option, its value and what it takes, in a line or two."""
+
+import inspect
+import os
+import re
+from argparse import Action
+from difflib import get_close_matches
+from pathlib import Path
+from pkgutil import resolve_name
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+from jsonargparse import ArgumentParser
+
+from litgpt_akl.errors import UserError
+
+USER_ERRORS = (UserError, ValueError, TypeError, KeyError, OSError)
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+
+KEY = re.compile(r'Parser key "([^"]+)":')
+CLASS_PATH = re.compile(r"Problem with given class_path '([^']+)'")
+NO_COMMAND = re.compile(r"invalid choice: '([^']+)'")
+REQUIRED = re.compile(r'Key "([^"]+)" is required')
+UNKNOWN = re.compile(r"(?:Key '|does not accept nested key ')([^']+)'")
+VALUE = re.compile(r"(?:Got|Given) value: (.*)")
+# the last one is what jsonargparse 4.41 says of a value that is not among the choices
+BAD_VALUE = re.compile(r"Expected an? |Does not validate|Not a valid subclass|Cannot take a Union of no types")
+
+
+class Parser(ArgumentParser):
+    """A parser with short messages; with ``JSONARGPARSE_DEBUG`` set, errors keep their whole text and traceback."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if self._leaves_errors_alone():
+            super().error(message, ex)
+        self.exit(2, f"error: {explain(message, self)}\n")
+
+    def parse_args(self, *args, **kwargs):
+        try:
+            return super().parse_args(*args, **kwargs)
+        except USER_ERRORS as error:
+            self._exit_with(error)
+
+    def instantiate_classes(self, *args, **kwargs):
+        try:
+            return super().instantiate_classes(*args, **kwargs)
+        except USER_ERRORS as error:
+            self._exit_with(error)
+
+    def _exit_with(self, error: Exception) -> NoReturn:
+        if self._leaves_errors_alone():
+            raise error
+        self.exit(2, f"error: {explain_exception(error)}\n")
+
+    def _leaves_errors_alone(self) -> bool:
+        # jsonargparse makes parsers for its own use whose errors belong to the parser that called them
+        return not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ
+
+
+def explain(message: str, parser: Parser) -> str:
+    """Cuts one of jsonargparse's messages down to what helps to mend the command line."""
+    options, command = _options_in_use(parser)
+    key = ".".join(dict.fromkeys(KEY.findall(message)))
+    class_path = CLASS_PATH.findall(message)[-1:]
+    if match := NO_COMMAND.search(message):
+        return f"there is no command {match[1]}{_suggestion(match[1], list(_commands(parser)), '')}"
+    if words := message.partition("Unrecognized arguments: ")[2].split():
+        return _explain_unrecognized(words, options)
+    if match := REQUIRED.search(message):
+        return _explain_required(_join(key, match[1].removeprefix(f"{command}.")), options)
+    if match := UNKNOWN.search(message):
+        return _explain_unknown(match[1], key, class_path, options)
+    if key in options or class_path:
+        if BAD_VALUE.search(message):
+            return _explain_value(message, key, class_path, options, parser.args)
+        return f"--{key}: {_one_line(KEY.split(message)[-1])}"
+    return _one_line(message)
+
+
+def explain_exception(error: Exception) -> str:
+    """The message of an error raised by a data module or a dataclass, freed from jsonargparse's wrapping."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    causes = re.findall(r"^ +- (.*(?:\n {4,}.*)*)", text, flags=re.MULTILINE)
+    causes = [cause for cause in causes if "NoneType" not in cause]
+    cause = _one_line(causes[-1] if causes else text)
+    if re.fullmatch(r"'[^']*'", cause):
+        # all that a KeyError says is the name that was looked up
+        option = re.search(rf"(\w+)={re.escape(cause)}", text)
+        return f"unknown {option[1] if option else 'name'} {cause}"
+    return cause
+
+
+def _explain_unrecognized(words: list[str], options: dict[str, Action]) -> str:
+    names = [re.sub(r"^-+|=.*", "", word) for word in words if re.match(r"--?[A-Za-z]", word)]
+    if not names:
+        return f"unexpected argument: {' '.join(words)}"
+    return f"there is no option --{names[0]}{_suggestion(names[0], options)}"
+
+
+def _explain_unknown(name: str, key: str, class_path: list[str], options: dict[str, Action]) -> str:
+    if not class_path:
+        return f"there is no option --{name}{_suggestion(name, options)}"
+    parameters = [_join(key, parameter) for parameter in _parameters(class_path[0])]
+    name = _join(key, name)
+    if not parameters:
+        return f"there is no option --{name} for {class_path[0]}; choose the class with --{key} first"
+    return f"there is no option --{name}{_suggestion(name, parameters)}"
+
+
+def _explain_required(name: str, options: dict[str, Action]) -> str:
+    positional = name in options and not options[name].option_strings
+    return f"{name} is missing; give it right after the command" if positional else f"--{name} is missing"
+
+
+def _explain_value(message: str, key: str, class_path: list[str], options: dict[str, Action], words: list[str]) -> str:
+    if key in options:
+        accepted = getattr(options[key], "_typehint", options[key].type)
+    else:
+        accepted = _parameters(class_path[0]).get(key.rpartition(".")[2])
+    value = VALUE.search(message)
+    value = value[1].strip("'\"") if value else _given_value(key, words)
+    text = f"--{key} takes {_describe(accepted)}"
+    if value is None:
+        return text
+    return f"{text}, not '{_one_line(value, 80)}'{_suggestion(value, _choices(accepted), '')}"
+
+
+def _given_value(key: str, words: list[str]) -> str | None:
+    values = [word.partition("=")[2] for word in words if word.startswith(f"--{key}=")]
+    values += [value for word, value in zip(words, words[1:], strict=False) if word == f"--{key}"]
+    return values[-1] if values else None
+
+
+def _suggestion(name: str, known: Any, dashes: str = "--") -> str:
+    by_last_part = {option.rpartition(".")[2]: option for option in known}
+    close = get_close_matches(name, known, n=1) or [
+        by_last_part[part] for part in get_close_matches(name.rpartition(".")[2], by_last_part, n=1)
+    ]
+    close = [by_last_part[name]] if name in by_last_part else close
+    if not close:
+        return ""
+    if isinstance(known, dict) and not known[close[0]].option_strings:
+        return f"; give {close[0]} without a name, right after the command"
+    return f"; did you mean {dashes}{close[0]}?"
+
+
+def _options_in_use(parser: Parser) -> tuple[dict[str, Action], str]:
+    command = getattr(parser, "subcommand", None)
+    if command is None:
+        commands = _commands(parser)
+        command = next((word for word in parser.args if word in commands), "")
+        parser = commands.get(command, parser)
+    options = {}
+    for action in parser._actions:
+        long_names = [name.removeprefix("--") for name in action.option_strings if name.startswith("--")]
+        options.update(dict.fromkeys(long_names or [action.dest], action))
+    return options, command
+
+
+def _commands(parser: Parser) -> dict[str, Parser]:
+    return next((action.choices for action in parser._actions if isinstance(action.choices, dict)), {})
+
+
+def _parameters(class_path: str) -> dict[str, Any]:
+    try:
+        signature = inspect.signature(resolve_name(class_path))
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return {}
+    named = [parameter for parameter in signature.parameters.values() if "VAR_" not in parameter.kind.name]
+    return {parameter.name: parameter.annotation for parameter in named}
+
+
+def _members(accepted: Any) -> list[Any]:
+    return list(get_args(accepted)) if get_origin(accepted) in (Union, UnionType) else [accepted]
+
+
+def _choices(accepted: Any) -> list[str]:
+    choices = []
+    for member in _members(accepted):
+        if get_origin(member) is Literal:
+            choices += map(str, get_args(member))
+        elif inspect.isclass(member) and member not in (*TYPE_NAMES, type(None), object):
+            choices += _subclass_names(member)
+    return choices
+
+
+def _describe(accepted: Any) -> str:
+    names = []
+    for member in _members(accepted):
+        if get_origin(member) is Literal:
+            names += map(str, get_args(member))
+        elif member in TYPE_NAMES:
+            names.append(TYPE_NAMES[member])
+        elif inspect.isclass(member) and member is not type(None):
+            subclasses = ", ".join(_subclass_names(member))
+            names.append(f"a {member.__name__} ({subclasses})" if subclasses else f"a {member.__name__}")
+        elif member is not type(None):
+            names.append(str(member).replace("typing.", ""))
+    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def _subclass_names(cls: type) -> list[str]:
+    names = []
+    for subclass in cls.__subclasses__():
+        names += [subclass.__name__, *_subclass_names(subclass)]
+    return names
+
+
+def _join(*parts: str) -> str:
+    return ".".join(filter(None, parts))
+
+
+def _one_line(text: str, length: int = 300) -> str:
+    text = re.sub(r"^Validation failed: |^argument |\[Errno \d+\] ", "", text.strip())
+    text = " ".join(text.replace('in "<unicode string>", ', "at ").split())
+    return text if len(text) <= length else f"{text[:length]}..."

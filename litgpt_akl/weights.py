@@ -1,0 +1,93 @@
+"""A LitGPT checkpoint directory as it is read: is it there, is it whole, does it fit its own configuration?"""
+
+import pickle
+from pathlib import Path
+
+import torch
+from litgpt.config import Config, configs
+from litgpt.model import GPT
+from litgpt.utils import auto_download_checkpoint, extend_checkpoint_dir
+from torch import Tensor
+
+from litgpt_akl.errors import UserError
+
+
+def find_checkpoint_dir(path: Path, role: str, access_token: str | None = None) -> Path:
+    """The checkpoint directory that ``path`` names; a model id that LitGPT knows is downloaded if it is not there.
+
+    Args:
+        path: a directory, one below ``checkpoints/``, or a model id such as ``Qwen/Qwen2.5-0.5B``.
+        role: what a message calls it: student or teacher.
+        access_token: for models with restrictions.
+
+    Raises:
+        UserError: the directory does not exist, or lacks files.
+    """
+    directory = extend_checkpoint_dir(Path(path))
+    known = {f"{config['hf_config']['org']}/{config['hf_config']['name']}" for config in configs}
+    if not directory.exists() and str(path) in known:
+        return auto_download_checkpoint(model_name=path, access_token=access_token)
+    if not directory.is_dir():
+        raise UserError(
+            f"The {role}'s checkpoint directory {path} does not exist. Give a LitGPT checkpoint directory,"
+            " or a model id from `litgpt download list`."
+        )
+    files = {name: (directory / name).is_file() for name in ("lit_model.pth", "model_config.yaml")}
+    files["tokenizer_config.json"] = (directory / "tokenizer_config.json").is_file()
+    files["tokenizer.json or tokenizer.model"] = any(
+        (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
+    )
+    missing = [name for name, exists in files.items() if not exists]
+    if missing:
+        raise UserError(
+            f"The {role}'s directory {path} is not a LitGPT checkpoint: it lacks {', '.join(missing)}.\n"
+            "`litgpt convert_to_litgpt` makes one from a Hugging Face model."
+        )
+    return directory
+
+
+def read_config(checkpoint_dir: Path) -> Config:
+    """The model's configuration; raises UserError if model_config.yaml is none."""
+    try:
+        return Config.from_file(checkpoint_dir / "model_config.yaml")
+    except Exception as error:
+        raise UserError(f"{checkpoint_dir / 'model_config.yaml'} is not a model configuration: {error}") from error
+
+
+def open_weights(checkpoint_dir: Path, config: Config) -> dict[str, Tensor]:
+    """Tensors by name, memory-mapped from a flat file or from the ``model`` entry of one; nothing is read yet.
+
+    Raises:
+        UserError: the file is truncated, holds something else, or does not fit ``config``.
+    """
+    path = checkpoint_dir / "lit_model.pth"
+    try:
+        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read as weights: truncated, or no checkpoint.\n"
+            "Download or convert the model again."
+        ) from error
+    weights = weights.get("model", weights) if isinstance(weights, dict) else {}
+    weights = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
+    _check_fit(weights, config, path)
+    return weights
+
+
+def _check_fit(weights: dict[str, Tensor], config: Config, path: Path) -> None:
+    if any("lora_" in name for name in weights):
+        raise UserError(f"{path} holds LoRA weights. Merge them first: litgpt merge_lora {path.parent}")
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or extra:
+        raise UserError(
+            f"{path} does not fit its model_config.yaml: it lacks {len(missing)} of {len(expected)} tensors"
+            f" {missing[:1]} and has {len(extra)} others {extra[:1]}.\nDownload or convert the model again."
+        )
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise UserError(
+                f"{path}: {name} has shape {tuple(weights[name].shape)}, its model_config.yaml says {tuple(shape)}.\n"
+                "Download or convert the model again."
+            )

@@ -1,0 +1,226 @@
+import json
+import os
+import shutil
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from litgpt import Tokenizer
+from litgpt.config import Config
+from litgpt.model import GPT
+from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
+from litgpt.utils import save_config
+
+from litgpt_akl.checkpoint import copy_model_files, write_directory
+from litgpt_akl.errors import UserError
+from litgpt_akl.make_student import make_student
+
+
+def load_model(checkpoint_dir: Path) -> GPT:
+    model = GPT(Config.from_file(checkpoint_dir / "model_config.yaml"))
+    model.load_state_dict(torch.load(checkpoint_dir / "lit_model.pth", weights_only=True))
+    return model.eval()
+
+
+def write_gemma_teacher(directory: Path) -> None:
+    """A random 6-layer Gemma 3 (5 sliding layers and a full one), whose Hugging Face config has no layer_types."""
+    config = Config.from_name(
+        "Gemma-3-1b-it", n_layer=6, n_embd=32, n_head=2, n_query_groups=1, head_size=16, intermediate_size=48
+    )
+    directory.mkdir()
+    save_config(config, directory)
+    torch.save(GPT(config).state_dict(), directory / "lit_model.pth")
+    hf_config = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 6, "sliding_window_pattern": 6}}
+    (directory / "config.json").write_text(json.dumps(hf_config))
+    (directory / "tokenizer.json").write_text("{}")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("layers", "kept"), [([0, 2], [0, 2]), (2, [0, 3]), (1, [3]), (3, [0, 2, 3]), (4, [0, 1, 2, 3]), ([3], [3])]
+)
+def test_student_is_the_teacher_without_the_other_layers(teacher_dir, tmp_path, layers, kept):
+    make_student(teacher_dir, tmp_path / "student", layers=layers)
+    pruned = load_model(teacher_dir)
+    pruned.transformer.h = torch.nn.ModuleList(pruned.transformer.h[layer] for layer in kept)
+    pruned.config = deepcopy(pruned.config)
+    pruned.config.n_layer = len(kept)
+    ids = torch.arange(4, 132).view(1, 128)
+    assert torch.equal(load_model(tmp_path / "student")(ids), pruned(ids))
+
+
+def test_student_is_a_complete_checkpoint(teacher_dir, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_dir, teacher)
+    (teacher / "chat_template.jinja").write_text("{{ messages }}")
+    (teacher / "prompt_style.yaml").write_text("class_path: litgpt.prompts.Default\n")
+    (teacher / "special_tokens_map.json").write_text("{}")
+    make_student(teacher, tmp_path / "student", layers=2)
+    assert sorted(os.listdir(tmp_path / "student")) == sorted(os.listdir(teacher))
+    assert sorted(os.listdir(tmp_path)) == ["student", "teacher"]
+    for name in ("tokenizer.json", "chat_template.jinja", "prompt_style.yaml", "generation_config.json"):
+        assert (tmp_path / "student" / name).read_bytes() == (teacher / name).read_bytes()
+    config = Config.from_file(tmp_path / "student" / "model_config.yaml")
+    assert (config.name, config.n_layer, config.n_embd) == ("glassllm-en", 2, 128)
+    assert json.loads((tmp_path / "student" / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_weights_are_flat_owned_and_as_tied_as_in_the_teacher(teacher_dir, tmp_path, nested):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_dir, teacher)
+    weights = torch.load(teacher / "lit_model.pth", weights_only=True)
+    stacked = torch.stack([weights["transformer.ln_f.weight"]] * 1000)
+    weights["transformer.ln_f.weight"] = stacked[7]
+    torch.save({"model": weights, "step": 3} if nested else weights, teacher / "lit_model.pth")
+    make_student(teacher, tmp_path / "student", layers=[0, 3])
+    student = torch.load(tmp_path / "student" / "lit_model.pth", weights_only=True)
+    assert student["lm_head.weight"].data_ptr() == student["transformer.wte.weight"].data_ptr()
+    assert torch.equal(student["transformer.h.1.attn.qkv.weight"], weights["transformer.h.3.attn.qkv.weight"])
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in student.values())
+    bytes_of_tensors = sum({tensor.data_ptr(): tensor.nbytes for tensor in student.values()}.values())
+    assert (tmp_path / "student" / "lit_model.pth").stat().st_size < bytes_of_tensors + 20_000
+
+
+def test_untied_head_stays_its_own(untied_student_dir, tmp_path):
+    make_student(untied_student_dir, tmp_path / "student", layers=1)
+    student = torch.load(tmp_path / "student" / "lit_model.pth", weights_only=True)
+    assert not torch.equal(student["lm_head.weight"], student["transformer.wte.weight"])
+
+
+@torch.no_grad()
+def test_converted_student_gives_the_same_logits_in_transformers(teacher_dir, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    make_student(teacher_dir, tmp_path / "student", layers=[0, 1, 3])
+    convert_lit_checkpoint(tmp_path / "student", tmp_path / "converted")
+    weights = torch.load(tmp_path / "converted" / "model.pth", weights_only=True)
+    torch.save(weights, tmp_path / "converted" / "pytorch_model.bin")
+    shutil.copy(tmp_path / "student" / "config.json", tmp_path / "converted")
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", dtype=torch.float32)
+    ids = torch.arange(4, 132).view(1, 128)
+    assert converted.config.num_hidden_layers == 3
+    assert (load_model(tmp_path / "student")(ids) - converted(ids).logits).abs().max() < 1e-4
+
+
+def test_layer_lists_follow_the_kept_layers(tmp_path):
+    write_gemma_teacher(tmp_path / "teacher")
+    make_student(tmp_path / "teacher", tmp_path / "student", layers=[1, 5])
+    config = Config.from_file(tmp_path / "student" / "model_config.yaml")
+    assert (config.sliding_window_indices, config.rope_indices) == ([1, 0], [1, 0])
+    text_config = json.loads((tmp_path / "student" / "config.json").read_text())["text_config"]
+    assert text_config["num_hidden_layers"] == 2
+    assert text_config["layer_types"] == ["sliding_attention", "full_attention"]
+
+
+def test_bos_rule_of_a_folder_name_is_made_explicit(teacher_dir, tmp_path):
+    llama = tmp_path / "Llama-3.2-1B"
+    shutil.copytree(teacher_dir, llama)
+    assert Tokenizer(llama).use_bos
+    make_student(llama, tmp_path / "student", layers=2)
+    assert Tokenizer(tmp_path / "student").encode("Alice").tolist() == Tokenizer(llama).encode("Alice").tolist()
+    make_student(llama, tmp_path / "Llama-3-student", layers=2)
+    assert Tokenizer(tmp_path / "Llama-3-student").use_bos
+    with pytest.raises(UserError, match="In a folder named Llama-3-other LitGPT puts a BOS token"):
+        make_student(teacher_dir, tmp_path / "Llama-3-other", layers=2)
+    assert sorted(os.listdir(tmp_path)) == ["Llama-3-student", "Llama-3.2-1B", "student"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (0, "layers is 0, but the teacher has 4 layers"),
+        (5, "layers is 5, but the teacher has 4 layers"),
+        ([], "layers is empty"),
+        ([0, 4], r"layers names \[4\], but the teacher's 4 layers are numbered 0 to 3"),
+        ([-1, 2], r"layers names \[-1\]"),
+        ([2, 0], r"not rising, or a layer twice. Give \[0, 2\]"),
+        ([0, 2, 2], r"not rising, or a layer twice. Give \[0, 2\]"),
+    ],
+)
+def test_wrong_layers_are_refused(teacher_dir, tmp_path, layers, message):
+    with pytest.raises(UserError, match=message):
+        make_student(teacher_dir, tmp_path / "student", layers=layers)
+    assert os.listdir(tmp_path) == []
+
+
+def test_wrong_directories_are_refused(teacher_dir, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("x")
+    cases = [
+        (tmp_path / "absent", tmp_path / "student", "absent is not a directory"),
+        (tmp_path / "full", tmp_path / "student", "lacks lit_model.pth, model_config.yaml, tokenizer.json or"),
+        (teacher_dir, teacher_dir, "is the teacher's own directory"),
+        (teacher_dir, tmp_path / "full", "is not empty"),
+        (teacher_dir, tmp_path / "file", "is a file"),
+        (teacher_dir, tmp_path / "file" / "student", "cannot be written"),
+    ]
+    for teacher, out_dir, message in cases:
+        with pytest.raises(UserError, match=message):
+            make_student(teacher, out_dir, layers=2)
+    assert sorted(os.listdir(tmp_path)) == ["file", "full"]
+
+
+def test_wrong_weights_are_refused(teacher_dir, student_dir, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_dir, teacher)
+    whole = (teacher / "lit_model.pth").read_bytes()
+    weights = torch.load(teacher / "lit_model.pth", weights_only=True)
+    del weights["transformer.h.2.norm_1.weight"]
+    for content, message in [
+        (whole[: len(whole) // 2], rf"\({len(whole) // 2} bytes\) cannot be read as weights"),
+        (b"", r"\(0 bytes\) cannot be read as weights"),
+        ({"optimizer": {}}, "lacks 31 of 31 tensors"),
+        (weights, r"lacks 1 of 31 tensors \['transformer.h.2.norm_1.weight'\]"),
+        (weights | {"transformer.h.0.attn.qkv.lora_A": torch.ones(1)}, "litgpt merge_lora"),
+    ]:
+        if isinstance(content, bytes):
+            (teacher / "lit_model.pth").write_bytes(content)
+        else:
+            torch.save(content, teacher / "lit_model.pth")
+        with pytest.raises(UserError, match=message):
+            make_student(teacher, tmp_path / "student", layers=2)
+    (teacher / "lit_model.pth").write_bytes(whole)
+    shutil.copy(student_dir / "model_config.yaml", teacher)
+    with pytest.raises(UserError, match="does not fit its model_config.yaml"):
+        make_student(teacher, tmp_path / "student", layers=2)
+    assert os.listdir(tmp_path) == ["teacher"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_interrupted_directory_leaves_the_old_one(tmp_path, error):
+    with write_directory(tmp_path / "out") as directory:
+        (directory / "value").write_text("old")
+    with pytest.raises(error), write_directory(tmp_path / "out") as directory:
+        (directory / "value").write_text("new")
+        raise error
+    assert (tmp_path / "out" / "value").read_text() == "old"
+    with write_directory(tmp_path / "out") as directory:
+        (directory / "other").write_text("new")
+        assert os.listdir(tmp_path / "out") == ["value"]
+    assert os.listdir(tmp_path / "out") == ["other"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_leftovers_of_a_killed_process_are_cleared(tmp_path):
+    (tmp_path / ".out.partial" / "out").mkdir(parents=True)
+    (tmp_path / ".out.previous").mkdir()
+    (tmp_path / ".out.previous" / "value").write_text("old")
+    with pytest.raises(OSError), write_directory(tmp_path / "out") as directory:
+        assert os.listdir(directory) == []
+        raise OSError
+    assert (tmp_path / "out" / "value").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_copies_are_writable_and_need_no_tokenizer_config(tmp_path):
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    source.mkdir()
+    copy.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    (source / "tokenizer.json").chmod(0o444)
+    copy_model_files(source, copy)
+    assert os.listdir(copy) == ["tokenizer.json"]
+    assert (copy / "tokenizer.json").stat().st_mode & 0o200
