@@ -6,6 +6,7 @@ et al. 2015). Adaptive KL is from Wu et al., arXiv 2404.02657. Everything is com
 given float64, and is exact: the top-k that finds a head is enlarged for the rows whose head is longer.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -15,6 +16,8 @@ DivergenceName = Literal["akl", "fkl", "rkl", "mix"]
 HeadRule = Literal["paper", "official"]
 
 _FIRST_HEAD_SIZE = 64
+Scratch = Sequence[Tensor | None]
+NO_SCRATCH: Scratch = (None, None, None, None, None)
 
 
 class Comparison(NamedTuple):
@@ -43,27 +46,44 @@ class Head(NamedTuple):
     """The teacher's most probable id."""
 
 
-def compare(teacher_logits: Tensor, student_logits: Tensor) -> Comparison:
-    """Reduce two ``[n, vocab]`` blocks of logits to what the divergences of each row need."""
+def compare(
+    teacher_logits: Tensor, student_logits: Tensor, *, finite: bool = False, scratch: Scratch = NO_SCRATCH
+) -> Comparison:
+    """Reduce two ``[n, vocab]`` blocks of logits to what the divergences of each row need.
+
+    Args:
+        teacher_logits: ``[n, vocab]``.
+        student_logits: ``[n, vocab]``.
+        finite: promises that no logit is -inf, which saves two passes; NaN and +inf show in the result either way.
+        scratch: five ``[n, vocab]`` tensors to write into: on a CPU, fresh memory costs more than what is done with it.
+    """
     teacher_max, student_max = teacher_logits.amax(dim=-1), student_logits.amax(dim=-1)
-    log_p, log_q = teacher_logits - teacher_max[:, None], student_logits - student_max[:, None]
-    p, q = torch.exp(log_p), torch.exp(log_q)
+    log_p = torch.sub(teacher_logits, teacher_max[:, None], out=scratch[0])
+    log_q = torch.sub(student_logits, student_max[:, None], out=scratch[1])
+    p, q = torch.exp(log_p, out=scratch[2]), torch.exp(log_q, out=scratch[3])
+    # not yet divided by their sums, which is done on rows, after the reductions
     teacher_sum, student_sum = p.sum(dim=-1), q.sum(dim=-1)
-    p, q = p.div_(teacher_sum[:, None]), q.div_(student_sum[:, None])
-    teacher_log_sum, student_log_sum = teacher_sum.log(), student_sum.log()
-    log_ratio = log_p.sub_(log_q).sub_((teacher_log_sum - student_log_sum)[:, None])
-    forward = _finite_products(p * log_ratio).sum(dim=-1)
-    reverse = _finite_products(log_ratio.mul_(q)).sum(dim=-1).neg()
-    gap = p.sub_(q).abs_().sum(dim=-1)
-    teacher_log_sum, student_log_sum = teacher_log_sum + teacher_max, student_log_sum + student_max
+    log_ratio = log_p.sub_(log_q)
+    forward = _without_nan(torch.mul(p, log_ratio, out=scratch[4]), finite).sum(dim=-1)
+    reverse = _without_nan(log_ratio.mul_(q), finite).sum(dim=-1)
+    gap = p.sub_(q.mul_((teacher_sum / student_sum)[:, None])).abs_().sum(dim=-1)
+    offset = teacher_sum.log() - student_sum.log()
+    teacher_log_sum, student_log_sum = teacher_sum.log() + teacher_max, student_sum.log() + student_max
     # a NaN or +inf among the logits shows in its log-sum, and must show in the result
     broken = (teacher_log_sum + student_log_sum) * 0
-    return Comparison(teacher_log_sum, student_log_sum, forward + broken, reverse + broken, gap, student_max)
+    return Comparison(
+        teacher_log_sum,
+        student_log_sum,
+        forward / teacher_sum - offset + broken,
+        offset - reverse / student_sum + broken,
+        gap / teacher_sum,
+        student_max,
+    )
 
 
-def _finite_products(products: Tensor) -> Tensor:
+def _without_nan(products: Tensor, finite: bool) -> Tensor:
     """Set to 0, in place, the NaN of an id without mass (0 times infinity); keep the infinity of one with mass."""
-    return torch.nan_to_num_(products, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    return products if finite else torch.nan_to_num_(products, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
 def find_head(
@@ -148,21 +168,42 @@ def blend(share: Tensor | float, forward: Tensor, reverse: Tensor) -> Tensor:
     return torch.where(share == 0, 0, share * forward) + torch.where(share == 1, 0, (1 - share) * reverse)
 
 
-def gradient(teacher_logits: Tensor, student_logits: Tensor, comparison: Comparison, share: Tensor | float) -> Tensor:
-    """Gradient of ``share * forward_kl + (1 - share) * reverse_kl`` in the student's logits, ``[n, vocab]``.
+def gradient(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    comparison: Comparison,
+    share: Tensor | float,
+    *,
+    scale: float = 1.0,
+    student_scale: float = 0.0,
+    finite: bool = False,
+    scratch: Scratch = NO_SCRATCH,
+) -> Tensor:
+    """``scale`` times the gradient of ``share * forward_kl + (1 - share) * reverse_kl`` in the student's logits.
 
-    ``share`` is a number or a detached ``[n]`` tensor. Forward KL: ``q - p``; reverse KL: ``q (log q - log p - RKL)``.
+    Forward KL gives ``q - p``, reverse KL ``q (log q - log p - RKL)``. ``student_scale * q`` is added on the way: the
+    part of a cross-entropy's gradient that does not depend on the label.
+
+    Args:
+        teacher_logits: ``[n, vocab]``.
+        student_logits: ``[n, vocab]``.
+        comparison: of the two.
+        share: of forward KL, a number or a detached ``[n]`` tensor.
+        scale: see above.
+        student_scale: see above.
+        finite: promises that no logit is -inf.
+        scratch: five ``[n, vocab]`` tensors to write into, one of which is returned.
     """
-    log_p = teacher_logits - comparison.teacher_log_sum[:, None]
-    log_q = student_logits - comparison.student_log_sum[:, None]
-    p, q = torch.exp(log_p), torch.exp(log_q)
+    log_p = torch.sub(teacher_logits, comparison.teacher_log_sum[:, None], out=scratch[0])
+    log_q = torch.sub(student_logits, comparison.student_log_sum[:, None], out=scratch[1])
+    p, q = torch.exp(log_p, out=scratch[2]), torch.exp(log_q, out=scratch[3])
     if isinstance(share, float) and share == 1.0:
-        return q.sub_(p)
-    reverse = _finite_products(log_q.sub_(log_p).sub_(comparison.reverse_kl[:, None]).mul_(q))
-    if isinstance(share, float):
-        return reverse if share == 0.0 else q.sub_(p).mul_(share).add_(reverse, alpha=1 - share)
-    share = share[:, None]
-    return q.sub_(p).mul_(share).add_(reverse.mul_(1 - share))
+        return q.mul_(scale + student_scale).sub_(p, alpha=scale)
+    share = torch.as_tensor(share, dtype=q.dtype, device=q.device)[..., None]
+    forward_scale, reverse_scale = scale * share, scale * (1 - share)
+    constant = forward_scale + student_scale - reverse_scale * comparison.reverse_kl[:, None]
+    result = log_q.sub_(log_p).mul_(reverse_scale).add_(constant).mul_(q)
+    return _without_nan(result, finite).sub_(p.mul_(forward_scale))
 
 
 class _Divergence(torch.autograd.Function):

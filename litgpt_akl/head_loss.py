@@ -5,10 +5,7 @@ that are allocated once, and the gradient is carried back through the student's 
 them. Results are sums over tokens, never means.
 """
 
-import importlib.util
 import math
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -18,9 +15,11 @@ import torch
 from torch import Tensor
 
 from litgpt_akl.divergences import (
+    NO_SCRATCH,
     Comparison,
     DivergenceName,
     HeadRule,
+    Scratch,
     adaptive_weight,
     blend,
     check_divergence_options,
@@ -47,8 +46,8 @@ STATISTICS = (
 
 _BLOCK_BYTES = {"cpu": 100 * 2**20}
 _BLOCK_BYTES_ELSEWHERE = 2**30
-# on a CPU, rows are worked on in tiles of 1 MiB, so that they stay in the cache from the first pass to the last
-_TILE_ELEMENTS = 2**18
+# on a CPU, rows are worked on in tiles of less than 1 MB, which stay in the cache from the first pass to the last
+_TILE_ELEMENTS = 200_000
 
 
 class HeadLoss(NamedTuple):
@@ -175,7 +174,7 @@ class DistillationLoss:
 
     def compiles_on(self, device_type: str) -> bool:
         """Whether torch.compile fuses the element-wise part there."""
-        return self.compile is not False and _has_compiler(device_type)
+        return self.compile is not False and _can_compile(device_type)
 
 
 class _BlockwiseLoss(torch.autograd.Function):
@@ -184,12 +183,12 @@ class _BlockwiseLoss(torch.autograd.Function):
         vocab_size, device = len(teacher.weight), hidden.device.type
         student = _Head(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size], softcap)
         gradients = _Gradients.like(student, wanted, len(weight), empty=len(labels) == 0)
-        sums_dtype = gradients.dtype
-        stats = torch.empty(len(STATISTICS), len(labels), dtype=sums_dtype, device=hidden.device)
+        dtype = gradients.dtype
+        stats = torch.empty(len(STATISTICS), len(labels), dtype=dtype, device=hidden.device)
         blocks = max(1, math.ceil(len(labels) / options.tokens_per_block(vocab_size, device)))
         size = math.ceil(len(labels) / blocks)
-        buffers = torch.empty(2, size, vocab_size, dtype=sums_dtype, device=hidden.device)
-        score = _Scorer(options, softcap, want_gradient=any(wanted), device_type=device)
+        buffers = torch.empty(2, size, vocab_size, dtype=dtype, device=hidden.device)
+        score = _Scorer(options, student, teacher, dtype, want_gradient=any(wanted))
         for start in range(0, len(labels), size or 1):
             rows = slice(start, min(start + size, len(labels)))
             student_logits, teacher_logits = buffers[:, : rows.stop - rows.start]
@@ -260,25 +259,38 @@ class _Gradients(NamedTuple):
 class _Scorer:
     """Scores blocks of logits and turns the student's logits into the gradient of the loss, in place."""
 
-    def __init__(self, options: DistillationLoss, softcap: float | None, want_gradient: bool, device_type: str) -> None:
-        self.options, self.softcap, self.want_gradient = options, softcap, want_gradient
-        make = _compiled if options.compiles_on(device_type) else partial
-        constants = {"kd_ratio": options.kd_ratio, "temperature": options.temperature, "softcap": softcap}
-        self.compare, self.replace = make(compare), make(_replace_by_gradient, **constants)
-        self.in_tiles = device_type == "cpu"
+    def __init__(
+        self, options: DistillationLoss, student: _Head, teacher: _Head, dtype: torch.dtype, want_gradient: bool
+    ) -> None:
+        device_type = student.hidden.device.type
+        self.options, self.softcap, self.want_gradient = options, student.softcap, want_gradient
+        self.vocab_size, self.in_tiles = len(student.weight), device_type == "cpu"
+        self.tile = max(1, _TILE_ELEMENTS // self.vocab_size)
+        # only a bias can forbid an id
+        finite = all(head.bias is None or bool(head.bias.isfinite().all()) for head in (student, teacher))
+        compiled = options.compiles_on(device_type)
+        self.scratch: Scratch = NO_SCRATCH
+        if self.in_tiles and not compiled:
+            self.scratch = tuple(torch.empty(len(NO_SCRATCH), self.tile, self.vocab_size, dtype=dtype))
+        make = _compiled if compiled else partial
+        self.compare = make(compare, finite=finite)
+        self.replace = make(
+            _replace_by_gradient,
+            kd_ratio=options.kd_ratio,
+            temperature=options.temperature,
+            softcap=student.softcap,
+            finite=finite,
+        )
 
     def __call__(self, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, stats: Tensor) -> None:
-        tile = max(1, _TILE_ELEMENTS // student_logits.size(1)) if self.in_tiles else len(labels)
-        for start in range(0, len(labels), tile):
-            rows = slice(start, start + tile)
-            self._score(teacher_logits[rows], student_logits[rows], labels[rows, None], stats[:, rows])
-
-    def _score(self, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, stats: Tensor) -> None:
+        """Fill the rows of ``stats`` ``[len(STATISTICS), block]`` for blocks of logits ``[block, vocab]``."""
         options, temperature = self.options, self.options.temperature
-        teacher, student = teacher_logits, student_logits
+        labels, teacher, student = labels[:, None], teacher_logits, student_logits
         if temperature != 1.0:
             teacher, student = teacher / temperature, student / temperature
-        comparison = self.compare(teacher, student)
+        tiles = self._tiles(len(labels))
+        parts = [self.compare(teacher[rows], student[rows], scratch=scratch) for rows, scratch in tiles]
+        comparison = parts[0] if len(parts) == 1 else Comparison(*map(torch.cat, zip(*parts, strict=True)))
         head = find_head(teacher, student, comparison, mu=options.mu, head_rule=options.head_rule)
         h = adaptive_weight(comparison, head.gap)
         share = forward_share(options.divergence, h, options.mix_ratio)
@@ -298,8 +310,27 @@ class _Scorer:
         )
         for row, value in zip(stats, values, strict=True):
             row.copy_(value)
-        if self.want_gradient:
-            self.replace(teacher, student, student_logits, comparison, share, log_sum, labels)
+        if not self.want_gradient:
+            return
+        for rows, scratch in tiles:
+            tile_share = share[rows] if isinstance(share, Tensor) else share
+            of_rows = Comparison(*(value[rows] for value in comparison))
+            self.replace(
+                teacher[rows],
+                student[rows],
+                student_logits[rows],
+                of_rows,
+                tile_share,
+                log_sum[rows],
+                labels[rows],
+                scratch=scratch,
+            )
+
+    def _tiles(self, rows: int) -> list[tuple[slice, Scratch]]:
+        """Slices of a block's rows, and memory to work on each in."""
+        tile = self.tile if self.in_tiles else rows
+        slices = [slice(start, min(start + tile, rows)) for start in range(0, rows, tile)]
+        return [(s, [x if x is None else x[: s.stop - s.start] for x in self.scratch]) for s in slices]
 
 
 def _replace_by_gradient(
@@ -314,18 +345,33 @@ def _replace_by_gradient(
     kd_ratio: float,
     temperature: float,
     softcap: float | None,
+    finite: bool,
+    scratch: Scratch,
 ) -> None:
     """Overwrite ``student_logits`` with the gradient of the loss in the logits as they were before the softcap.
 
     ``teacher`` and ``student`` are the logits divided by the temperature, ``log_sum`` is that of ``student_logits``.
     """
-    if kd_ratio > 0:
-        result = gradient(teacher, student, comparison, share).mul_(kd_ratio * temperature)
-    else:
-        result = torch.zeros_like(student_logits)
-    if kd_ratio < 1:
-        result.add_((student_logits - log_sum[:, None]).exp_(), alpha=1 - kd_ratio)
-        result.scatter_add_(-1, labels, torch.full_like(labels, kd_ratio - 1, dtype=result.dtype))
+    cross_entropy_scale = 1 - kd_ratio
+    # at temperature 1 the student's distribution is the same in the divergence and in the cross-entropy
+    shared = cross_entropy_scale if temperature == 1.0 else 0.0
+    scale = kd_ratio * temperature
+    if kd_ratio == 0:
+        share = 1.0  # of nothing, and an infinite reverse KL has no part in it
+    result = gradient(
+        teacher,
+        student,
+        comparison,
+        share,
+        scale=scale,
+        student_scale=shared,
+        finite=finite,
+        scratch=scratch,
+    )
+    if cross_entropy_scale > shared:
+        result.add_((student_logits - log_sum[:, None]).exp_(), alpha=cross_entropy_scale)
+    if cross_entropy_scale > 0:
+        result.scatter_add_(-1, labels, torch.full_like(labels, -cross_entropy_scale, dtype=result.dtype))
     if softcap is not None:
         result.mul_(1 - (student_logits / softcap).square_())
     student_logits.copy_(result)
@@ -363,10 +409,14 @@ def _product(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> Non
         torch.mm(left, right, out_dtype=out.dtype, out=out)
 
 
-def _has_compiler(device_type: str) -> bool:
-    if device_type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+@cache
+def _can_compile(device_type: str) -> bool:
+    """Whether torch.compile works there; only a trial tells, since it needs a compiler and its headers."""
+    try:
+        torch.compile(lambda x: x.exp().sum(dim=-1), dynamic=True)(torch.ones(2, 8, device=device_type))
+    except Exception:
+        return False
+    return True
 
 
 @cache
