@@ -114,8 +114,9 @@ def optimizer_config(optimizer: str | dict) -> str | dict:
         return optimizer
     init_args = {**optimizer.get("init_args", {})}
     init_args.update({name: value for name, value in optimizer.items() if name not in ("class_path", "init_args")})
+    class_path = optimizer.get("class_path", "AdamW")
     return {
-        "class_path": optimizer.get("class_path", "torch.optim.AdamW"),
+        "class_path": class_path if "." in class_path else f"torch.optim.{class_path}",
         "init_args": {name: _number(value) for name, value in init_args.items()},
     }
 

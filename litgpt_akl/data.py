@@ -88,8 +88,11 @@ def _map_style_dataset(loader: DataLoader, data: DataModule) -> Dataset:
 
 def _tokenise(dataset: Dataset, split: str, data: DataModule, max_seq_length: int | None, context_length: int) -> Store:
     input_ids, labels, ends, end = [], [], [], 0
-    numbers = range(len(dataset))
-    for number in tqdm(numbers, desc=f"tokenising {split} samples", leave=False, delay=1, file=sys.stderr):
+    # a log file is no terminal: a line every ten seconds is enough there
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    for number in tqdm(
+        range(len(dataset)), desc=f"tokenising {split} samples", leave=False, delay=1, mininterval=interval
+    ):
         try:
             sample = dataset[number]
         except (KeyError, TypeError, AttributeError) as error:

@@ -106,6 +106,7 @@ def setup(
     recipe = recipe_as_yaml({name: value for name, value in locals().items() if name != "access_token"})
     silence_known_noise()
     check_training_args(train, eval)
+    _make_optimizer(optimizer, torch.nn.Linear(1, 1))  # a misspelt one is found before anything is loaded
     precision = choose_precision(precision, torch.cuda.is_available())
     if parse_devices(devices) * num_nodes > 1:
         raise UserError(f"--devices {devices} --num_nodes {num_nodes}: this version trains on one device. Use 1 and 1.")

@@ -1,18 +1,17 @@
 """`litgpt make_student`: a student made from some of its teacher's layers."""
 
 import json
-import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from litgpt.config import Config
-from litgpt.model import GPT
-from litgpt.utils import extend_checkpoint_dir, save_config
+from litgpt.utils import save_config
 
 from litgpt_akl.checkpoint import copy_model_files, write_directory
 from litgpt_akl.errors import UserError
+from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
 
 HF_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
@@ -32,13 +31,11 @@ def make_student(teacher_dir: Path, out_dir: Path, *, layers: int | list[int]) -
         layers: How many layers to keep, spread evenly from the teacher's first to its last (``4`` of 30 keeps 0, 10, 19
             and 29), or the numbers of the layers to keep, rising from 0: ``'[0,2,5,8]'``.
     """
-    teacher_dir = extend_checkpoint_dir(Path(teacher_dir))
-    out_dir = Path(out_dir)
-    _check_directories(teacher_dir, out_dir)
-    teacher_config = Config.from_file(teacher_dir / "model_config.yaml")
+    teacher_dir, out_dir = find_checkpoint_dir(teacher_dir, "teacher"), Path(out_dir)
+    _check_out_dir(out_dir, teacher_dir)
+    teacher_config = read_config(teacher_dir)
     kept = _kept_layers(layers, teacher_config.n_layer)
-    teacher_weights = _load_weights(teacher_dir / "lit_model.pth")
-    _check_weights(teacher_weights, teacher_config, teacher_dir)
+    teacher_weights = open_weights(teacher_dir, teacher_config)
     with write_directory(out_dir) as student_dir:
         copy_model_files(teacher_dir, student_dir)
         save_config(_student_config(teacher_config, kept), student_dir)
@@ -53,22 +50,7 @@ def make_student(teacher_dir: Path, out_dir: Path, *, layers: int | list[int]) -
     )
 
 
-def _check_directories(teacher_dir: Path, out_dir: Path) -> None:
-    if not teacher_dir.is_dir():
-        raise UserError(
-            f"teacher_dir {teacher_dir} is not a directory. Give a LitGPT checkpoint directory; "
-            "`litgpt download` makes one."
-        )
-    needed = {name: (teacher_dir / name).is_file() for name in ("lit_model.pth", "model_config.yaml")}
-    needed["tokenizer.json or tokenizer.model"] = any(
-        (teacher_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
-    )
-    missing = [name for name, exists in needed.items() if not exists]
-    if missing:
-        raise UserError(
-            f"teacher_dir {teacher_dir} is not a LitGPT checkpoint: it lacks {', '.join(missing)}.\n"
-            "`litgpt convert_to_litgpt` makes one from a Hugging Face model."
-        )
+def _check_out_dir(out_dir: Path, teacher_dir: Path) -> None:
     if out_dir.resolve() == teacher_dir.resolve():
         raise UserError(f"out_dir {out_dir} is the teacher's own directory. Give another one for the student.")
     if out_dir.exists() and not out_dir.is_dir():
@@ -97,39 +79,6 @@ def _kept_layers(layers: int | list[int], n_layer: int) -> list[int]:
     if layers != sorted(set(layers)):
         raise UserError(f"layers is {layers}: not rising, or a layer twice. Give {sorted(set(layers))}.")
     return layers
-
-
-def _load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name, memory-mapped from a flat checkpoint or from the ``model`` entry of a training checkpoint."""
-    try:
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as weights: truncated, or not a LitGPT checkpoint.\n"
-            "Download or convert the teacher again."
-        ) from error
-    weights = weights.get("model", weights) if isinstance(weights, dict) else {}
-    return {name: tensor for name, tensor in weights.items() if isinstance(tensor, torch.Tensor)}
-
-
-def _check_weights(weights: dict[str, torch.Tensor], config: Config, teacher_dir: Path) -> None:
-    with torch.device("meta"):
-        expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    if any("lora_" in name for name in weights):
-        raise UserError(f"{teacher_dir}/lit_model.pth holds LoRA weights. Merge them first: litgpt merge_lora.")
-    missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    if missing or extra:
-        raise UserError(
-            f"{teacher_dir}/lit_model.pth does not fit its model_config.yaml: it lacks {len(missing)} of "
-            f"{len(expected)} tensors {missing[:1]} and has {len(extra)} others {extra[:1]}.\n"
-            "Convert the teacher again with litgpt convert_to_litgpt."
-        )
-    for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise UserError(
-                f"{teacher_dir}/lit_model.pth: {name} has shape {tuple(weights[name].shape)}, "
-                f"its model_config.yaml says {tuple(shape)}. Convert the teacher again with litgpt convert_to_litgpt."
-            )
 
 
 def _student_config(teacher: Config, kept: list[int]) -> Config:

@@ -34,6 +34,7 @@ def write_gemma_teacher(directory: Path) -> None:
     hf_config = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 6, "sliding_window_pattern": 6}}
     (directory / "config.json").write_text(json.dumps(hf_config))
     (directory / "tokenizer.json").write_text("{}")
+    (directory / "tokenizer_config.json").write_text("{}")
 
 
 @torch.no_grad()
@@ -150,8 +151,12 @@ def test_wrong_directories_are_refused(teacher_dir, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("x")
     cases = [
-        (tmp_path / "absent", tmp_path / "student", "absent is not a directory"),
-        (tmp_path / "full", tmp_path / "student", "lacks lit_model.pth, model_config.yaml, tokenizer.json or"),
+        (tmp_path / "absent", tmp_path / "student", "absent does not exist"),
+        (
+            tmp_path / "full",
+            tmp_path / "student",
+            "lacks lit_model.pth, model_config.yaml, tokenizer_config.json, tokenizer.json or",
+        ),
         (teacher_dir, teacher_dir, "is the teacher's own directory"),
         (teacher_dir, tmp_path / "full", "is not empty"),
         (teacher_dir, tmp_path / "file", "is a file"),
@@ -170,7 +175,7 @@ def test_wrong_weights_are_refused(teacher_dir, student_dir, tmp_path):
     weights = torch.load(teacher / "lit_model.pth", weights_only=True)
     del weights["transformer.h.2.norm_1.weight"]
     for content, message in [
-        (whole[: len(whole) // 2], rf"\({len(whole) // 2} bytes\) cannot be read as weights"),
+        (whole[: len(whole) // 2], rf"\({len(whole) // 2:,} bytes\) cannot be read as weights"),
         (b"", r"\(0 bytes\) cannot be read as weights"),
         ({"optimizer": {}}, "lacks 31 of 31 tensors"),
         (weights, r"lacks 1 of 31 tensors \['transformer.h.2.norm_1.weight'\]"),
