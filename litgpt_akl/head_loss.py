@@ -187,11 +187,12 @@ class _BlockwiseLoss(torch.autograd.Function):
         stats = torch.empty(len(STATISTICS), len(labels), dtype=dtype, device=hidden.device)
         blocks = max(1, math.ceil(len(labels) / options.tokens_per_block(vocab_size, device)))
         size = math.ceil(len(labels) / blocks)
-        buffers = torch.empty(2, size, vocab_size, dtype=dtype, device=hidden.device)
+        # two tensors, not one: torch.compile mistakes what is written to a part of a tensor that is also read
+        buffers = [torch.empty(size, vocab_size, dtype=dtype, device=hidden.device) for _ in range(2)]
         score = _Scorer(options, student, teacher, dtype, want_gradient=any(wanted))
         for start in range(0, len(labels), size or 1):
             rows = slice(start, min(start + size, len(labels)))
-            student_logits, teacher_logits = buffers[:, : rows.stop - rows.start]
+            student_logits, teacher_logits = (buffer[: rows.stop - rows.start] for buffer in buffers)
             student.logits_into(student_logits, rows)
             teacher.logits_into(teacher_logits, rows)
             score(teacher_logits, student_logits, labels[rows], stats[:, rows])
@@ -316,8 +317,7 @@ class _Scorer:
             tile_share = share[rows] if isinstance(share, Tensor) else share
             of_rows = Comparison(*(value[rows] for value in comparison))
             self.replace(
-                teacher[rows],
-                student[rows],
+                teacher_logits[rows],
                 student_logits[rows],
                 of_rows,
                 tile_share,
@@ -334,8 +334,7 @@ class _Scorer:
 
 
 def _replace_by_gradient(
-    teacher: Tensor,
-    student: Tensor,
+    teacher_logits: Tensor,
     student_logits: Tensor,
     comparison: Comparison,
     share: Tensor | float,
@@ -350,8 +349,11 @@ def _replace_by_gradient(
 ) -> None:
     """Overwrite ``student_logits`` with the gradient of the loss in the logits as they were before the softcap.
 
-    ``teacher`` and ``student`` are the logits divided by the temperature, ``log_sum`` is that of ``student_logits``.
+    ``comparison`` is of the logits divided by the temperature, ``log_sum`` is that of ``student_logits``.
     """
+    teacher, student = teacher_logits, student_logits
+    if temperature != 1.0:
+        teacher, student = teacher / temperature, student / temperature
     cross_entropy_scale = 1 - kd_ratio
     # at temperature 1 the student's distribution is the same in the divergence and in the cross-entropy
     shared = cross_entropy_scale if temperature == 1.0 else 0.0

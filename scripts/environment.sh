@@ -1,0 +1,15 @@
+# Sourced by the scripts beside it, with the names of extras: makes .venv once, installs this package, activates.
+extras=$1
+if [ ! -x .venv/bin/python ]; then
+    echo "Making a virtual environment in .venv"
+    python3 -m venv .venv
+fi
+source .venv/bin/activate
+stamp=".venv/.installed-$extras"
+if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
+    echo "Installing litgpt-akl[$extras] into .venv"
+    # torch first and by number: left to choose, pip may take a build of several GB
+    pip install --quiet --disable-pip-version-check torch==2.13.0
+    pip install --quiet --disable-pip-version-check -e ".[$extras]"
+    touch "$stamp"
+fi

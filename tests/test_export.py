@@ -1,0 +1,275 @@
+"""The student in `final/` is the student that was trained: for LitGPT's own model and API, and for Transformers."""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import materials
+import pytest
+import runs
+import tokenizers
+import torch
+import yaml
+from litgpt import LLM
+from litgpt.config import Config
+from litgpt.data import JSON
+from litgpt.model import GPT
+from litgpt.prompts import Default, load_prompt_style
+from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
+from litgpt.tokenizer import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from litgpt_akl import finetune_akl
+from litgpt_akl.errors import UserError
+
+HEAD, EMBEDDINGS = "lm_head.weight", "transformer.wte.weight"
+IDS = torch.arange(4, 132).view(1, 128)
+CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+MESSAGES = [{"role": "user", "content": "Who stole the tarts?"}]
+SOFTCAP = 2.0
+BOS_ID = materials.SPECIAL_TOKENS.index("<bos>")
+
+
+@dataclass
+class Case:
+    """What a student starts from, and whether its head and embeddings are one matrix in training."""
+
+    source: str
+    tied: bool
+    folder: str = "tiny-student"
+    tie_in_config: bool | None = None
+    tie_option: bool | None = None
+    softcap: float | None = None
+
+    @property
+    def bos(self) -> bool:
+        """LitGPT adds a BOS token in folders with this name."""
+        return self.folder.startswith("Llama-3")
+
+
+CASES = {
+    "tied": Case("student_dir", tied=True),
+    "untied": Case("untied_student_dir", tied=False),
+    "tied-bos": Case("student_dir", tied=True, folder="Llama-3-tiny"),
+    "untied-bos": Case("untied_student_dir", tied=False, folder="Llama-3-tiny"),
+    "equal-untied-by-config": Case("student_dir", tied=False, tie_in_config=False),
+    "equal-untied-by-option": Case("student_dir", tied=False, tie_option=False),
+    "equal-tied-by-option": Case("student_dir", tied=True, tie_in_config=False, tie_option=True),
+    "softcapped": Case("untied_student_dir", tied=False, softcap=SOFTCAP),
+}
+
+
+@dataclass
+class Distilled:
+    """A finished run."""
+
+    case: Case
+    source: Path
+    final: Path
+    student: torch.nn.Module
+    """The very model that was trained."""
+    data: JSON
+
+    @torch.no_grad()
+    def logits(self) -> torch.Tensor:
+        return self.student.eval()(IDS)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return torch.load(self.final / "lit_model.pth", weights_only=True)
+
+    def start(self) -> dict[str, torch.Tensor]:
+        return torch.load(self.source / "lit_model.pth", weights_only=True)
+
+
+def write_source(case: Case, original: Path, directory: Path) -> None:
+    """A copy of ``original`` with the files that LitGPT's own copying forgets, changed as ``case`` says."""
+    shutil.copytree(original, directory)
+    edit_json(directory / "tokenizer_config.json", chat_template=CHAT_TEMPLATE)
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (directory / "prompt_style.yaml").write_text("class_path: litgpt.prompts.Alpaca\n")
+    materials.write_json(directory / "special_tokens_map.json", {"bos_token": "<bos>", "eos_token": "<eos>"})
+    edit_json(directory / "config.json", dtype="bfloat16")
+    if case.bos:
+        write_bos_rule_of_llama_3(directory)
+    if case.tie_in_config is not None:
+        edit_json(directory / "config.json", tie_word_embeddings=case.tie_in_config)
+    if case.softcap is not None:
+        config = replace(materials.STUDENT_CONFIG, final_logit_softcapping=case.softcap)
+        materials.save_config(config, directory)
+        weights = torch.load(directory / "lit_model.pth", weights_only=True)
+        # random logits are too small for a cap to matter
+        weights[HEAD] = weights[HEAD] * 20
+        torch.save(weights, directory / "lit_model.pth")
+
+
+def write_bos_rule_of_llama_3(directory: Path) -> None:
+    """As in Llama 3's files: tokenizer.json says that texts start with a BOS token, tokenizer_config.json nothing."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS_ID)]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    entries = json.loads((directory / "tokenizer_config.json").read_text())
+    del entries["add_bos_token"]
+    materials.write_json(directory / "tokenizer_config.json", entries)
+
+
+def edit_json(path: Path, **entries) -> None:
+    materials.write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
+
+
+def distil(student: Path, teacher: Path, data: JSON | Path, out_dir: Path, tie_embeddings: bool | None) -> None:
+    """A few large steps with an example answer between them."""
+    train = {"max_steps": 4, "lr_warmup_steps": 1, "tie_embeddings": tie_embeddings}
+    validation = {"interval": 2, "max_new_tokens": 8, "max_iters": 1, "initial_validation": False}
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}}
+    runs.distil(student, teacher, data, out_dir, train=train, eval=validation, optimizer=optimizer, precision="32-true")
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def distilled(request, teacher_dir, alice_json, tmp_path_factory) -> Distilled:
+    case, base = request.param, tmp_path_factory.mktemp("distilled")
+    source, teacher = base / case.folder, base / f"{case.folder}-teacher"
+    write_source(case, request.getfixturevalue(case.source), source)
+    teacher.symlink_to(teacher_dir)
+    data, states = runs.alice(alice_json), []
+
+    def make_state(*arguments):
+        states.append(make_state_of_the_command(*arguments))
+        return states[0]
+
+    make_state_of_the_command = finetune_akl.make_state
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune_akl, "make_state", make_state)
+        distil(source, teacher, data, base / "out", case.tie_option)
+    return Distilled(case, source, base / "out" / "final", states[0]["student"].cpu(), data)
+
+
+@pytest.fixture(scope="module")
+def transformers_dir(distilled, tmp_path_factory) -> Path:
+    """What a user of Transformers has: the converted weights beside the configuration and tokenizer of `final/`."""
+    if distilled.case.softcap is not None:
+        pytest.skip("Transformers' Llama has no softcap")
+    directory = tmp_path_factory.mktemp("transformers")
+    convert_lit_checkpoint(distilled.final, directory)
+    (directory / "model.pth").rename(directory / "pytorch_model.bin")
+    for path in distilled.final.iterdir():
+        if path.name != "lit_model.pth":
+            shutil.copy(path, directory)
+    return directory
+
+
+def test_weights_file_is_the_flat_state_of_the_trained_model(distilled):
+    weights, live = distilled.weights(), distilled.student.state_dict()
+    with torch.device("meta"):
+        names = GPT(Config.from_file(distilled.source / "model_config.yaml")).state_dict().keys()
+    assert weights.keys() == names == live.keys()
+    assert all(torch.equal(weights[name], live[name]) for name in names)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in weights.values())
+
+
+def test_every_matrix_was_trained(distilled):
+    weights, start = distilled.weights(), distilled.start()
+    moved = {name: (weights[name] - start[name]).abs().max().item() for name in start}
+    assert min(moved.values()) > 1e-3, moved
+
+
+def test_head_and_embeddings_are_tied_as_in_training(distilled):
+    weights, tied = distilled.weights(), distilled.case.tied
+    assert torch.equal(weights[HEAD], weights[EMBEDDINGS]) == tied
+    assert (weights[HEAD].data_ptr() == weights[EMBEDDINGS].data_ptr()) == tied
+    assert json.loads((distilled.final / "config.json").read_text())["tie_word_embeddings"] is tied
+
+
+@torch.no_grad()
+def test_litgpt_model_gives_the_training_logits(distilled):
+    for config_dir in (distilled.source, distilled.final):
+        model = GPT(Config.from_file(config_dir / "model_config.yaml")).eval()
+        model.load_state_dict(distilled.weights())
+        assert (model(IDS) - distilled.logits()).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_litgpt_api_gives_the_training_logits_and_prompts(distilled):
+    llm = LLM.load(distilled.final, distribute=None)
+    llm.distribute(accelerator="cpu", precision="32-true")
+    assert (llm(IDS) - distilled.logits()).abs().max() < 1e-4
+    assert type(llm.prompt_style) is Default
+
+
+@torch.no_grad()
+def test_transformers_model_gives_the_training_logits(distilled, transformers_dir):
+    model = AutoModelForCausalLM.from_pretrained(transformers_dir, dtype=torch.float32)
+    assert (model(IDS).logits - distilled.logits()).abs().max() < 1e-4
+    assert torch.equal(model.lm_head.weight, distilled.weights()[HEAD])
+    assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) == distilled.case.tied
+
+
+def test_transformers_reads_the_weights_in_the_precision_they_have(distilled, transformers_dir):
+    assert AutoModelForCausalLM.from_pretrained(transformers_dir).dtype == torch.float32
+
+
+def test_prompts_get_the_ids_they_had_in_training(distilled, transformers_dir):
+    tokenizer, transformers_tokenizer = Tokenizer(distilled.final), AutoTokenizer.from_pretrained(transformers_dir)
+    dataset = distilled.data.train_dataset
+    for number in range(20):
+        sample = dataset[number]
+        prompt_ids = sample["input_ids"][sample["labels"] == -100].tolist()
+        assert (prompt_ids[0] == BOS_ID) == distilled.case.bos
+        prompt = load_prompt_style(distilled.final).apply(dataset.data[number]["instruction"])
+        assert tokenizer.encode(prompt).tolist() == prompt_ids
+        assert transformers_tokenizer(prompt)["input_ids"] == prompt_ids
+    for token in ("bos_id", "eos_id"):
+        assert getattr(tokenizer, token) == getattr(distilled.data.tokenizer, token)
+
+
+def test_softcap_is_in_the_configuration_and_in_the_logits(distilled):
+    config = Config.from_file(distilled.final / "model_config.yaml")
+    assert config == Config.from_file(distilled.source / "model_config.yaml")
+    assert config.final_logit_softcapping == distilled.case.softcap
+    if distilled.case.softcap is not None:
+        largest = distilled.logits().abs().max().item()
+        assert 0.9 * SOFTCAP < largest < SOFTCAP
+
+
+def test_files_beside_the_weights(distilled):
+    unchanged = [
+        "chat_template.jinja",
+        "generation_config.json",
+        "model_config.yaml",
+        "special_tokens_map.json",
+        "tokenizer.json",
+    ]
+    written = [
+        "config.json",
+        "hyperparameters.yaml",
+        "lit_model.pth",
+        "prompt_style.yaml",
+        "tokenizer_config.json",
+    ]
+    final, source = distilled.final, distilled.source
+    assert {path.name for path in final.iterdir()} == {*unchanged, *written}
+    for name in unchanged:
+        assert (final / name).read_bytes() == (source / name).read_bytes(), name
+    for name, expected in (
+        ("config.json", {"tie_word_embeddings": distilled.case.tied, "dtype": "float32"}),
+        ("tokenizer_config.json", {"add_bos_token": distilled.case.bos}),
+    ):
+        entries, original = (json.loads((path / name).read_text()) for path in (final, source))
+        assert entries == {**original, **expected}
+    assert type(load_prompt_style(final)) is Default
+    recipe = yaml.safe_load((final / "hyperparameters.yaml").read_text())
+    assert recipe["checkpoint_dir"] == str(source)
+    assert recipe["train"]["max_steps"] == 4
+
+
+def test_transformers_reads_the_chat_template(transformers_dir):
+    text = AutoTokenizer.from_pretrained(transformers_dir).apply_chat_template(MESSAGES, tokenize=False)
+    assert text == "<user>Who stole the tarts?"
+
+
+def test_matrices_that_differ_are_not_tied(untied_student_dir, teacher_dir, alice_json, tmp_path):
+    with pytest.raises(UserError, match="tie_embeddings true"):
+        distil(untied_student_dir, teacher_dir, alice_json, tmp_path, tie_embeddings=True)
+    assert not (tmp_path / "final").exists()
