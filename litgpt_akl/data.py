@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from litgpt.data import DataModule
+from litgpt.data import DataModule, LitData, MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories
 from litgpt.tokenizer import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import IGNORE_INDEX
+
+FOR_PRETRAINING = (LitData, MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories)
 
 
 class Store:
@@ -58,10 +60,17 @@ def prepare_stores(data: DataModule, tokenizer: Tokenizer, train, context_length
         UserError: unreadable data, a record without its fields, a response cut off entirely, a sample that is too long,
             no training samples. The message names file and line where there is one.
     """
+    if isinstance(data, FOR_PRETRAINING):
+        raise UserError(
+            f"--data {type(data).__name__} is made for pretraining: it has no prompts and responses.\n"
+            "Choose one of LitGPT's finetuning modules, such as JSON."
+        )
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=train.max_seq_length)
     try:
         data.prepare_data()
         data.setup()
+        if getattr(data, "train_dataset", None) is not None and len(data.train_dataset) == 0:
+            raise UserError(f"{type(data).__name__} has no training samples. Check its path and its split fraction.")
         loaders = data.train_dataloader(), data.val_dataloader()
     except json.JSONDecodeError as error:
         raise UserError(_describe_bad_json(data, error)) from error
@@ -71,8 +80,6 @@ def prepare_stores(data: DataModule, tokenizer: Tokenizer, train, context_length
     for split, loader in zip(("training", "validation"), loaders, strict=True):
         dataset = _map_style_dataset(loader, data)
         stores.append(_tokenise(dataset, split, data, train.max_seq_length, context_length))
-    if len(stores[0]) == 0:
-        raise UserError(f"{type(data).__name__} has no training samples. Check its path and its split fraction.")
     return stores[0], stores[1]
 
 
@@ -80,8 +87,8 @@ def _map_style_dataset(loader: DataLoader, data: DataModule) -> Dataset:
     dataset = getattr(loader, "dataset", None)
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError(
-            f"--data {type(data).__name__} is made for pretraining: it has no responses to read by number.\n"
-            "Choose one of LitGPT's finetuning modules, such as JSON."
+            f"--data {type(data).__name__} has samples that cannot be read by number, which shuffling here needs.\n"
+            "Give it a dataset with __len__ and __getitem__."
         )
     return dataset
 

@@ -2,40 +2,74 @@
 
 import dataclasses
 import inspect
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
+from jsonargparse import ArgumentParser
 from litgpt.prompts import PromptStyle, prompt_styles
+
+SECRETS = ("access_token", "api_key", "auth_token", "hf_token", "password", "secret", "token")
+"""Names whose values are never written; a run that is repeated asks for them again."""
 
 
 def recipe_as_yaml(arguments: dict[str, Any]) -> str:
     """The arguments of a ``setup()`` as YAML: dataclasses as mappings, other objects by class_path and init_args."""
-    return yaml.safe_dump({name: _plain(value) for name, value in arguments.items()}, sort_keys=False)
+    return yaml.safe_dump(_plain(arguments), sort_keys=False)
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, Enum):
+        return value.name
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            # YAML knows no subclasses, such as NumPy's float64
+            return kind(value)
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+        return {key: _plain(item) for key, item in value.items() if key not in SECRETS}
+    if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item) for item in value]
     if isinstance(value, PromptStyle):
         names = [name for name, style in prompt_styles.items() if style is type(value)]
-        return names[0] if names else {"class_path": _class_path(value)}
+        if names:
+            return names[0]
     if dataclasses.is_dataclass(value) and type(value).__module__ in ("litgpt.args", "litgpt_akl.args"):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return {"class_path": _class_path(value), "init_args": _init_args(value)}
+        return _plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if inspect.isclass(value) or inspect.isroutine(value):
+        return _import_path(value)
+    return {"class_path": _import_path(type(value)), "init_args": _plain(_init_args(value))}
 
 
-def _class_path(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+def _import_path(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
 
 
 def _init_args(value: Any) -> dict[str, Any]:
-    """Constructor arguments of an object that keeps each under its own name, as LitGPT's data modules do."""
-    names = [name for name in inspect.signature(type(value)).parameters if hasattr(value, name)]
-    return {name: _plain(getattr(value, name)) for name in names}
+    """Constructor arguments of an object that keeps each under its own name, as LitGPT's data modules do.
+
+    What Lightning's ``save_hyperparameters`` kept counts too; an argument that was kept in neither way is left out.
+    """
+    # which arguments there are is for the parser to say: it looks through **kwargs into the base classes
+    added = ArgumentParser().add_class_arguments(type(value), "init_args", fail_untyped=False)
+    names = dict.fromkeys(name.split(".")[1] for name in added)
+    kept = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    kept.update({name: given for name, given in getattr(value, "hparams", {}).items() if name in names})
+    parameters = inspect.signature(type(value)).parameters
+    return {
+        name: _as_given(kept[name], parameters[name].annotation) if name in parameters else kept[name]
+        for name in names
+        if name in kept
+    }
+
+
+def _as_given(value: Any, annotation: Any) -> Any:
+    """LitGPT's FLAN takes a comma-separated text and keeps a list of its parts."""
+    accepted = (annotation, *get_args(annotation))
+    if isinstance(value, list) and str in accepted and not any(list in (kind, get_origin(kind)) for kind in accepted):
+        return ",".join(value)
+    return value

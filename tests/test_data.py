@@ -159,5 +159,5 @@ def test_other_modules(tmp_path, teacher_dir):
 
 def test_a_module_for_pretraining_is_refused(tmp_path, teacher_dir):
     data = TextFiles(train_data_path=tmp_path)
-    with pytest.raises(UserError, match="TextFiles"):
+    with pytest.raises(UserError, match="TextFiles is made for pretraining"):
         stores(data, teacher_dir)

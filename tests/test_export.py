@@ -2,15 +2,15 @@
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import materials
 import pytest
 import runs
-import tokenizers
 import torch
 import yaml
+from export_cases import BOS_ID, CASES, SOFTCAP, Case, write_gemma_2, write_source
 from litgpt import LLM
 from litgpt.config import Config
 from litgpt.data import JSON
@@ -25,39 +25,7 @@ from litgpt_akl.errors import UserError
 
 HEAD, EMBEDDINGS = "lm_head.weight", "transformer.wte.weight"
 IDS = torch.arange(4, 132).view(1, 128)
-CHAT_TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
 MESSAGES = [{"role": "user", "content": "Who stole the tarts?"}]
-SOFTCAP = 2.0
-BOS_ID = materials.SPECIAL_TOKENS.index("<bos>")
-
-
-@dataclass
-class Case:
-    """What a student starts from, and whether its head and embeddings are one matrix in training."""
-
-    source: str
-    tied: bool
-    folder: str = "tiny-student"
-    tie_in_config: bool | None = None
-    tie_option: bool | None = None
-    softcap: float | None = None
-
-    @property
-    def bos(self) -> bool:
-        """LitGPT adds a BOS token in folders with this name."""
-        return self.folder.startswith("Llama-3")
-
-
-CASES = {
-    "tied": Case("student_dir", tied=True),
-    "untied": Case("untied_student_dir", tied=False),
-    "tied-bos": Case("student_dir", tied=True, folder="Llama-3-tiny"),
-    "untied-bos": Case("untied_student_dir", tied=False, folder="Llama-3-tiny"),
-    "equal-untied-by-config": Case("student_dir", tied=False, tie_in_config=False),
-    "equal-untied-by-option": Case("student_dir", tied=False, tie_option=False),
-    "equal-tied-by-option": Case("student_dir", tied=True, tie_in_config=False, tie_option=True),
-    "softcapped": Case("untied_student_dir", tied=False, softcap=SOFTCAP),
-}
 
 
 @dataclass
@@ -82,49 +50,28 @@ class Distilled:
         return torch.load(self.source / "lit_model.pth", weights_only=True)
 
 
-def write_source(case: Case, original: Path, directory: Path) -> None:
-    """A copy of ``original`` with the files that LitGPT's own copying forgets, changed as ``case`` says."""
-    shutil.copytree(original, directory)
-    edit_json(directory / "tokenizer_config.json", chat_template=CHAT_TEMPLATE)
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    (directory / "prompt_style.yaml").write_text("class_path: litgpt.prompts.Alpaca\n")
-    materials.write_json(directory / "special_tokens_map.json", {"bos_token": "<bos>", "eos_token": "<eos>"})
-    edit_json(directory / "config.json", dtype="bfloat16")
-    if case.bos:
-        write_bos_rule_of_llama_3(directory)
-    if case.tie_in_config is not None:
-        edit_json(directory / "config.json", tie_word_embeddings=case.tie_in_config)
-    if case.softcap is not None:
-        config = replace(materials.STUDENT_CONFIG, final_logit_softcapping=case.softcap)
-        materials.save_config(config, directory)
-        weights = torch.load(directory / "lit_model.pth", weights_only=True)
-        # random logits are too small for a cap to matter
-        weights[HEAD] = weights[HEAD] * 20
-        torch.save(weights, directory / "lit_model.pth")
-
-
-def write_bos_rule_of_llama_3(directory: Path) -> None:
-    """As in Llama 3's files: tokenizer.json says that texts start with a BOS token, tokenizer_config.json nothing."""
-    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS_ID)]
-    )
-    tokenizer.save(str(directory / "tokenizer.json"))
-    entries = json.loads((directory / "tokenizer_config.json").read_text())
-    del entries["add_bos_token"]
-    materials.write_json(directory / "tokenizer_config.json", entries)
-
-
-def edit_json(path: Path, **entries) -> None:
-    materials.write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
-
-
 def distil(student: Path, teacher: Path, data: JSON | Path, out_dir: Path, tie_embeddings: bool | None) -> None:
     """A few large steps with an example answer between them."""
     train = {"max_steps": 4, "lr_warmup_steps": 1, "tie_embeddings": tie_embeddings}
     validation = {"interval": 2, "max_new_tokens": 8, "max_iters": 1, "initial_validation": False}
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}}
     runs.distil(student, teacher, data, out_dir, train=train, eval=validation, optimizer=optimizer, precision="32-true")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models as small as these train ten times faster so, where other processes want the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def gemma_dir(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("materials") / "gemma"
+    write_gemma_2(directory)
+    return directory
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
@@ -149,8 +96,6 @@ def distilled(request, teacher_dir, alice_json, tmp_path_factory) -> Distilled:
 @pytest.fixture(scope="module")
 def transformers_dir(distilled, tmp_path_factory) -> Path:
     """What a user of Transformers has: the converted weights beside the configuration and tokenizer of `final/`."""
-    if distilled.case.softcap is not None:
-        pytest.skip("Transformers' Llama has no softcap")
     directory = tmp_path_factory.mktemp("transformers")
     convert_lit_checkpoint(distilled.final, directory)
     (directory / "model.pth").rename(directory / "pytorch_model.bin")
@@ -230,7 +175,7 @@ def test_softcap_is_in_the_configuration_and_in_the_logits(distilled):
     assert config.final_logit_softcapping == distilled.case.softcap
     if distilled.case.softcap is not None:
         largest = distilled.logits().abs().max().item()
-        assert 0.9 * SOFTCAP < largest < SOFTCAP
+        assert 0.5 * SOFTCAP < largest < 0.999 * SOFTCAP
 
 
 def test_files_beside_the_weights(distilled):

@@ -141,7 +141,7 @@ def test_a_student_that_is_its_teacher_stays_where_it_is(teacher_dir, alice_json
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(teacher_dir, student_dir, alice_json, tmp_path):
-    with pytest.raises(UserError, match=r"Step 3: the loss is (nan|inf), the gradient norm (nan|inf)"):
+    with pytest.raises(UserError, match=r"Step \d: the loss is \S+, the gradient norm nan; the step was not taken"):
         distil(
             student_dir,
             teacher_dir,
