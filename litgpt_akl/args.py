@@ -83,7 +83,8 @@ def check_training_args(train: TrainArgs, eval: EvalArgs) -> None:
         value = getattr(train, name)
         if value is not None and value < 0:
             raise UserError(f"--train.{name} must not be negative, got {value}.")
-    if isinstance(eval.evaluate_example, str) and eval.evaluate_example not in ("first", "random"):
+    example = str(eval.evaluate_example)
+    if example not in ("first", "random") and not example.isdigit():
         raise UserError(
             f"--eval.evaluate_example must be first, random or the number of a record, got {eval.evaluate_example!r}."
         )
@@ -109,12 +110,20 @@ def optimizer_config(optimizer: str | dict) -> str | dict:
     """An optimizer as LitGPT's function for it takes it: a name, or class_path and init_args.
 
     jsonargparse hands ``--optimizer.init_args.lr 1e-4`` over as ``{"lr": "1e-4"}`` beside the class_path.
+
+    Raises:
+        UserError: options without a class: jsonargparse drops the name in ``--optimizer SGD --optimizer.lr 0.1``.
     """
     if isinstance(optimizer, str):
         return optimizer
+    if "class_path" not in optimizer:
+        raise UserError(
+            f"--optimizer has options ({', '.join(optimizer)}) but no class. Name it by its class_path:"
+            " --optimizer.class_path AdamW --optimizer.lr 1e-4."
+        )
+    class_path = optimizer["class_path"]
     init_args = {**optimizer.get("init_args", {})}
     init_args.update({name: value for name, value in optimizer.items() if name not in ("class_path", "init_args")})
-    class_path = optimizer.get("class_path", "AdamW")
     return {
         "class_path": class_path if "." in class_path else f"torch.optim.{class_path}",
         "init_args": {name: _number(value) for name, value in init_args.items()},

@@ -1,6 +1,5 @@
-"""Checkpoint directories: written whole or not at all, with everything a consumer reads beside the weights."""
+"""Checkpoint directories, written whole or not at all: the trained student, and what training goes on from."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,25 +8,11 @@ from pathlib import Path
 
 import torch
 from litgpt.prompts import PromptStyle, save_prompt_style
-from litgpt.tokenizer import Tokenizer
 from torch import Tensor
 
 from litgpt_akl.errors import UserError
+from litgpt_akl.model_files import copy_model_files, describe_to_hugging_face
 
-COPIED_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model_config.yaml",
-    "prompt_style.yaml",
-    "tokenizer.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 POSITION = ("step_count", "epoch", "epoch_step", "tokens", "start_cross_entropy")
 """Entries of the training state that say how far a run has come; plain numbers."""
 
@@ -61,38 +46,6 @@ def write_directory(out_dir: Path) -> Iterator[Path]:
         _swap_in(partial / out_dir.name, out_dir, previous)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def copy_model_files(source_dir: Path, out_dir: Path) -> None:
-    """Copies what a consumer reads beside the weights: configs, tokenizer, chat template and prompt style.
-
-    LitGPT decides by the folder's name whether a text starts with a BOS token, so the same files mean something else
-    in another folder. The source's decision is written as ``add_bos_token`` into the copied tokenizer_config.json.
-
-    Raises:
-        UserError: The name of ``out_dir`` makes LitGPT add a BOS token that the source does not use.
-    """
-    for name in COPIED_FILES:
-        if (source_dir / name).is_file():
-            # copyfile, not copy: a read-only source must not make a read-only copy
-            shutil.copyfile(source_dir / name, out_dir / name)
-    if not (source_dir / "tokenizer_config.json").is_file():
-        return
-    tokenizer_config = json.loads((source_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
-    use_bos = _uses_bos(source_dir)
-    tokenizer_config["add_bos_token"] = use_bos
-    text = json.dumps(tokenizer_config, indent=2, ensure_ascii=False) + "\n"
-    (out_dir / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    if _uses_bos(out_dir) != use_bos:
-        raise UserError(
-            f"In a folder named {out_dir.name} LitGPT puts a BOS token before every text; {source_dir} uses none.\n"
-            "Give a directory whose name does not start with Llama-3, Meta-Llama-3 or SmolLM2."
-        )
-
-
-def _uses_bos(checkpoint_dir: Path) -> bool:
-    # LitGPT's rule needs no tokenizer, only the folder: reading the vocabulary for it would take seconds
-    return bool(Tokenizer.check_if_bos_token_used(None, checkpoint_dir))
 
 
 def _clear_leftovers(out_dir: Path, partial: Path, previous: Path) -> None:
@@ -175,21 +128,11 @@ def write_student(
     """The files of :func:`export_student`, into a directory that exists."""
     copy_model_files(source_dir, directory)
     if (directory / "config.json").is_file():
-        _describe_to_hugging_face(directory / "config.json", tied, weights["lm_head.weight"].dtype)
+        describe_to_hugging_face(directory / "config.json", tied, weights["lm_head.weight"].dtype)
     if prompt_style is not None:
         save_prompt_style(prompt_style, directory)
     (directory / "hyperparameters.yaml").write_text(recipe, encoding="utf-8")
     torch.save(weights, directory / "lit_model.pth")
-
-
-def _describe_to_hugging_face(path: Path, tied: bool, dtype: torch.dtype) -> None:
-    hf_config = json.loads(path.read_text(encoding="utf-8"))
-    # models with several parts, such as Gemma 3, describe the language model in an entry of its own
-    for config in (hf_config, hf_config.get("text_config", hf_config)):
-        config["tie_word_embeddings"] = tied
-        for key in config.keys() & {"dtype", "torch_dtype"}:
-            config[key] = str(dtype).removeprefix("torch.")
-    path.write_text(json.dumps(hf_config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_training_state(directory: Path, state: dict, *, source_dir: Path, **options) -> None:

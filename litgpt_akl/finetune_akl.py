@@ -106,7 +106,8 @@ def setup(
     recipe = recipe_as_yaml({name: value for name, value in locals().items() if name != "access_token"})
     silence_known_noise()
     check_training_args(train, eval)
-    _make_optimizer(optimizer, torch.nn.Linear(1, 1))  # a misspelt one is found before anything is loaded
+    # a misspelt optimizer is found before anything is loaded
+    make_scheduler(_make_optimizer(optimizer, torch.nn.Linear(1, 1)), warmup=0, steps=1, min_lr=train.min_lr)
     precision = choose_precision(precision, torch.cuda.is_available())
     if parse_devices(devices) * num_nodes > 1:
         raise UserError(f"--devices {devices} --num_nodes {num_nodes}: this version trains on one device. Use 1 and 1.")
@@ -143,9 +144,9 @@ def main(fabric: L.Fabric, run: Run) -> None:
     }
     tokenised = prepare_stores(run.data, pair.tokenizer, train, pair.context_length)
     store, validation_store = tokenised
-    (run.out_dir / "hyperparameters.yaml").write_text(run.recipe, encoding="utf-8")
     fabric.seed_everything(run.seed, verbose=False)
     state = make_state(fabric, run, weights, store)
+    (run.out_dir / "hyperparameters.yaml").write_text(run.recipe, encoding="utf-8")
     announce(fabric, run, state, tokenised)
 
     def save() -> Path:

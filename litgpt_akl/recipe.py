@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -14,9 +15,19 @@ SECRETS = ("access_token", "api_key", "auth_token", "hf_token", "password", "sec
 """Names whose values are never written; a run that is repeated asks for them again."""
 
 
+class Dumper(yaml.SafeDumper):
+    """Quotes text that the parser would read as a number."""
+
+
+# to PyYAML 1e3 is text, to jsonargparse a number
+Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9._]+[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
 def recipe_as_yaml(arguments: dict[str, Any]) -> str:
     """The arguments of a ``setup()`` as YAML: dataclasses as mappings, other objects by class_path and init_args."""
-    return yaml.safe_dump(_plain(arguments), sort_keys=False)
+    return yaml.dump(_plain(arguments), Dumper=Dumper, sort_keys=False)
 
 
 def _plain(value: Any) -> Any:
@@ -38,11 +49,16 @@ def _plain(value: Any) -> Any:
         names = [name for name, style in prompt_styles.items() if style is type(value)]
         if names:
             return names[0]
-    if dataclasses.is_dataclass(value) and type(value).__module__ in ("litgpt.args", "litgpt_akl.args"):
-        return _plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if dataclasses.is_dataclass(value) and all(map(dataclasses.is_dataclass, type(value).__mro__[:-1])):
+        # the parser takes these without class_path; data modules have other classes among their bases
+        return _plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init})
     if inspect.isclass(value) or inspect.isroutine(value):
         return _import_path(value)
-    return {"class_path": _import_path(type(value)), "init_args": _plain(_init_args(value))}
+    try:
+        return {"class_path": _import_path(type(value)), "init_args": _plain(_init_args(value))}
+    except ValueError:
+        # a type written in C, such as a tensor, has no signature: its text says at least what was there
+        return str(value)
 
 
 def _import_path(value: Any) -> str:

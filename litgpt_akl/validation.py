@@ -1,6 +1,7 @@
 """What held-out records say: the student's cross-entropy beside its teacher's, the divergence, an example answer."""
 
 import math
+from dataclasses import replace
 
 import lightning as L
 import torch
@@ -78,6 +79,9 @@ def example_answer(
     """
     if not hasattr(data, "test_dataset") or eval.max_new_tokens is None:
         return None
+    if str(eval.evaluate_example).isdigit():
+        # the command line hands a number over as text
+        eval = replace(eval, evaluate_example=int(eval.evaluate_example))
     prompt = data.prompt_style.apply(select_sft_generate_example(eval, data))
     input_ids = tokenizer.encode(prompt, device=fabric.device)
     context_length = model.config.block_size

@@ -1,7 +1,13 @@
+import os
 from pathlib import Path
 
 import materials
 import pytest
+import torch
+
+# the models here are so small that handing work to a second thread costs more than it saves
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +36,7 @@ def untied_student_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def alice_records() -> list[dict[str, str]]:
-    """Records of Alice in Wonderland that fit into 128 tokens with the prompt style "default"."""
+    """Records of Alice in Wonderland that fit into 128 tokens with litgpt.prompts.Default."""
     return materials.alice_records()
 
 

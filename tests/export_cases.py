@@ -97,7 +97,7 @@ def write_gemma_2(directory: Path) -> None:
         torch.manual_seed(0)
         model = GPT(config)
         model.lm_head.weight = model.transformer.wte.weight
-        torch.nn.init.normal_(model.lm_head.weight, std=0.1)
+        torch.nn.init.normal_(model.lm_head.weight, std=0.05)
     materials.write_checkpoint(directory, config, model.state_dict(), tied=True)
     edit_json(
         directory / "config.json",

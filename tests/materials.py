@@ -190,7 +190,7 @@ def alice_text() -> str:
 def alice_records() -> list[dict[str, str]]:
     """240 paragraphs of the book: the first four words are the instruction, at most 40 more the output.
 
-    With the prompt style "default" (the bare instruction) every record fits into 128 tokens.
+    With `litgpt.prompts.Default` (the bare instruction) every record fits into 128 tokens.
     """
     paragraphs = (paragraph.split() for paragraph in re.split(r"\n\s*\n", alice_text()))
     long_enough = [words for words in paragraphs if len(words) >= 12][:240]

@@ -11,10 +11,13 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
 from litgpt.utils import save_config
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import WordLevel
 
-from litgpt_akl.checkpoint import copy_model_files, write_directory
+from litgpt_akl.checkpoint import write_directory
 from litgpt_akl.errors import UserError
 from litgpt_akl.make_student import make_student
+from litgpt_akl.model_files import copy_model_files
 
 
 def load_model(checkpoint_dir: Path) -> GPT:
@@ -33,8 +36,8 @@ def write_gemma_teacher(directory: Path) -> None:
     torch.save(GPT(config).state_dict(), directory / "lit_model.pth")
     hf_config = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 6, "sliding_window_pattern": 6}}
     (directory / "config.json").write_text(json.dumps(hf_config))
-    (directory / "tokenizer.json").write_text("{}")
-    (directory / "tokenizer_config.json").write_text("{}")
+    FastTokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
 
 
 @torch.no_grad()

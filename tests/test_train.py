@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from litgpt.args import TrainArgs
 from litgpt.config import Config
 from litgpt.model import GPT
-from runs import distil, metrics, train_args
+from litgpt.tokenizer import Tokenizer
+from runs import alice, distil, metrics, train_args
 
 from litgpt_akl.divergences import adaptive_kl
 from litgpt_akl.errors import UserError
@@ -24,9 +26,6 @@ def gpt(directory) -> GPT:
 
 def samples_of_first_step(data, tokenizer_dir, seed=1337, batch=8):
     """The samples that make the first step, as LitGPT's own dataset gives them."""
-    import numpy as np
-    from litgpt.tokenizer import Tokenizer
-
     data.connect(tokenizer=Tokenizer(tokenizer_dir), batch_size=1)
     data.setup()
     order = np.random.default_rng((seed, 0)).permutation(len(data.train_dataset))
@@ -34,8 +33,6 @@ def samples_of_first_step(data, tokenizer_dir, seed=1337, batch=8):
 
 
 def test_one_step_is_that_of_the_dense_formula(teacher_dir, untied_student_dir, alice_json, tmp_path):
-    from runs import alice
-
     student, teacher = gpt(untied_student_dir), gpt(teacher_dir)
     total, tokens = 0.0, 0
     for sample in samples_of_first_step(alice(alice_json), untied_student_dir):
