@@ -200,7 +200,7 @@ def install_peers() -> None:
         return
     subprocess.run([sys.executable, "-m", "venv", PEERS_ENVIRONMENT], check=True)
     version = torch.__version__.split("+")[0]
-    for packages in ([f"torch=={version}"], ["liger-kernel", "torchtune", "torchao", f"torch=={version}"]):
+    for packages in ([f"torch=={version}"], ["liger-kernel", "torchtune", "torchao==0.9.0", f"torch=={version}"]):
         subprocess.run([PEERS_ENVIRONMENT / "bin/pip", "install", "-q", *packages], check=True)
 
 

@@ -22,7 +22,9 @@ ROWS = {
 }
 
 
-def show_demo(teacher: Path, student: Path, run: Path, data: Path, answers: int = 3, max_new_tokens: int = 40) -> None:
+def show_demo(
+    *, teacher: Path, student: Path, run: Path, data: Path, answers: int = 3, max_new_tokens: int = 40
+) -> None:
     """Print what a run did.
 
     Args:
@@ -34,7 +36,8 @@ def show_demo(teacher: Path, student: Path, run: Path, data: Path, answers: int 
         max_new_tokens: Length of an answer.
     """
     print_before_and_after(run)
-    questions = [record["instruction"] for record in json.loads(data.read_text(encoding="utf-8"))[:answers]]
+    instructions = [record["instruction"] for record in json.loads(data.read_text(encoding="utf-8"))]
+    questions = [text for text in instructions if len(text.split()) >= 4][:answers]
     replies = {
         name: answer(path, questions, max_new_tokens) for name, path in (("teacher", teacher), ("student", student))
     }
