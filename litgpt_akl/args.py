@@ -6,7 +6,8 @@ from typing import Any, Literal
 import yaml
 from litgpt.args import EvalArgs, TrainArgs
 
-from litgpt_akl.divergences import DivergenceName, HeadRule
+from litgpt_akl.adaptive import HeadRule
+from litgpt_akl.divergences import DivergenceName
 from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import DistillationLoss
 

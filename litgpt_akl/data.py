@@ -27,8 +27,9 @@ class Store:
     """Tokenised samples in two flat arrays, read by number."""
 
     def __init__(self, input_ids: np.ndarray, labels: np.ndarray, ends: np.ndarray) -> None:
-        self._input_ids, self._labels = input_ids, labels
-        self._ends = ends
+        self._input_ids, self._labels, self._ends = input_ids, labels, ends
+        self.lengths = np.diff(ends, prepend=0)
+        """Tokens of each sample."""
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -40,11 +41,6 @@ class Store:
             "input_ids": torch.from_numpy(self._input_ids[span].astype(np.int64)),
             "labels": torch.from_numpy(self._labels[span].astype(np.int64)),
         }
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each sample."""
-        return np.diff(self._ends, prepend=0)
 
 
 def prepare_stores(data: DataModule, tokenizer: Tokenizer, train, context_length: int) -> tuple[Store, Store]:
@@ -74,7 +70,7 @@ def prepare_stores(data: DataModule, tokenizer: Tokenizer, train, context_length
         loaders = data.train_dataloader(), data.val_dataloader()
     except json.JSONDecodeError as error:
         raise UserError(_describe_bad_json(data, error)) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{type(data).__name__} cannot load its data: {error}") from error
     stores = []
     for split, loader in zip(("training", "validation"), loaders, strict=True):

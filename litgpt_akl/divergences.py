@@ -3,155 +3,18 @@
 ``p = softmax(teacher_logits / T)``, ``q = softmax(student_logits / T)``; the teacher never gets a gradient. Values are
 multiplied by ``T**2`` and gradients by ``T`` (``T**2 / T``), so that the temperature does not rescale the step (Hinton
 et al. 2015). Adaptive KL is from Wu et al., arXiv 2404.02657. Everything is computed in float32, or in float64 when
-given float64, and is exact: the top-k that finds a head is enlarged for the rows whose head is longer.
+given float64.
 """
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from litgpt_akl.adaptive import HeadRule, adaptive_weight, find_head
+from litgpt_akl.comparison import NO_SCRATCH, Comparison, Scratch, compare, without_nan
+
 DivergenceName = Literal["akl", "fkl", "rkl", "mix"]
-HeadRule = Literal["paper", "official"]
-
-_FIRST_HEAD_SIZE = 64
-Scratch = Sequence[Tensor | None]
-NO_SCRATCH: Scratch = (None, None, None, None, None)
-
-
-class Comparison(NamedTuple):
-    """What one sweep over teacher and student logits tells about each row; all of shape ``[n]``."""
-
-    teacher_log_sum: Tensor
-    """logsumexp of the teacher's logits over the vocabulary."""
-    student_log_sum: Tensor
-    """logsumexp of the student's logits over the vocabulary."""
-    forward_kl: Tensor
-    """KL(p || q) in nats."""
-    reverse_kl: Tensor
-    """KL(q || p) in nats."""
-    gap: Tensor
-    """sum of |p - q|, which is the head gap plus the tail gap."""
-    student_max: Tensor
-    """The student's largest logit."""
-
-
-class Head(NamedTuple):
-    """The head of the teacher's distribution, as the student meets it; both of shape ``[n]``."""
-
-    gap: Tensor
-    """sum of |p - q| over the head."""
-    top_id: Tensor
-    """The teacher's most probable id."""
-
-
-def compare(
-    teacher_logits: Tensor, student_logits: Tensor, *, finite: bool = False, scratch: Scratch = NO_SCRATCH
-) -> Comparison:
-    """Reduce two ``[n, vocab]`` blocks of logits to what the divergences of each row need.
-
-    Args:
-        teacher_logits: ``[n, vocab]``.
-        student_logits: ``[n, vocab]``.
-        finite: promises that no logit is -inf, which saves two passes; NaN and +inf show in the result either way.
-        scratch: five ``[n, vocab]`` tensors to write into: on a CPU, fresh memory costs more than what is done with it.
-    """
-    teacher_max, student_max = teacher_logits.amax(dim=-1), student_logits.amax(dim=-1)
-    log_p = torch.sub(teacher_logits, teacher_max[:, None], out=scratch[0])
-    log_q = torch.sub(student_logits, student_max[:, None], out=scratch[1])
-    p, q = torch.exp(log_p, out=scratch[2]), torch.exp(log_q, out=scratch[3])
-    # not yet divided by their sums, which is done on rows, after the reductions
-    teacher_sum, student_sum = p.sum(dim=-1), q.sum(dim=-1)
-    log_ratio = log_p.sub_(log_q)
-    forward = _without_nan(torch.mul(p, log_ratio, out=scratch[4]), finite).sum(dim=-1)
-    reverse = _without_nan(log_ratio.mul_(q), finite).sum(dim=-1)
-    gap = p.sub_(q.mul_((teacher_sum / student_sum)[:, None])).abs_().sum(dim=-1)
-    offset = teacher_sum.log() - student_sum.log()
-    teacher_log_sum, student_log_sum = teacher_sum.log() + teacher_max, student_sum.log() + student_max
-    # a NaN or +inf among the logits shows in its log-sum, and must show in the result
-    broken = (teacher_log_sum + student_log_sum) * 0
-    return Comparison(
-        teacher_log_sum,
-        student_log_sum,
-        forward / teacher_sum - offset + broken,
-        offset - reverse / student_sum + broken,
-        gap / teacher_sum,
-        student_max,
-    )
-
-
-def _without_nan(products: Tensor, finite: bool) -> Tensor:
-    """Set to 0, in place, the NaN of an id without mass (0 times infinity); keep the infinity of one with mass."""
-    return products if finite else torch.nan_to_num_(products, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-
-
-def find_head(
-    teacher_logits: Tensor, student_logits: Tensor, comparison: Comparison, *, mu: float, head_rule: HeadRule
-) -> Head:
-    """Find the head of each row of ``p`` and sum |p - q| over it (arXiv 2404.02657, section 4).
-
-    The head is the smallest set of the most probable ids whose mass reaches ``mu`` (``paper``), or the ids whose
-    cumulative mass is at most ``mu``, and the first id always (``official``, the authors' published code).
-    """
-    if mu == 1.0:
-        return _head_of_everything(teacher_logits, student_logits, comparison, head_rule)
-    logs = comparison.teacher_log_sum, comparison.student_log_sum
-    head, whole = _head_among_top(teacher_logits, student_logits, *logs, _FIRST_HEAD_SIZE, mu, head_rule)
-    for size in (1024, teacher_logits.size(-1)):
-        rows = (~whole).nonzero()[:, 0]
-        if len(rows) == 0:
-            break
-        found, now_whole = _head_among_top(
-            teacher_logits[rows], student_logits[rows], logs[0][rows], logs[1][rows], size, mu, head_rule
-        )
-        head.gap[rows], whole[rows] = found.gap, now_whole
-    return head
-
-
-def _head_among_top(
-    teacher_logits: Tensor,
-    student_logits: Tensor,
-    teacher_log_sum: Tensor,
-    student_log_sum: Tensor,
-    size: int,
-    mu: float,
-    head_rule: HeadRule,
-) -> tuple[Head, Tensor]:
-    """The part of each head that lies among the ``size`` most probable ids, and whether that is the whole head."""
-    size = min(size, teacher_logits.size(-1))
-    top, ids = teacher_logits.topk(size, dim=-1)
-    p = torch.exp(top - teacher_log_sum[:, None])
-    q = torch.exp(student_logits.gather(-1, ids) - student_log_sum[:, None])
-    mass = p.cumsum(dim=-1)
-    if head_rule == "paper":
-        in_head = torch.nn.functional.pad(mass[:, :-1], (1, 0)) < mu
-        whole = mass[:, -1] >= mu
-    else:
-        in_head = mass <= mu
-        in_head[:, 0] = True
-        whole = mass[:, -1] > mu
-    if size == teacher_logits.size(-1):
-        whole = torch.ones_like(whole)
-    return Head(((p - q).abs() * in_head).sum(dim=-1), ids[:, 0]), whole
-
-
-def _head_of_everything(
-    teacher_logits: Tensor, student_logits: Tensor, comparison: Comparison, head_rule: HeadRule
-) -> Head:
-    """The head for ``mu = 1``: every id with mass (``paper``), or every id at all (``official``)."""
-    gap = comparison.gap
-    if head_rule == "paper":
-        p = torch.exp(teacher_logits - comparison.teacher_log_sum[:, None])
-        q = torch.exp(student_logits - comparison.student_log_sum[:, None])
-        gap = ((p - q).abs() * (p > 0)).sum(dim=-1)
-    return Head(gap, teacher_logits.argmax(dim=-1))
-
-
-def adaptive_weight(comparison: Comparison, head_gap: Tensor) -> Tensor:
-    """``h = head_gap / (head_gap + tail_gap)``, shape ``[n]``; 1/2 where teacher and student agree (0 / 0)."""
-    agree = comparison.gap == 0
-    return torch.where(agree, 0.5, head_gap / torch.where(agree, 1.0, comparison.gap)).clamp(max=1.0)
 
 
 def forward_share(name: DivergenceName, adaptive_weight: Tensor, mix_ratio: float) -> Tensor | float:
@@ -203,7 +66,7 @@ def gradient(
     forward_scale, reverse_scale = scale * share, scale * (1 - share)
     constant = forward_scale + student_scale - reverse_scale * comparison.reverse_kl[:, None]
     result = log_q.sub_(log_p).mul_(reverse_scale).add_(constant).mul_(q)
-    return _without_nan(result, finite).sub_(p.mul_(forward_scale))
+    return without_nan(result, finite).sub_(p.mul_(forward_scale))
 
 
 class _Divergence(torch.autograd.Function):

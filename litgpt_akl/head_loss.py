@@ -6,48 +6,18 @@ them. Results are sums over tokens, never means.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from litgpt_akl.divergences import (
-    NO_SCRATCH,
-    Comparison,
-    DivergenceName,
-    HeadRule,
-    Scratch,
-    adaptive_weight,
-    blend,
-    check_divergence_options,
-    compare,
-    find_head,
-    forward_share,
-    gradient,
-)
+from litgpt_akl.scoring import STATISTICS, Objective, Scorer, can_compile
 
 IGNORE_INDEX = -100
 
-STATISTICS = (
-    "divergence",
-    "forward_kl",
-    "reverse_kl",
-    "cross_entropy",
-    "teacher_cross_entropy",
-    "h",
-    "head_gap",
-    "tail_gap",
-    "agreement",
-)
-"""Names of the sums over tokens beside the loss: nats, except ``h``, the gaps and ``agreement`` (of top-1 ids)."""
-
 _BLOCK_BYTES = {"cpu": 100 * 2**20}
 _BLOCK_BYTES_ELSEWHERE = 2**30
-# on a CPU, rows are worked on in tiles of less than 1 MB, which stay in the cache from the first pass to the last
-_TILE_ELEMENTS = 200_000
 
 
 class HeadLoss(NamedTuple):
@@ -78,24 +48,12 @@ class _Head(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DistillationLoss:
+class DistillationLoss(Objective):
     """Cross-entropy and a divergence to the teacher over two LM heads, exact, in memory that does not grow with tokens.
 
     Source: arXiv 2404.02657 for the adaptive divergence; all sums are in float32 (float64 when given float64).
     """
 
-    divergence: DivergenceName = "akl"
-    """akl, fkl, rkl or mix."""
-    mu: float = 0.5
-    """Mass of the teacher's distribution that makes up the head, for akl."""
-    head_rule: HeadRule = "paper"
-    """Whether the id that crosses mu belongs to the head (paper) or not (official)."""
-    mix_ratio: float = 0.5
-    """Share of forward KL, for mix."""
-    temperature: float = 1.0
-    """Divides both models' logits in the divergence; value and gradient are multiplied by its square."""
-    kd_ratio: float = 0.5
-    """Share of the divergence in the loss; the rest is cross-entropy."""
     block_tokens: int | None = None
     """Tokens that go through the heads at a time; None chooses from a budget for both models' logits, 100 MiB on a CPU
     and 1 GiB elsewhere."""
@@ -103,15 +61,7 @@ class DistillationLoss:
     """Whether torch.compile fuses the element-wise part; None: wherever there is a compiler for it."""
 
     def __post_init__(self) -> None:
-        check_divergence_options(
-            divergence=self.divergence,
-            mu=self.mu,
-            head_rule=self.head_rule,
-            mix_ratio=self.mix_ratio,
-            temperature=self.temperature,
-        )
-        if not 0.0 <= self.kd_ratio <= 1.0:
-            raise ValueError(f"kd_ratio must be between 0 and 1, got {self.kd_ratio}")
+        super().__post_init__()
         if self.block_tokens is not None and self.block_tokens < 1:
             raise ValueError(f"block_tokens must be at least 1, got {self.block_tokens}")
 
@@ -174,7 +124,7 @@ class DistillationLoss:
 
     def compiles_on(self, device_type: str) -> bool:
         """Whether torch.compile fuses the element-wise part there."""
-        return self.compile is not False and _can_compile(device_type)
+        return self.compile is not False and can_compile(device_type)
 
 
 class _BlockwiseLoss(torch.autograd.Function):
@@ -189,7 +139,15 @@ class _BlockwiseLoss(torch.autograd.Function):
         size = math.ceil(len(labels) / blocks)
         # two tensors, not one: torch.compile mistakes what is written to a part of a tensor that is also read
         buffers = [torch.empty(size, vocab_size, dtype=dtype, device=hidden.device) for _ in range(2)]
-        score = _Scorer(options, student, teacher, dtype, want_gradient=any(wanted))
+        score = Scorer(
+            options,
+            buffers[0],
+            softcap=softcap,
+            # only a bias can forbid an id
+            finite=all(head.bias is None or bool(head.bias.isfinite().all()) for head in (student, teacher)),
+            compiled=options.compiles_on(device),
+            want_gradient=any(wanted),
+        )
         for start in range(0, len(labels), size or 1):
             rows = slice(start, min(start + size, len(labels)))
             student_logits, teacher_logits = (buffer[: rows.stop - rows.start] for buffer in buffers)
@@ -257,128 +215,6 @@ class _Gradients(NamedTuple):
         return tuple(None if total is None else total.mul_(factor).to(given.dtype) for total, given in pairs)
 
 
-class _Scorer:
-    """Scores blocks of logits and turns the student's logits into the gradient of the loss, in place."""
-
-    def __init__(
-        self, options: DistillationLoss, student: _Head, teacher: _Head, dtype: torch.dtype, want_gradient: bool
-    ) -> None:
-        device_type = student.hidden.device.type
-        self.options, self.softcap, self.want_gradient = options, student.softcap, want_gradient
-        self.vocab_size, self.in_tiles = len(student.weight), device_type == "cpu"
-        self.tile = max(1, _TILE_ELEMENTS // self.vocab_size)
-        # only a bias can forbid an id
-        finite = all(head.bias is None or bool(head.bias.isfinite().all()) for head in (student, teacher))
-        compiled = options.compiles_on(device_type)
-        self.scratch: Scratch = NO_SCRATCH
-        if self.in_tiles and not compiled:
-            self.scratch = tuple(torch.empty(len(NO_SCRATCH), self.tile, self.vocab_size, dtype=dtype))
-        make = _compiled if compiled else partial
-        self.compare = make(compare, finite=finite)
-        self.replace = make(
-            _replace_by_gradient,
-            kd_ratio=options.kd_ratio,
-            temperature=options.temperature,
-            softcap=student.softcap,
-            finite=finite,
-        )
-
-    def __call__(self, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, stats: Tensor) -> None:
-        """Fill the rows of ``stats`` ``[len(STATISTICS), block]`` for blocks of logits ``[block, vocab]``."""
-        options, temperature = self.options, self.options.temperature
-        labels, teacher, student = labels[:, None], teacher_logits, student_logits
-        if temperature != 1.0:
-            teacher, student = teacher / temperature, student / temperature
-        tiles = self._tiles(len(labels))
-        parts = [self.compare(teacher[rows], student[rows], scratch=scratch) for rows, scratch in tiles]
-        comparison = parts[0] if len(parts) == 1 else Comparison(*map(torch.cat, zip(*parts, strict=True)))
-        head = find_head(teacher, student, comparison, mu=options.mu, head_rule=options.head_rule)
-        h = adaptive_weight(comparison, head.gap)
-        share = forward_share(options.divergence, h, options.mix_ratio)
-        teacher_log_sum, log_sum = comparison.teacher_log_sum, comparison.student_log_sum
-        if temperature != 1.0:
-            teacher_log_sum, log_sum = teacher_logits.logsumexp(dim=-1), student_logits.logsumexp(dim=-1)
-        values = (
-            blend(share, comparison.forward_kl, comparison.reverse_kl) * temperature**2,
-            comparison.forward_kl,
-            comparison.reverse_kl,
-            log_sum - student_logits.gather(-1, labels)[:, 0],
-            teacher_log_sum - teacher_logits.gather(-1, labels)[:, 0],
-            h,
-            head.gap,
-            comparison.gap - head.gap,
-            student.gather(-1, head.top_id[:, None])[:, 0] >= comparison.student_max,
-        )
-        for row, value in zip(stats, values, strict=True):
-            row.copy_(value)
-        if not self.want_gradient:
-            return
-        for rows, scratch in tiles:
-            tile_share = share[rows] if isinstance(share, Tensor) else share
-            of_rows = Comparison(*(value[rows] for value in comparison))
-            self.replace(
-                teacher_logits[rows],
-                student_logits[rows],
-                of_rows,
-                tile_share,
-                log_sum[rows],
-                labels[rows],
-                scratch=scratch,
-            )
-
-    def _tiles(self, rows: int) -> list[tuple[slice, Scratch]]:
-        """Slices of a block's rows, and memory to work on each in."""
-        tile = self.tile if self.in_tiles else rows
-        slices = [slice(start, min(start + tile, rows)) for start in range(0, rows, tile)]
-        return [(s, [x if x is None else x[: s.stop - s.start] for x in self.scratch]) for s in slices]
-
-
-def _replace_by_gradient(
-    teacher_logits: Tensor,
-    student_logits: Tensor,
-    comparison: Comparison,
-    share: Tensor | float,
-    log_sum: Tensor,
-    labels: Tensor,
-    *,
-    kd_ratio: float,
-    temperature: float,
-    softcap: float | None,
-    finite: bool,
-    scratch: Scratch,
-) -> None:
-    """Overwrite ``student_logits`` with the gradient of the loss in the logits as they were before the softcap.
-
-    ``comparison`` is of the logits divided by the temperature, ``log_sum`` is that of ``student_logits``.
-    """
-    teacher, student = teacher_logits, student_logits
-    if temperature != 1.0:
-        teacher, student = teacher / temperature, student / temperature
-    cross_entropy_scale = 1 - kd_ratio
-    # at temperature 1 the student's distribution is the same in the divergence and in the cross-entropy
-    shared = cross_entropy_scale if temperature == 1.0 else 0.0
-    scale = kd_ratio * temperature
-    if kd_ratio == 0:
-        share = 1.0  # of nothing, and an infinite reverse KL has no part in it
-    result = gradient(
-        teacher,
-        student,
-        comparison,
-        share,
-        scale=scale,
-        student_scale=shared,
-        finite=finite,
-        scratch=scratch,
-    )
-    if cross_entropy_scale > shared:
-        result.add_((student_logits - log_sum[:, None]).exp_(), alpha=cross_entropy_scale)
-    if cross_entropy_scale > 0:
-        result.scatter_add_(-1, labels, torch.full_like(labels, -cross_entropy_scale, dtype=result.dtype))
-    if softcap is not None:
-        result.mul_(1 - (student_logits / softcap).square_())
-    student_logits.copy_(result)
-
-
 def _check(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, vocab_size: int) -> None:
     for name, hidden, weight in (
         ("student", student_hidden, student_weight),
@@ -409,18 +245,3 @@ def _product(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> Non
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
-
-
-@cache
-def _can_compile(device_type: str) -> bool:
-    """Whether torch.compile works there; only a trial tells, since it needs a compiler and its headers."""
-    try:
-        torch.compile(lambda x: x.exp().sum(dim=-1), dynamic=True)(torch.ones(2, 8, device=device_type))
-    except Exception:
-        return False
-    return True
-
-
-@cache
-def _compiled(function: Callable, **constants) -> Callable:
-    return torch.compile(partial(function, **constants), dynamic=True)

@@ -9,7 +9,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from litgpt_akl.head_loss import STATISTICS
+from litgpt_akl.scoring import STATISTICS
 
 
 class Progress:

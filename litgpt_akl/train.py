@@ -13,9 +13,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from litgpt_akl.data import MicroBatch, Store, windows_from
 from litgpt_akl.errors import UserError
-from litgpt_akl.head_loss import STATISTICS
 from litgpt_akl.models import distillation_loss
 from litgpt_akl.monitor import Progress
+from litgpt_akl.scoring import STATISTICS
 
 
 def total_steps(train: TrainArgs, samples: int) -> int:

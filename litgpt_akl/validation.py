@@ -12,8 +12,8 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.utils import select_sft_generate_example
 
 from litgpt_akl.data import Store, window
-from litgpt_akl.head_loss import STATISTICS
 from litgpt_akl.models import distillation_loss
+from litgpt_akl.scoring import STATISTICS
 
 
 @torch.no_grad()

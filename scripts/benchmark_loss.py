@@ -96,7 +96,7 @@ def direct(inputs: dict):
 def liger(inputs: dict):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, compiled=False, chunk_size=1)
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, chunk_size=256)
 
     def run():
         loss(

@@ -5,7 +5,8 @@ import torch
 from reference import divergence as reference
 
 from litgpt_akl.divergences import adaptive_kl_weight
-from litgpt_akl.head_loss import STATISTICS, DistillationLoss
+from litgpt_akl.head_loss import DistillationLoss
+from litgpt_akl.scoring import STATISTICS
 
 
 def problem(tokens=37, vocab=90, width=16, teacher_vocab=None, teacher_width=24, dtype=torch.float64, bias=False):
@@ -93,7 +94,7 @@ def assert_equal_to_dense(inputs, loss, rtol=1e-9, **options):
 @pytest.mark.parametrize("divergence", ["akl", "fkl", "rkl", "mix"])
 @pytest.mark.parametrize("block_tokens", [1, 7, 29, 30, 1000, None])
 def test_blocks_equal_dense(divergence, block_tokens, monkeypatch):
-    monkeypatch.setattr("litgpt_akl.head_loss._TILE_ELEMENTS", 4 * 90)
+    monkeypatch.setattr("litgpt_akl.scoring._TILE_ELEMENTS", 4 * 90)
     loss = DistillationLoss(divergence=divergence, kd_ratio=0.7, mix_ratio=0.2, block_tokens=block_tokens)
     assert_equal_to_dense(problem(), loss)
 
@@ -198,7 +199,7 @@ def test_gradients_are_handed_out_once():
 
 @pytest.mark.parametrize("divergence", ["akl", "fkl", "rkl", "mix"])
 def test_compiled_gives_the_same_numbers(divergence, monkeypatch):
-    monkeypatch.setattr("litgpt_akl.head_loss._TILE_ELEMENTS", 3 * 90)
+    monkeypatch.setattr("litgpt_akl.scoring._TILE_ELEMENTS", 3 * 90)
     options = dict(divergence=divergence, kd_ratio=0.6, block_tokens=8)
     compiled = DistillationLoss(compile=True, **options)
     assert compiled.compiles_on("cpu"), "the tests need a C++ compiler (apt-get install g++)"

@@ -1,0 +1,209 @@
+"""Scores blocks of logits: statistics of each row, and the gradient of the loss in place of the student's logits.
+
+On a CPU, rows are worked on in tiles that stay in the cache from the first pass to the last, in memory that is
+allocated once; torch.compile, where it works, fuses the passes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from litgpt_akl.adaptive import HeadRule, adaptive_weight, find_head
+from litgpt_akl.comparison import NO_SCRATCH, Comparison, Scratch, compare
+from litgpt_akl.divergences import DivergenceName, blend, check_divergence_options, forward_share, gradient
+
+STATISTICS = (
+    "divergence",
+    "forward_kl",
+    "reverse_kl",
+    "cross_entropy",
+    "teacher_cross_entropy",
+    "h",
+    "head_gap",
+    "tail_gap",
+    "agreement",
+)
+"""Names of the sums over tokens beside the loss: nats, except ``h``, the gaps and ``agreement`` (of top-1 ids)."""
+
+# less than 1 MB in float32, so that what a tile needs fits into a core's cache
+_TILE_ELEMENTS = 200_000
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised at a token."""
+
+    divergence: DivergenceName = "akl"
+    """akl, fkl, rkl or mix."""
+    mu: float = 0.5
+    """Mass of the teacher's distribution that makes up the head, for akl."""
+    head_rule: HeadRule = "paper"
+    """Whether the id that crosses mu belongs to the head (paper) or not (official)."""
+    mix_ratio: float = 0.5
+    """Share of forward KL, for mix."""
+    temperature: float = 1.0
+    """Divides both models' logits in the divergence; value and gradient are multiplied by its square."""
+    kd_ratio: float = 0.5
+    """Share of the divergence in the loss; the rest is cross-entropy."""
+
+    def __post_init__(self) -> None:
+        check_divergence_options(
+            divergence=self.divergence,
+            mu=self.mu,
+            head_rule=self.head_rule,
+            mix_ratio=self.mix_ratio,
+            temperature=self.temperature,
+        )
+        if not 0.0 <= self.kd_ratio <= 1.0:
+            raise ValueError(f"kd_ratio must be between 0 and 1, got {self.kd_ratio}")
+
+
+class Scorer:
+    """Scores blocks of logits and turns the student's logits into the gradient of the objective, in place.
+
+    Args:
+        objective: what is minimised.
+        block: a block such as will be scored, ``[block, vocab]``.
+        softcap: of the student's logits.
+        finite: promises that no logit is -inf.
+        compiled: whether torch.compile fuses the element-wise part.
+        want_gradient: whether the student's logits are to become the gradient.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        block: Tensor,
+        *,
+        softcap: float | None,
+        finite: bool,
+        compiled: bool,
+        want_gradient: bool,
+    ) -> None:
+        self.objective, self.want_gradient, self.scratch = objective, want_gradient, NO_SCRATCH
+        self.tile = len(block)
+        if block.device.type == "cpu":
+            self.tile = max(1, _TILE_ELEMENTS // block.size(1))
+            if not compiled:
+                self.scratch = tuple(block.new_empty(len(NO_SCRATCH), self.tile, block.size(1)))
+        make = _compiled if compiled else partial
+        self.compare = make(compare, finite=finite)
+        self.replace = make(
+            _replace_by_gradient,
+            kd_ratio=objective.kd_ratio,
+            temperature=objective.temperature,
+            softcap=softcap,
+            finite=finite,
+        )
+
+    def __call__(self, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, stats: Tensor) -> None:
+        """Fill the rows of ``stats`` ``[len(STATISTICS), block]`` for blocks of logits ``[block, vocab]``."""
+        objective, temperature = self.objective, self.objective.temperature
+        labels, teacher, student = labels[:, None], teacher_logits, student_logits
+        if temperature != 1.0:
+            teacher, student = teacher / temperature, student / temperature
+        tiles = self._tiles(len(labels))
+        parts = [self.compare(teacher[rows], student[rows], scratch=scratch) for rows, scratch in tiles]
+        comparison = parts[0] if len(parts) == 1 else Comparison(*map(torch.cat, zip(*parts, strict=True)))
+        head = find_head(teacher, student, comparison, mu=objective.mu, head_rule=objective.head_rule)
+        h = adaptive_weight(comparison, head.gap)
+        share = forward_share(objective.divergence, h, objective.mix_ratio)
+        teacher_log_sum, log_sum = comparison.teacher_log_sum, comparison.student_log_sum
+        if temperature != 1.0:
+            teacher_log_sum, log_sum = teacher_logits.logsumexp(dim=-1), student_logits.logsumexp(dim=-1)
+        values = (
+            blend(share, comparison.forward_kl, comparison.reverse_kl) * temperature**2,
+            comparison.forward_kl,
+            comparison.reverse_kl,
+            log_sum - student_logits.gather(-1, labels)[:, 0],
+            teacher_log_sum - teacher_logits.gather(-1, labels)[:, 0],
+            h,
+            head.gap,
+            comparison.gap - head.gap,
+            student.gather(-1, head.top_id[:, None])[:, 0] >= comparison.student_max,
+        )
+        for row, value in zip(stats, values, strict=True):
+            row.copy_(value)
+        if not self.want_gradient:
+            return
+        for rows, scratch in tiles:
+            tile_share = share[rows] if isinstance(share, Tensor) else share
+            of_rows = Comparison(*(value[rows] for value in comparison))
+            self.replace(
+                teacher_logits[rows],
+                student_logits[rows],
+                of_rows,
+                tile_share,
+                log_sum[rows],
+                labels[rows],
+                scratch=scratch,
+            )
+
+    def _tiles(self, rows: int) -> list[tuple[slice, Scratch]]:
+        """Slices of a block's rows, and memory to work on each in."""
+        slices = [slice(start, min(start + self.tile, rows)) for start in range(0, rows, self.tile)]
+        return [(s, [x if x is None else x[: s.stop - s.start] for x in self.scratch]) for s in slices]
+
+
+def _replace_by_gradient(
+    teacher_logits: Tensor,
+    student_logits: Tensor,
+    comparison: Comparison,
+    share: Tensor | float,
+    log_sum: Tensor,
+    labels: Tensor,
+    *,
+    kd_ratio: float,
+    temperature: float,
+    softcap: float | None,
+    finite: bool,
+    scratch: Scratch,
+) -> None:
+    """Overwrite ``student_logits`` with the gradient of the loss in the logits as they were before the softcap.
+
+    ``comparison`` is of the logits divided by the temperature, ``log_sum`` is that of ``student_logits``.
+    """
+    teacher, student = teacher_logits, student_logits
+    if temperature != 1.0:
+        teacher, student = teacher / temperature, student / temperature
+    cross_entropy_scale = 1 - kd_ratio
+    # at temperature 1 the student's distribution is the same in the divergence and in the cross-entropy
+    shared = cross_entropy_scale if temperature == 1.0 else 0.0
+    scale = kd_ratio * temperature
+    if kd_ratio == 0:
+        share = 1.0  # of nothing, and an infinite reverse KL has no part in it
+    result = gradient(
+        teacher,
+        student,
+        comparison,
+        share,
+        scale=scale,
+        student_scale=shared,
+        finite=finite,
+        scratch=scratch,
+    )
+    if cross_entropy_scale > shared:
+        result.add_((student_logits - log_sum[:, None]).exp_(), alpha=cross_entropy_scale)
+    if cross_entropy_scale > 0:
+        result.scatter_add_(-1, labels, torch.full_like(labels, -cross_entropy_scale, dtype=result.dtype))
+    if softcap is not None:
+        result.mul_(1 - (student_logits / softcap).square_())
+    student_logits.copy_(result)
+
+
+@cache
+def can_compile(device_type: str) -> bool:
+    """Whether torch.compile works there; only a trial tells, since it needs a compiler and its headers."""
+    try:
+        torch.compile(lambda x: x.exp().sum(dim=-1), dynamic=True)(torch.ones(2, 8, device=device_type))
+    except Exception:
+        return False
+    return True
+
+
+@cache
+def _compiled(function: Callable, **constants) -> Callable:
+    return torch.compile(partial(function, **constants), dynamic=True)
