@@ -89,33 +89,6 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def export_student(
-    out_dir: Path,
-    weights: dict[str, Tensor],
-    source_dir: Path,
-    *,
-    tied: bool,
-    prompt_style: PromptStyle | None,
-    recipe: str,
-) -> None:
-    """Write a LitGPT checkpoint that every consumer takes as it is: flat weights and all that is read beside them.
-
-    Args:
-        out_dir: Replaced if it exists.
-        weights: Parameters by LitGPT's names; tied matrices may share their storage.
-        source_dir: The student's original checkpoint directory.
-        tied: Whether embeddings and LM head are one matrix; written into config.json, since Hugging Face models throw
-            away the LM head of a model that is said to be tied.
-        prompt_style: What the prompts were made with, if the data module tells.
-        recipe: The run's configuration, as YAML.
-
-    Raises:
-        UserError: ``out_dir`` cannot be written.
-    """
-    with write_directory(out_dir) as directory:
-        write_student(directory, weights, source_dir, tied=tied, prompt_style=prompt_style, recipe=recipe)
-
-
 def write_student(
     directory: Path,
     weights: dict[str, Tensor],
@@ -125,7 +98,17 @@ def write_student(
     prompt_style: PromptStyle | None,
     recipe: str,
 ) -> None:
-    """The files of :func:`export_student`, into a directory that exists."""
+    """Write a LitGPT checkpoint that every consumer takes as it is: flat weights and what is read beside them.
+
+    Args:
+        directory: From :func:`write_directory`.
+        weights: Parameters by LitGPT's names; tied matrices may share their storage.
+        source_dir: The student's original checkpoint directory.
+        tied: Whether embeddings and LM head are one matrix; written into config.json, since Hugging Face models throw
+            away the LM head of a model that is said to be tied.
+        prompt_style: What the prompts were made with, if the data module tells.
+        recipe: The run's configuration, as YAML.
+    """
     copy_model_files(source_dir, directory)
     if (directory / "config.json").is_file():
         describe_to_hugging_face(directory / "config.json", tied, weights["lm_head.weight"].dtype)
@@ -136,7 +119,7 @@ def write_student(
 
 
 def save_training_state(directory: Path, state: dict, *, source_dir: Path, **options) -> None:
-    """Write a ``step-...`` directory: the student as :func:`export_student` writes it, and what training goes on from.
+    """Write a ``step-...`` directory: the student, and what training goes on from.
 
     Raises:
         UserError: ``directory`` cannot be written.

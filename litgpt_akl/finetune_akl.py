@@ -21,7 +21,13 @@ from litgpt.utils import (
 from torch import Tensor
 
 from litgpt_akl.args import DistillArgs, check_training_args, choose_precision, optimizer_config
-from litgpt_akl.checkpoint import export_student, find_training_state, load_training_state, save_training_state
+from litgpt_akl.checkpoint import (
+    find_training_state,
+    load_training_state,
+    save_training_state,
+    write_directory,
+    write_student,
+)
 from litgpt_akl.data import Store, prepare_stores
 from litgpt_akl.errors import UserError
 from litgpt_akl.models import build_model, freeze, is_tied, load_weights, tie
@@ -170,7 +176,8 @@ def main(fabric: L.Fabric, run: Run) -> None:
     fit(fabric, state, store, train, run.eval, seed=run.seed, validate=report, save=save)
     if run.eval.final_validation:
         report()
-    export_student(run.out_dir / "final", state["student"].state_dict(), **export_options(run, state))
+    with write_directory(run.out_dir / "final") as directory:
+        write_student(directory, state["student"].state_dict(), **export_options(run, state))
     for logger in fabric.loggers:
         logger.finalize("success")
     fabric.print(f"The student is in {run.out_dir / 'final'}: litgpt chat {run.out_dir / 'final'}")
