@@ -135,10 +135,11 @@ def test_litgpt_api_gives_the_training_logits_and_prompts(distilled):
 
 @torch.no_grad()
 def test_transformers_model_gives_the_training_logits(distilled, transformers_dir):
-    model = AutoModelForCausalLM.from_pretrained(transformers_dir, dtype=torch.float32)
+    # Gemma 2's softcap in attention is computed by the eager attention only
+    model = AutoModelForCausalLM.from_pretrained(transformers_dir, dtype=torch.float32, attn_implementation="eager")
     assert (model(IDS).logits - distilled.logits()).abs().max() < 1e-4
     assert torch.equal(model.lm_head.weight, distilled.weights()[HEAD])
-    assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) == distilled.case.tied
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight) == distilled.case.tied
 
 
 def test_transformers_reads_the_weights_in_the_precision_they_have(distilled, transformers_dir):
