@@ -30,7 +30,7 @@ from litgpt_akl.checkpoint import (
 )
 from litgpt_akl.data import Store, prepare_stores
 from litgpt_akl.errors import UserError
-from litgpt_akl.models import build_model, freeze, is_tied, load_weights, tie
+from litgpt_akl.models import build_model, freeze, is_tied, tie
 from litgpt_akl.monitor import Progress, silence_known_noise
 from litgpt_akl.pair import Pair, check_pair
 from litgpt_akl.recipe import recipe_as_yaml
@@ -171,7 +171,7 @@ def main(fabric: L.Fabric, run: Run) -> None:
         if answer is not None:
             write(f"{answer}\n")
 
-    if run.eval.initial_validation and "start_cross_entropy" not in state:
+    if run.eval.initial_validation and state["step_count"] == 0:
         report()
     fit(fabric, state, store, train, run.eval, seed=run.seed, validate=report, save=save)
     if run.eval.final_validation:
@@ -211,7 +211,7 @@ def make_state(fabric: L.Fabric, run: Run, weights: dict[str, dict[str, Tensor]]
         "tokens": 0,
     }
     for role, tensors in weights.items():
-        load_weights(models[role], tensors)
+        models[role].load_state_dict(tensors)
     if run.resume is not None:
         load_training_state(run.resume, state)
     return state

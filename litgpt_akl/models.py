@@ -88,11 +88,6 @@ def tie(model: GPT) -> None:
     model.transformer.wte.weight = model.lm_head.weight
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy ``weights`` into ``model``, every name required."""
-    model.load_state_dict(weights, strict=True)
-
-
 def hidden_states(teacher: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
     """The teacher's final hidden states ``[n, D]`` at flat ``positions`` ``[n]`` of ``input_ids`` ``[batch, time]``."""
     with torch.no_grad(), teacher.lm_head.giving(lambda head, hidden: hidden.flatten(0, 1)[positions]):

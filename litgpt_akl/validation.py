@@ -23,8 +23,8 @@ def validate(fabric: L.Fabric, state: dict, store: Store, max_iters: int, micro_
     Returns:
         Nats per token: ``val_loss`` (the objective), ``val_cross_entropy``, ``val_teacher_cross_entropy``,
         ``val_divergence``, ``val_forward_kl``, ``val_reverse_kl``; ``val_ppl``; ``val_agreement`` of top-1 ids;
-        ``val_gap_closed``, the share of the first validation's cross-entropy gap to the teacher that is closed by now
-        (NaN if there was no gap).
+        ``val_gap_closed``, the share of the step-0 cross-entropy gap to the teacher that is closed by now
+        (NaN if there was no gap, or no validation at the start).
     """
     student, teacher = state["student"], state["teacher"]
     records = range(min(len(store), max_iters * micro_batch_size))
@@ -42,7 +42,9 @@ def validate(fabric: L.Fabric, state: dict, store: Store, max_iters: int, micro_
     student.train()
     means = dict(zip(STATISTICS, (sums / tokens).tolist(), strict=True))
     cross_entropy, teacher_cross_entropy = means["cross_entropy"], means["teacher_cross_entropy"]
-    start = state.setdefault("start_cross_entropy", cross_entropy)
+    if state["step_count"] == 0:
+        state["start_cross_entropy"] = cross_entropy
+    start = state.get("start_cross_entropy", math.nan)
     gap = start - teacher_cross_entropy
     return {
         "val_loss": loss.item() / tokens,

@@ -68,12 +68,18 @@ def prepare_model(model_dir: Path, downloads: Path) -> None:
 
 
 def read_gguf(directory: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    from gguf import GGUFReader
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     options = {"gguf_file": GGUF_FILE, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options).eval()
-    tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+    # some versions of AutoTokenizer take it for a Code Llama tokenizer, and a start token for the end token
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory, **options)
+    fields = GGUFReader(directory / GGUF_FILE).fields
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        field = fields[f"tokenizer.ggml.{key}_token_id"]
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(field.parts[field.data[0]][0])))
     # transformers ignores the file's "smollm" pre-tokenizer, which splits off every digit before anything else
     digits_first = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     tokenizer.backend_tokenizer.pre_tokenizer = digits_first
