@@ -30,7 +30,7 @@ from litgpt_akl.checkpoint import (
 )
 from litgpt_akl.data import Store, prepare_stores
 from litgpt_akl.errors import UserError
-from litgpt_akl.models import build_model, freeze, is_tied, tie
+from litgpt_akl.models import build_model, is_tied, tie
 from litgpt_akl.monitor import Progress, silence_known_noise
 from litgpt_akl.pair import Pair, check_pair
 from litgpt_akl.recipe import recipe_as_yaml
@@ -193,7 +193,7 @@ def make_state(fabric: L.Fabric, run: Run, weights: dict[str, dict[str, Tensor]]
         tie(models["student"])
     if is_tied(pair.teacher_dir, weights["teacher"], None):
         tie(models["teacher"])
-    freeze(models["teacher"])
+    models["teacher"].requires_grad_(False).eval()
     models = {role: fabric.setup_module(model) for role, model in models.items()}
     models["student"].train()
     optimizer = fabric.setup_optimizers(_make_optimizer(run.optimizer, models["student"]))

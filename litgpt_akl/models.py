@@ -56,11 +56,6 @@ def build_model(fabric: L.Fabric, config: Config) -> GPT:
     return model
 
 
-def freeze(model: GPT) -> GPT:
-    """No parameter of ``model`` gets a gradient."""
-    return model.requires_grad_(False).eval()
-
-
 def is_tied(checkpoint_dir: Path, weights: dict[str, Tensor], wish: bool | None) -> bool:
     """Whether embeddings and LM head are one matrix: as told, else if they are equal and config.json does not deny it.
 

@@ -79,11 +79,6 @@ def memory_in_use(device: torch.device) -> float:
 
 
 def silence_known_noise() -> None:
-    """Warnings of other libraries that say nothing to a user of this command, each by its text."""
-    for message in (
-        r"Experiment logs directory .* exists and is not empty",
-        r".*`torch.jit.script_method` is deprecated",
-        # the data modules' loaders are only asked for their datasets, their workers never start
-        r"This DataLoader will create .* worker processes",
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    """Warnings of other libraries that say nothing to a user of this command, by its text."""
+    # the data modules' loaders are only asked for their datasets, their workers never start
+    warnings.filterwarnings("ignore", message=r"This DataLoader will create .* worker processes")

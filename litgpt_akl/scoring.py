@@ -168,6 +168,7 @@ def _replace_by_gradient(
     """
     teacher, student = teacher_logits, student_logits
     if temperature != 1.0:
+        # divided here again: handed in beside student_logits, they could be the same memory under another name
         teacher, student = teacher / temperature, student / temperature
     cross_entropy_scale = 1 - kd_ratio
     # at temperature 1 the student's distribution is the same in the divergence and in the cross-entropy
