@@ -1,92 +1,41 @@
 """Checkpoint directories, written whole or not at all: the trained student, and what training goes on from."""
 
-import os
+import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from litgpt.prompts import PromptStyle, save_prompt_style
 from torch import Tensor
 
+from litgpt_akl.directories import (
+    clear_leftovers,
+    explain_failure,
+    restore_previous,
+    save_tensors,
+    write_directory,
+)
 from litgpt_akl.errors import UserError
+from litgpt_akl.manifest import MANIFEST, STEPS, damage, newest_first, remove_old, write_manifest
 from litgpt_akl.model_files import copy_model_files, describe_to_hugging_face
 
-POSITION = ("step_count", "epoch", "epoch_step", "tokens", "start_cross_entropy")
+POSITION = (
+    "step_count",
+    "epoch",
+    "epoch_step",
+    "tokens",
+    "start_cross_entropy",
+    "last_validation",
+    "validation_loss",
+    "nonfinite_in_a_row",
+)
 """Entries of the training state that say how far a run has come; plain numbers."""
 
-
-@contextmanager
-def write_directory(out_dir: Path) -> Iterator[Path]:
-    """Yields an empty directory that takes the place of ``out_dir`` when the block ends without an error.
-
-    Until then an existing ``out_dir`` stays as it is; after an error (or an interrupt) it is still as it was and the
-    temporary directory is gone. What a killed process left behind is cleared by the next call for the same path.
-    One process at a time may write to a path.
-
-    Args:
-        out_dir: Where the directory is to appear. The yielded directory lies on the same disk and has the same name,
-            because LitGPT reads rules from a folder's name.
-
-    Raises:
-        UserError: The directory cannot be created or replaced.
-    """
-    out_dir = out_dir.resolve()
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
-    previous = out_dir.with_name(f".{out_dir.name}.previous")
-    try:
-        _clear_leftovers(out_dir, partial, previous)
-        (partial / out_dir.name).mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{out_dir} cannot be written ({error.strerror}). Give another directory.") from error
-    try:
-        yield partial / out_dir.name
-        _flush_tree(partial / out_dir.name)
-        _swap_in(partial / out_dir.name, out_dir, previous)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _clear_leftovers(out_dir: Path, partial: Path, previous: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    if previous.exists() and not out_dir.exists():
-        # killed between the two renames of _swap_in
-        previous.rename(out_dir)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _swap_in(new_dir: Path, out_dir: Path, previous: Path) -> None:
-    try:
-        if out_dir.exists():
-            out_dir.rename(previous)
-        new_dir.rename(out_dir)
-    except OSError as error:
-        raise UserError(f"{out_dir} cannot be replaced ({error.strerror}). Give another directory.") from error
-    finally:
-        if previous.exists() and not out_dir.exists():
-            previous.rename(out_dir)
-    _flush(out_dir.parent)
-    shutil.rmtree(previous, ignore_errors=True)
-
-
-def _flush_tree(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        _flush(path)
-    _flush(directory)
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file's bytes, or a directory's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        # not every network file system can flush a directory
-        if not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
+IDENTITY = ("data", "models")
+"""Entries that say what is trained on what; plain data, saved for comparison and not loaded."""
 
 
 def write_student(
@@ -101,7 +50,7 @@ def write_student(
     """Write a LitGPT checkpoint that every consumer takes as it is: flat weights and what is read beside them.
 
     Args:
-        directory: From :func:`write_directory`.
+        directory: From :func:`~litgpt_akl.directories.write_directory`.
         weights: Parameters by LitGPT's names; tied matrices may share their storage.
         source_dir: The student's original checkpoint directory.
         tied: Whether embeddings and LM head are one matrix; written into config.json, since Hugging Face models throw
@@ -115,48 +64,159 @@ def write_student(
     if prompt_style is not None:
         save_prompt_style(prompt_style, directory)
     (directory / "hyperparameters.yaml").write_text(recipe, encoding="utf-8")
-    torch.save(weights, directory / "lit_model.pth")
+    save_tensors(weights, directory / "lit_model.pth")
 
 
-def save_training_state(directory: Path, state: dict, *, source_dir: Path, **options) -> None:
-    """Write a ``step-...`` directory: the student, and what training goes on from.
+def save_student(directory: Path, state: dict, *, source_dir: Path, **options) -> None:
+    """Write the trained student; ``options`` are those of :func:`write_student`.
 
     Raises:
-        UserError: ``directory`` cannot be written.
+        UserError: ``directory`` cannot be written; it is as it was.
     """
-    with write_directory(directory) as partial:
+    with write_directory(directory) as partial, explain_failure(directory):
         write_student(partial, state["student"].state_dict(), source_dir, **options)
-        training_state = {name: state[name] for name in POSITION if name in state}
-        training_state["random"] = torch.get_rng_state()
-        for name in ("optimizer", "scheduler"):
-            training_state[name] = state[name].state_dict()
-        torch.save(training_state, partial / "training_state.pth")
 
 
-def find_training_state(resume: bool | str | Path, out_dir: Path) -> Path | None:
-    """The ``step-...`` directory that ``--resume`` means; None for a run from the start.
+def save_training_state(
+    directory: Path,
+    state: dict,
+    *,
+    source_dir: Path,
+    metrics_file: Path | None,
+    keep_last: int | None,
+    **options,
+) -> None:
+    """Write a ``step-...`` directory: the student, and what training goes on from; then delete older ones.
+
+    One process at a time may write ``step-...`` directories beside each other.
+
+    Args:
+        directory: Where it is to appear.
+        state: Student, optimizer, scheduler, and what there is of ``POSITION`` and ``IDENTITY``.
+        source_dir: The student's original checkpoint directory.
+        metrics_file: The metrics so far, of which a copy is kept, if there are any.
+        keep_last: As in :func:`remove_old`; None keeps all.
+        options: Those of :func:`write_student`.
 
     Raises:
-        UserError: there is no such directory, or it holds no training state.
+        UserError: ``directory`` cannot be written; everything is as it was.
+    """
+    with explain_failure(directory):
+        clear_leftovers(directory.parent, STEPS)
+    with write_directory(directory) as partial, explain_failure(directory):
+        write_student(partial, state["student"].state_dict(), source_dir, **options)
+        if metrics_file is not None and metrics_file.is_file():
+            shutil.copyfile(metrics_file, partial / "metrics.csv")
+        save_tensors(_training_state(state), partial / "training_state.pth")
+        validated = state.get("last_validation") == state["step_count"]
+        write_manifest(partial, state["step_count"], state.get("validation_loss") if validated else None)
+    if keep_last is not None:
+        remove_old(directory.parent, keep_last, directory)
+
+
+def _training_state(state: dict) -> dict[str, Any]:
+    plain = {name: state[name] for name in (*POSITION, *IDENTITY) if name in state}
+    stateful = {name: state[name].state_dict() for name in ("optimizer", "scheduler")}
+    # one entry per process
+    return {**plain, **stateful, "random": [random_state()]}
+
+
+def random_state() -> dict[str, Any]:
+    """The random numbers this process is about to draw, as plain data and tensors."""
+    name, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+    }
+
+
+def set_random_state(saved: dict[str, Any]) -> None:
+    """Draw the random numbers that :func:`random_state` saw coming; devices that are not there are left out."""
+    torch.set_rng_state(saved["torch"])
+    for device, device_state in enumerate(saved["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(device_state, device)
+    random.setstate(saved["python"])
+    np.random.set_state(saved["numpy"])
+
+
+def find_training_state(
+    resume: bool | Literal["auto"] | Path, out_dir: Path, warn: Callable[[str], None]
+) -> Path | None:
+    """The ``step-...`` directory that ``--resume`` means, known to be whole; None for a run from the start.
+
+    Args:
+        resume: A directory or a file in it, true for the newest one that is whole, or auto for that one if there is
+            any; which is newest is read from the manifests.
+        out_dir: Where true and auto look.
+        warn: Is told of every damaged directory that is passed over.
+
+    Raises:
+        UserError: there is no such directory, it is damaged, or all are.
     """
     if not resume:
         return None
-    if isinstance(resume, Path):
-        directory = resume if resume.is_dir() else resume.parent
-        if not (directory / "training_state.pth").is_file():
-            raise UserError(f"--resume {resume}: there is no training_state.pth. Give a step-... directory of a run.")
+    if resume is not True and resume != "auto":
+        return _whole_or_error(Path(resume))
+    with explain_failure(out_dir):
+        restore_previous(out_dir, STEPS)
+    damaged: dict[Path, str] = {}
+    for directory in newest_first(out_dir):
+        what = damage(directory)
+        if what is None:
+            for other, reason in damaged.items():
+                warn(f"{other} is damaged ({reason}); going on from {directory.name} instead.")
+            return directory
+        damaged[directory] = what
+    flag = f"--resume {str(resume).lower()}"
+    if damaged:
+        reasons = ", ".join(f"{directory.name} ({reason})" for directory, reason in damaged.items())
+        raise UserError(
+            f"{flag}, but no checkpoint in {out_dir} is whole: {reasons}.\nLeave --resume out for a run from the start."
+        )
+    if resume is True:
+        raise UserError(f"{flag}, but {out_dir} has no step-... directory. Leave --resume out, or use auto.")
+    return None
+
+
+def _whole_or_error(resume: Path) -> Path:
+    """The directory that a path given to --resume means; UserError with a way out if it is damaged."""
+    # a file that should be in a checkpoint but is missing means the checkpoint, too
+    in_checkpoint = not resume.is_dir() and (resume.is_file() or (resume.parent / MANIFEST).is_file())
+    directory = resume.parent if in_checkpoint else resume
+    with explain_failure(directory):
+        restore_previous(directory.parent, STEPS)
+    what = damage(directory)
+    if what is None:
         return directory
-    steps = sorted(out_dir.glob("step-*/training_state.pth"), key=lambda path: int(path.parent.name.split("-")[1]))
-    if not steps and resume is True:
-        raise UserError(f"--resume true, but {out_dir} has no step-... directory. Leave --resume out, or use auto.")
-    return steps[-1].parent if steps else None
+    near = (path for place in (directory.parent, directory) for path in newest_first(place))
+    whole = next((path for path in near if damage(path) is None), None)
+    raise UserError(
+        f"--resume {resume}: {directory} is not a whole checkpoint ({what}).\n"
+        + (f"{whole} is whole: give that one." if whole else "Give a step-... directory of a run.")
+    )
 
 
-def load_training_state(directory: Path, state: dict) -> None:
-    """Set student, optimizer, scheduler, position and random numbers to what :func:`save_training_state` saved."""
-    state["student"].load_state_dict(torch.load(directory / "lit_model.pth", mmap=True, weights_only=True))
-    saved = torch.load(directory / "training_state.pth", map_location="cpu", weights_only=True)
+def read_training_state(directory: Path) -> dict[str, Any]:
+    """What :func:`save_training_state` wrote, all but the student; tensors are memory-mapped."""
+    return torch.load(directory / "training_state.pth", map_location="cpu", mmap=True, weights_only=True)
+
+
+def load_training_state(directory: Path, state: dict, rank: int = 0) -> None:
+    """Set student, optimizer, scheduler, position and random numbers to what :func:`save_training_state` saved.
+
+    The random numbers are those of process ``rank``. ``IDENTITY`` is the caller's to compare.
+    """
+    weights = torch.load(directory / "lit_model.pth", map_location="cpu", mmap=True, weights_only=True)
+    state["student"].load_state_dict(weights)
+    saved = read_training_state(directory)
     for name in ("optimizer", "scheduler"):
         state[name].load_state_dict(saved[name])
+    for entries in state["optimizer"].state.values():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                # still a view of the file, which may be deleted while the run goes on
+                entries[name] = value.clone()
     state.update({name: saved[name] for name in POSITION if name in saved})
-    torch.set_rng_state(saved["random"])
+    set_random_state(saved["random"][rank % len(saved["random"])])

@@ -1,6 +1,6 @@
 """`litgpt finetune_akl`: its signature is the whole configuration."""
 
-import dataclasses
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,32 +11,31 @@ import torch
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import Alpaca, DataModule
 from litgpt.types import LoggerChoice
-from litgpt.utils import (
-    choose_logger,
-    init_out_dir,
-    instantiate_torch_optimizer,
-    num_parameters,
-    parse_devices,
-)
+from litgpt.utils import init_out_dir, instantiate_torch_optimizer, num_parameters, parse_devices
 from torch import Tensor
 
 from litgpt_akl.args import DistillArgs, check_training_args, choose_precision, optimizer_config
 from litgpt_akl.checkpoint import (
     find_training_state,
     load_training_state,
+    read_training_state,
+    save_student,
     save_training_state,
-    write_directory,
-    write_student,
 )
-from litgpt_akl.data import Store, prepare_stores
+from litgpt_akl.data.plan import Plan
+from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.stores import Store
+from litgpt_akl.data.windows import Window, Windows, load
 from litgpt_akl.errors import UserError
+from litgpt_akl.loggers import continue_metrics, flushed_metrics, make_logger
 from litgpt_akl.models import build_model, is_tied, tie
 from litgpt_akl.monitor import Progress, silence_known_noise
 from litgpt_akl.pair import Pair, check_pair
-from litgpt_akl.recipe import recipe_as_yaml
-from litgpt_akl.train import fit, make_scheduler, total_steps, warmup_steps
-from litgpt_akl.validation import describe, example_answer, validate
-from litgpt_akl.weights import open_weights
+from litgpt_akl.recipe import differences, recipe_as_yaml
+from litgpt_akl.signals import StopSignals
+from litgpt_akl.train import StepResult, fit, make_scheduler, total_steps, warmup_steps
+from litgpt_akl.validation import describe, example_answer, example_prompt, validate
+from litgpt_akl.weights import fingerprint, open_weights
 
 
 @dataclass
@@ -51,6 +50,9 @@ class Run:
     optimizer: str | dict
     seed: int
     resume: Path | None
+    accept_changes: bool
+    keep_last: int | None
+    on_nonfinite: Literal["stop", "skip"]
     out_dir: Path
     recipe: str
 
@@ -64,6 +66,9 @@ def setup(
     devices: int | str = 1,
     num_nodes: int = 1,
     resume: bool | Literal["auto"] | Path = False,
+    accept_changes: bool = False,
+    keep_last: int | None = None,
+    on_nonfinite: Literal["stop", "skip"] = "stop",
     data: DataModule | None = None,
     distill: DistillArgs = DistillArgs(),
     train: TrainArgs = TrainArgs(
@@ -95,7 +100,12 @@ def setup(
         devices: How many devices to use. This version trains on one.
         num_nodes: How many nodes the code is being run on. This version trains on one.
         resume: Path to a ``step-...`` directory of an interrupted run to go on from, ``true`` for the latest one in
-            ``out_dir``, or ``auto`` for the latest one if there is one.
+            ``out_dir``, or ``auto`` for the latest one if there is one. A damaged one is passed over.
+        accept_changes: Whether a resumed run may differ from the interrupted one in what changes its result.
+        keep_last: How many ``step-...`` directories to keep, beside the one with the lowest validation loss (default:
+            all).
+        on_nonfinite: What to do when the loss or the gradient is not finite: ``stop``, or ``skip`` the step, but not
+            more than two in a row. The samples are listed in a file in ``out_dir``.
         data: Data-related arguments. If not provided, the default is ``litgpt.data.Alpaca``.
         distill: Distillation-related arguments. See ``litgpt_akl.args.DistillArgs`` for details.
         train: Training-related arguments. See ``litgpt.args.TrainArgs`` for details. An iteration is an optimizer step
@@ -115,6 +125,8 @@ def setup(
     # a misspelt optimizer is found before anything is loaded
     make_scheduler(_make_optimizer(optimizer, torch.nn.Linear(1, 1)), warmup=0, steps=1, min_lr=train.min_lr)
     precision = choose_precision(precision, torch.cuda.is_available())
+    if keep_last is not None and keep_last < 1:
+        raise UserError(f"--keep_last must be at least 1, got {keep_last}. Leave it out (null) to keep all.")
     if parse_devices(devices) * num_nodes > 1:
         raise UserError(f"--devices {devices} --num_nodes {num_nodes}: this version trains on one device. Use 1 and 1.")
     pair = check_pair(checkpoint_dir, teacher_checkpoint_dir, access_token)
@@ -132,11 +144,21 @@ def setup(
         eval=eval,
         optimizer=optimizer,
         seed=seed,
-        resume=find_training_state(resume, out_dir),
+        resume=find_training_state(resume, out_dir, warn=print),
+        accept_changes=accept_changes,
+        keep_last=keep_last,
+        on_nonfinite=on_nonfinite,
         out_dir=out_dir,
         recipe=recipe,
     )
-    logger = _make_logger(logger_name, run, log)
+    logger = make_logger(
+        logger_name,
+        out_dir,
+        name=f"distill-{pair.student_config.name}",
+        resume=run.resume is not None,
+        log_interval=train.log_interval,
+        log=log,
+    )
     fabric = L.Fabric(devices=1, num_nodes=1, strategy="auto", precision=precision, loggers=logger)
     fabric.launch(main, run)
 
@@ -148,39 +170,92 @@ def main(fabric: L.Fabric, run: Run) -> None:
         "student": open_weights(pair.student_dir, pair.student_config),
         "teacher": open_weights(pair.teacher_dir, pair.teacher_config),
     }
-    tokenised = prepare_stores(run.data, pair.tokenizer, train, pair.context_length)
-    store, validation_store = tokenised
+    stores = prepare_stores(run.data, pair.tokenizer, train, pair.context_length, pair.student_dir)
     fabric.seed_everything(run.seed, verbose=False)
-    state = make_state(fabric, run, weights, store)
+    state = make_state(fabric, run, weights, stores[0])
     (run.out_dir / "hyperparameters.yaml").write_text(run.recipe, encoding="utf-8")
-    announce(fabric, run, state, tokenised)
-
-    def save() -> Path:
-        directory = run.out_dir / f"step-{state['step_count']:06d}"
-        save_training_state(directory, state, **export_options(run, state))
-        return directory
-
-    def report(progress: Progress | None = None) -> None:
-        if len(validation_store) == 0:
-            return
-        metrics = validate(fabric, state, validation_store, run.eval.max_iters, train.micro_batch_size)
-        fabric.log_dict(metrics, step=state["step_count"])
-        write = progress.write if progress else fabric.print
-        write(f"Step {state['step_count']}: {describe(metrics)}")
-        answer = example_answer(fabric, state["student"], pair.tokenizer, run.data, run.eval) if progress else None
-        if answer is not None:
-            write(f"{answer}\n")
-
-    if run.eval.initial_validation and state["step_count"] == 0:
-        report()
-    fit(fabric, state, store, train, run.eval, seed=run.seed, validate=report, save=save)
+    announce(fabric, run, state, stores)
+    if run.resume is not None:
+        continue_metrics(fabric, run.resume / "metrics.csv")
+    with StopSignals() as stop:
+        if run.eval.initial_validation and state["step_count"] == 0:
+            report(fabric, run, state, stores[1], stop)
+            leave_if_stopped(fabric, stop)
+        distil(fabric, run, state, stores, stop)
+    leave_if_stopped(fabric, stop)
     if run.eval.final_validation:
-        report()
-    with write_directory(run.out_dir / "final") as directory:
-        write_student(directory, state["student"].state_dict(), **export_options(run, state))
+        report(fabric, run, state, stores[1], stop)
+    save_student(run.out_dir / "final", state, **export_options(run, state))
     for logger in fabric.loggers:
         logger.finalize("success")
     fabric.print(f"The student is in {run.out_dir / 'final'}: litgpt chat {run.out_dir / 'final'}")
+
+
+def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store], stop: StopSignals) -> None:
+    """Train from ``state``'s position on."""
+    store, train = stores[0], run.train
+    steps = total_steps(train, len(store))
+
+    def save() -> Path:
+        directory = run.out_dir / f"step-{state['step_count']:06d}"
+        metrics_file = flushed_metrics(fabric)
+        options = export_options(run, state)
+        save_training_state(directory, state, metrics_file=metrics_file, keep_last=run.keep_last, **options)
+        return directory
+
+    def report_nonfinite(window: Window, result: StepResult) -> Path:
+        path = run.out_dir / f"nonfinite-step-{state['step_count']:06d}.json"
+        samples = [{"number": int(number), "place": store.place(int(number))} for number in window.numbers]
+        values = {"loss": str(result.loss), "gradient_norm": str(result.gradient_norm)}
+        content = {"step": state["step_count"], "epoch": window.epoch, **values, "samples": samples}
+        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        return path
+
+    plan = Plan(len(store), train.global_batch_size, run.seed, store.lengths, store.chunk_ends)
+    micro_batch_tokens = getattr(run.data, "micro_batch_tokens", None)
+    windows = Windows(store, plan, train.micro_batch_size, micro_batch_tokens)
+    fit(
+        fabric,
+        state,
+        load(windows, state["step_count"], steps, getattr(run.data, "num_workers", 0)),
+        train,
+        run.eval,
+        steps=steps,
+        on_nonfinite=run.on_nonfinite,
+        validate=lambda progress: report(fabric, run, state, stores[1], stop, progress),
+        save=save,
+        report_nonfinite=report_nonfinite,
+        stop=stop,
+    )
+
+
+def report(
+    fabric: L.Fabric, run: Run, state: dict, store: Store, stop: StopSignals, progress: Progress | None = None
+) -> None:
+    """Validate, log and print; during training also an example answer."""
+    if len(store) == 0:
+        return
+    metrics = validate(fabric, state, store, run.eval.max_iters, run.train.micro_batch_size, stop)
+    if metrics is None:
+        return
+    fabric.log_dict(metrics, step=state["step_count"])
+    write = progress.write if progress else fabric.print
+    write(f"Step {state['step_count']}: {describe(metrics)}")
+    if progress is None or run.eval.max_new_tokens is None:
+        return
+    tokenizer = run.pair.tokenizer
+    prompt = example_prompt(run.data, store, tokenizer, run.eval)
+    if prompt is not None:
+        answer = example_answer(fabric, state["student"], tokenizer, prompt, run.eval.max_new_tokens)
+        if answer is not None:
+            write(f"{answer}\n")
+
+
+def leave_if_stopped(fabric: L.Fabric, stop: StopSignals) -> None:
+    """End the process as a shell says that a signal ended it."""
+    if stop.received is not None:
+        fabric.print("Stopped; the same command with --resume auto goes on from the last checkpoint.")
+        raise SystemExit(128 + stop.received)
 
 
 def make_state(fabric: L.Fabric, run: Run, weights: dict[str, dict[str, Tensor]], store: Store) -> dict[str, Any]:
@@ -205,16 +280,51 @@ def make_state(fabric: L.Fabric, run: Run, weights: dict[str, dict[str, Tensor]]
         "loss": run.distill.loss(),
         "vocab_size": pair.vocab_size,
         "tied": tied,
+        "data": {"samples": len(store), "fingerprint": store.fingerprint},
+        "models": {role: fingerprint(directory) for role, directory in pair.directories.items()},
         "step_count": 0,
         "epoch": 0,
         "epoch_step": 0,
         "tokens": 0,
+        "nonfinite_in_a_row": 0,
+        "last_validation": -1,
     }
-    for role, tensors in weights.items():
-        models[role].load_state_dict(tensors)
-    if run.resume is not None:
-        load_training_state(run.resume, state)
+    models["teacher"].load_state_dict(weights["teacher"])
+    if run.resume is None:
+        models["student"].load_state_dict(weights["student"])
+    else:
+        resume(run, state)
     return state
+
+
+def resume(run: Run, state: dict) -> None:
+    """Set ``state`` to what was saved, if it is of the same run; an optimizer's settings are those of the recipe.
+
+    Raises:
+        UserError: the run differs in what changes its result, and that was not accepted.
+    """
+    saved = read_training_state(run.resume)
+    changes = differences((run.resume / "hyperparameters.yaml").read_text(encoding="utf-8"), run.recipe)
+    for role, identity in state["models"].items():
+        if saved["models"][role] != identity:
+            changes.append(f"the {role} has other weights")
+    if saved["data"] != state["data"]:
+        samples = [f"{data['samples']:,}" for data in (saved["data"], state["data"])]
+        changes.append(f"other training samples ({samples[0]} -> {samples[1]})")
+    if changes and not run.accept_changes:
+        raise UserError(
+            f"--resume: {run.resume} is of a run with another result: {'; '.join(changes)}.\n"
+            "Give what it was started with, start anew without --resume, or accept this with --accept_changes true."
+        )
+    optimizer, scheduler = state["optimizer"], state["scheduler"]
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    base_rates = scheduler.base_lrs
+    load_training_state(run.resume, state)
+    scheduler.base_lrs = base_rates
+    for group, values, rate, factor in zip(
+        optimizer.param_groups, settings, base_rates, scheduler.lr_lambdas, strict=True
+    ):
+        group.update(values, lr=rate * factor(scheduler.last_epoch))
 
 
 def export_options(run: Run, state: dict) -> dict[str, Any]:
@@ -235,7 +345,7 @@ def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store
             f"{role}: {directory}, {model.config.n_layer} layers, {num_parameters(model) / 1e6:,.1f} M parameters"
         )
     for name, store in zip(("Training", "Validation"), stores, strict=True):
-        fabric.print(f"{name}: {len(store):,} samples, {int(store.lengths.sum()):,} tokens")
+        fabric.print(f"{name}: {len(store):,} samples, {store.tokens:,} tokens")
     if len(stores[1]) == 0:
         fabric.print("There are no validation samples: validation is off.")
     kind = fabric.device.type
@@ -256,20 +366,6 @@ def _make_optimizer(optimizer: str | dict, student: torch.nn.Module) -> torch.op
             f"--optimizer {optimizer!r} cannot be made: {error}.\nGive a class of torch.optim, such as AdamW, or its"
             " class_path and init_args."
         ) from error
-
-
-def _make_logger(logger_name: LoggerChoice, run: Run, log: LogArgs):
-    try:
-        return choose_logger(
-            logger_name,
-            run.out_dir,
-            name=f"distill-{run.pair.student_config.name}",
-            resume=run.resume is not None,
-            log_interval=run.train.log_interval,
-            log_args=dataclasses.asdict(log),
-        )
-    except ModuleNotFoundError as error:
-        raise UserError(f"--logger_name {logger_name} needs a package that is not installed: {error}") from error
 
 
 def _writable(out_dir: Path) -> Path:

@@ -9,7 +9,7 @@ import torch
 from litgpt.config import Config
 from litgpt.utils import save_config
 
-from litgpt_akl.checkpoint import write_directory
+from litgpt_akl.directories import write_directory
 from litgpt_akl.errors import UserError
 from litgpt_akl.model_files import copy_model_files
 from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config

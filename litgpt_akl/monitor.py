@@ -9,6 +9,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from litgpt_akl.data.windows import Window
 from litgpt_akl.scoring import STATISTICS
 
 
@@ -27,19 +28,22 @@ class Progress:
             # a log file is no terminal: a line every ten seconds is enough there
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
         )
-        self._time, self._tokens, self._response_tokens, self._steps = time.perf_counter(), 0, 0, 0
+        self._start_counting()
 
-    def step(self, tokens: int, response_tokens: int) -> None:
-        """One optimizer step was taken on so many tokens, padding not counted."""
+    def _start_counting(self) -> None:
+        self._time, self._tokens, self._padded, self._response_tokens, self._steps = time.perf_counter(), 0, 0, 0, 0
+
+    def step(self, window: Window) -> None:
+        """One optimizer step was taken."""
         self.bar.update()
-        self._tokens += tokens
-        self._response_tokens += response_tokens
+        self._tokens += sum(batch.tokens for batch in window.micro_batches)
+        self._padded += sum(batch.input_ids.numel() for batch in window.micro_batches)
+        self._response_tokens += window.response_tokens
         self._steps += 1
 
     def log(self, state: dict, sums: torch.Tensor, loss: float, gradient_norm: float, response_tokens: int) -> None:
         """Send the last step's means to the logger and to the progress line."""
-        now = time.perf_counter()
-        seconds = now - self._time
+        seconds = time.perf_counter() - self._time
         metrics = {
             "loss": loss,
             **dict(zip(STATISTICS, (sums / response_tokens).tolist(), strict=True)),
@@ -48,12 +52,13 @@ class Progress:
             "step": state["step_count"],
             "epoch": state["epoch"],
             "tokens": state["tokens"],
+            "padding": 1 - self._tokens / self._padded,
             "tokens_per_second": self._tokens / seconds,
             "response_tokens_per_second": self._response_tokens / seconds,
             "seconds_per_step": seconds / self._steps,
             "memory_gb": memory_in_use(self.fabric.device),
         }
-        self._time, self._tokens, self._response_tokens, self._steps = now, 0, 0, 0
+        self._start_counting()
         self.fabric.log_dict(metrics, step=state["step_count"])
         self.bar.set_postfix_str(
             f"loss {loss:.3f}, divergence {metrics['divergence']:.3f}, h {metrics['h']:.2f},"
@@ -80,5 +85,5 @@ def memory_in_use(device: torch.device) -> float:
 
 def silence_known_noise() -> None:
     """Warnings of other libraries that say nothing to a user of this command, by its text."""
-    # the data modules' loaders are only asked for their datasets, their workers never start
+    # LitGPT's data modules' loaders are only asked for their datasets, their workers never start
     warnings.filterwarnings("ignore", message=r"This DataLoader will create .* worker processes")

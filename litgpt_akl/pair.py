@@ -24,6 +24,11 @@ class Pair:
     """Ids that the tokenizer and both heads have; ids from here on are padding."""
 
     @property
+    def directories(self) -> dict[str, Path]:
+        """By role."""
+        return {"student": self.student_dir, "teacher": self.teacher_dir}
+
+    @property
     def context_length(self) -> int:
         """Tokens that both models can read."""
         return min(self.student_config.block_size, self.teacher_config.block_size)

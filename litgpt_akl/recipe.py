@@ -15,6 +15,17 @@ SECRETS = ("access_token", "api_key", "auth_token", "hf_token", "password", "sec
 """Names whose values are never written; a run that is repeated asks for them again."""
 
 
+NO_EFFECT = re.compile(
+    r"(out_dir|devices|num_nodes|resume|accept_changes|keep_last|on_nonfinite|logger_name"
+    r"|(log|eval)\..*"
+    r"|train\.(save_interval|log_interval|micro_batch_size|max_time)"
+    r"|distill\.(block_tokens|compile)"
+    r"|(teacher_)?checkpoint_dir|data\..*)"
+)
+"""Arguments that may change when a run goes on: they leave its result as it is, up to rounding. Models and samples are
+compared by what they are, not by where they lie."""
+
+
 class Dumper(yaml.SafeDumper):
     """Quotes text that the parser would read as a number."""
 
@@ -28,6 +39,22 @@ Dumper.add_implicit_resolver(
 def recipe_as_yaml(arguments: dict[str, Any]) -> str:
     """The arguments of a ``setup()`` as YAML: dataclasses as mappings, other objects by class_path and init_args."""
     return yaml.dump(_plain(arguments), Dumper=Dumper, sort_keys=False)
+
+
+def differences(saved: str, current: str) -> list[str]:
+    """What differs between two recipes, as YAML, in arguments that change the result of a run."""
+    saved, current = _flatten(yaml.safe_load(saved)), _flatten(yaml.safe_load(current))
+    return [
+        f"{name} {saved.get(name)} -> {current.get(name)}"
+        for name in dict.fromkeys([*saved, *current])
+        if saved.get(name) != current.get(name) and not NO_EFFECT.fullmatch(name)
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.removesuffix("."): value}
+    return {name: item for key in value for name, item in _flatten(value[key], f"{prefix}{key}.").items()}
 
 
 def _plain(value: Any) -> Any:

@@ -2,20 +2,25 @@
 
 import math
 import time
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
 import torch
 from litgpt.args import EvalArgs, TrainArgs
 from torch.optim.lr_scheduler import LambdaLR
 
-from litgpt_akl.data import MicroBatch, Store, windows_from
+from litgpt_akl.data.windows import Window
 from litgpt_akl.errors import UserError
 from litgpt_akl.models import distillation_loss
 from litgpt_akl.monitor import Progress
 from litgpt_akl.scoring import STATISTICS
+from litgpt_akl.signals import StopSignals
+
+NONFINITE_LIMIT = 3
+"""Steps in a row that may be dropped for a loss or gradient that is not finite, before the run stops."""
 
 
 def total_steps(train: TrainArgs, samples: int) -> int:
@@ -63,80 +68,128 @@ def make_scheduler(optimizer: torch.optim.Optimizer, warmup: int, steps: int, mi
     return LambdaLR(optimizer, [schedule(rate) for rate in rates])
 
 
-def take_step(
-    fabric: L.Fabric, state: dict, micro_batches: list[MicroBatch], response_tokens: int, max_norm: float | None
-) -> tuple[float, torch.Tensor, float]:
+@dataclass
+class StepResult:
+    """What an optimizer step came to."""
+
+    loss: float
+    """In nats per response token."""
+    sums: torch.Tensor
+    """Of the ``STATISTICS`` over the response tokens."""
+    gradient_norm: float
+    """Before clipping."""
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+def take_step(fabric: L.Fabric, state: dict, window: Window, max_norm: float | None) -> StepResult:
     """One optimizer step, its sums divided once by the response tokens of the whole step.
 
-    Returns:
-        The loss in nats per token, the sums of ``STATISTICS``, and the gradient norm before clipping.
-
-    Raises:
-        UserError: the loss or the gradient is not finite; weights and optimizer are as they were before the step.
+    If the loss or the gradient is not finite, weights and optimizer are left as they were; the learning rate's schedule
+    goes on.
     """
     student, teacher, optimizer = state["student"], state["teacher"], state["optimizer"]
     sums = torch.zeros(len(STATISTICS), device=fabric.device)
     loss = torch.zeros((), device=fabric.device)
-    for batch in micro_batches:
+    for batch in window.micro_batches:
         batch = batch.to(fabric.device)
         result = distillation_loss(
             student, teacher, state["loss"], batch.input_ids, batch.positions, batch.labels, state["vocab_size"]
         )
-        fabric.backward(result.loss / response_tokens)
+        fabric.backward(result.loss / window.response_tokens)
         sums += torch.stack(list(result.stats.values()))
-        loss += result.loss.detach() / response_tokens
+        loss += result.loss.detach() / window.response_tokens
     norm = fabric.clip_gradients(student, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False)
-    loss, norm = loss.item(), float(norm)
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise UserError(
-            f"Step {state['step_count'] + 1}: the loss is {loss}, the gradient norm {norm}; the step was not taken.\n"
-            "Lower the optimizer's lr, or set --train.max_norm. The last checkpoint that was saved is as it was."
-        )
-    optimizer.step()
+    result = StepResult(loss.item(), sums, float(norm))
+    if result.finite:
+        optimizer.step()
     optimizer.zero_grad()
-    state["learning_rate"] = state["scheduler"].get_last_lr()[0]
+    state["learning_rate"] = optimizer.param_groups[0]["lr"]
     state["scheduler"].step()
-    return loss, sums, norm
+    return result
 
 
 def fit(
     fabric: L.Fabric,
     state: dict,
-    store: Store,
+    windows: Iterator[Window],
     train: TrainArgs,
     eval: EvalArgs,
     *,
-    seed: int,
+    steps: int,
+    on_nonfinite: Literal["stop", "skip"],
     validate: Callable[[Progress], None],
     save: Callable[[], Path],
+    report_nonfinite: Callable[[Window, StepResult], Path],
+    stop: StopSignals,
 ) -> None:
-    """Train from ``state``'s position to the end of the run, or until ``train.max_time`` seconds have passed."""
-    steps, start = total_steps(train, len(store)), time.perf_counter()
+    """Train from ``state``'s position to step ``steps``, a stop signal, or the end of ``train.max_time`` seconds.
+
+    A stop signal and the end of ``max_time`` let the step at hand be finished, and save it.
+
+    Raises:
+        UserError: a loss or gradient that is not finite.
+    """
+    start = time.perf_counter()
     progress = Progress(fabric, steps, state["step_count"])
-    windows = windows_from(
-        store,
-        seed=seed,
-        epoch=state["epoch"],
-        step=state["epoch_step"],
-        global_batch_size=train.global_batch_size,
-        micro_batch_size=train.micro_batch_size,
-    )
     try:
-        for epoch, number, micro_batches, response_tokens in islice(windows, steps - state["step_count"]):
-            loss, sums, norm = take_step(fabric, state, micro_batches, response_tokens, train.max_norm)
-            tokens = sum(batch.tokens for batch in micro_batches)
-            state.update(epoch=epoch, epoch_step=number + 1, step_count=state["step_count"] + 1)
-            state["tokens"] += tokens
-            progress.step(tokens, response_tokens)
+        if validation_due(state, eval, steps):
+            # the run was stopped between a step and its validation
+            validate(progress)
+        for window in windows:
+            result = take_step(fabric, state, window, train.max_norm)
+            advance(state, window)
+            progress.step(window)
             step = state["step_count"]
+            if result.finite:
+                state["nonfinite_in_a_row"] = 0
+            else:
+                report = report_nonfinite(window, result)
+                progress.write(check_nonfinite(state, result, report, on_nonfinite))
             if step % train.log_interval == 0 or step == steps:
-                progress.log(state, sums, loss, norm, response_tokens)
-            if step % eval.interval == 0 and step < steps:
+                progress.log(state, result.sums, result.loss, result.gradient_norm, window.response_tokens)
+            if validation_due(state, eval, steps):
                 validate(progress)
-            if train.save_interval is not None and step % train.save_interval == 0:
+            over = train.max_time is not None and time.perf_counter() - start >= train.max_time
+            stopping = over or stop.received is not None
+            if stopping or (train.save_interval is not None and step % train.save_interval == 0):
                 progress.write(f"Step {step}: saved {save()}")
-            if train.max_time is not None and time.perf_counter() - start >= train.max_time:
+            if over:
                 progress.write(f"Step {step}: --train.max_time {train.max_time} s is over")
+            if stopping:
                 break
     finally:
         progress.close()
+
+
+def advance(state: dict, window: Window) -> None:
+    """Count a step that was taken or dropped."""
+    state.update(epoch=window.epoch, epoch_step=window.step + 1, step_count=state["step_count"] + 1)
+    state["tokens"] += sum(batch.tokens for batch in window.micro_batches)
+
+
+def validation_due(state: dict, eval: EvalArgs, steps: int) -> bool:
+    """Whether the step that was taken last is to be followed by a validation that it has not had yet."""
+    step = state["step_count"]
+    return 0 < step < steps and step % eval.interval == 0 and state["last_validation"] != step
+
+
+def check_nonfinite(state: dict, result: StepResult, report: Path, on_nonfinite: Literal["stop", "skip"]) -> str:
+    """What to say of a step whose loss or gradient was not finite, if the run may go on.
+
+    Raises:
+        UserError: it may not.
+    """
+    state["nonfinite_in_a_row"] += 1
+    in_a_row = state["nonfinite_in_a_row"]
+    what = f"Step {state['step_count']}: the loss is {result.loss}, the gradient norm {result.gradient_norm}"
+    where = f"its samples are listed in {report}"
+    if on_nonfinite == "skip" and in_a_row < NONFINITE_LIMIT:
+        return f"{what}; the step was dropped, {where}"
+    so_far = f", the last of {in_a_row} in a row" if in_a_row > 1 else ""
+    raise UserError(
+        f"{what}; the step was not taken{so_far}; {where}.\nLower the optimizer's lr, set --train.max_norm, mend"
+        " these samples, or use --on_nonfinite skip. The last checkpoint that was saved is as it was."
+    )

@@ -1,6 +1,7 @@
 """What held-out records say: the student's cross-entropy beside its teacher's, the divergence, an example answer."""
 
 import math
+import random
 from dataclasses import replace
 
 import lightning as L
@@ -10,17 +11,24 @@ from litgpt.data import DataModule
 from litgpt.generate.base import generate
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import select_sft_generate_example
+from torch import Tensor
 
-from litgpt_akl.data import Store, window
+from litgpt_akl.data.arrow_store import ArrowStore
+from litgpt_akl.data.stores import Store
+from litgpt_akl.data.windows import in_order
 from litgpt_akl.models import distillation_loss
 from litgpt_akl.scoring import STATISTICS
+from litgpt_akl.signals import StopSignals
 
 
 @torch.no_grad()
-def validate(fabric: L.Fabric, state: dict, store: Store, max_iters: int, micro_batch_size: int) -> dict[str, float]:
+def validate(
+    fabric: L.Fabric, state: dict, store: Store, max_iters: int, micro_batch_size: int, stop: StopSignals
+) -> dict[str, float] | None:
     """Means over the response tokens of the first ``max_iters`` micro-batches' worth of records.
 
     Returns:
+        None if a stop signal came, else:
         Nats per token: ``val_loss`` (the objective), ``val_cross_entropy``, ``val_teacher_cross_entropy``,
         ``val_divergence``, ``val_forward_kl``, ``val_reverse_kl``; ``val_ppl``; ``val_agreement`` of top-1 ids;
         ``val_gap_closed``, the share of the step-0 cross-entropy gap to the teacher that is closed by now
@@ -28,26 +36,32 @@ def validate(fabric: L.Fabric, state: dict, store: Store, max_iters: int, micro_
     """
     student, teacher = state["student"], state["teacher"]
     records = range(min(len(store), max_iters * micro_batch_size))
-    micro_batches, tokens = window(store, records, micro_batch_size)
+    tokens = 0
     sums = torch.zeros(len(STATISTICS), device=fabric.device, dtype=torch.float64)
     loss = torch.zeros((), device=fabric.device, dtype=torch.float64)
     student.eval()
-    for batch in micro_batches:
+    for batch in in_order(store, records, micro_batch_size):
+        if stop.received is not None:
+            break
         batch = batch.to(fabric.device)
         result = distillation_loss(
             student, teacher, state["loss"], batch.input_ids, batch.positions, batch.labels, state["vocab_size"]
         )
         sums += torch.stack(list(result.stats.values()))
         loss += result.loss
+        tokens += len(batch.labels)
     student.train()
+    if stop.received is not None:
+        return None
     means = dict(zip(STATISTICS, (sums / tokens).tolist(), strict=True))
     cross_entropy, teacher_cross_entropy = means["cross_entropy"], means["teacher_cross_entropy"]
+    state.update(last_validation=state["step_count"], validation_loss=loss.item() / tokens)
     if state["step_count"] == 0:
         state["start_cross_entropy"] = cross_entropy
     start = state.get("start_cross_entropy", math.nan)
     gap = start - teacher_cross_entropy
     return {
-        "val_loss": loss.item() / tokens,
+        "val_loss": state["validation_loss"],
         "val_cross_entropy": cross_entropy,
         "val_teacher_cross_entropy": teacher_cross_entropy,
         "val_ppl": math.exp(min(cross_entropy, 700.0)),
@@ -70,26 +84,32 @@ def describe(metrics: dict[str, float]) -> str:
     )
 
 
+def example_prompt(data: DataModule, store: Store, tokenizer: Tokenizer, eval: EvalArgs) -> Tensor | None:
+    """The ids of the prompt that ``eval.evaluate_example`` means; None if the data module shows none of its prompts."""
+    wish = str(eval.evaluate_example)
+    if isinstance(store, ArrowStore):
+        number = random.randrange(len(store)) if wish == "random" else int(wish) if wish.isdigit() else 0
+        return store.prompt(min(number, len(store) - 1))
+    if not hasattr(data, "test_dataset"):
+        return None
+    # the command line hands a number over as text
+    eval = replace(eval, evaluate_example=int(wish) if wish.isdigit() else wish)
+    return tokenizer.encode(data.prompt_style.apply(select_sft_generate_example(eval, data)))
+
+
 @torch.no_grad()
 def example_answer(
-    fabric: L.Fabric, model: torch.nn.Module, tokenizer: Tokenizer, data: DataModule, eval: EvalArgs
+    fabric: L.Fabric, model: torch.nn.Module, tokenizer: Tokenizer, input_ids: Tensor, max_new_tokens: int
 ) -> str | None:
-    """A prompt of the data and the model's answer to it, or None if the data module shows none of its prompts.
+    """A prompt ``[time]`` and the model's answer to it, or None if the prompt fills the model's context.
 
-    The prompt and up to ``eval.max_new_tokens`` more tokens have to fit into the model's context; training's random
-    numbers are left as they were.
+    Training's random numbers are left as they were.
     """
-    if not hasattr(data, "test_dataset") or eval.max_new_tokens is None:
-        return None
-    if str(eval.evaluate_example).isdigit():
-        # the command line hands a number over as text
-        eval = replace(eval, evaluate_example=int(eval.evaluate_example))
-    prompt = data.prompt_style.apply(select_sft_generate_example(eval, data))
-    input_ids = tokenizer.encode(prompt, device=fabric.device)
     context_length = model.config.block_size
-    longest = min(len(input_ids) + eval.max_new_tokens, context_length)
+    longest = min(len(input_ids) + max_new_tokens, context_length)
     if longest <= len(input_ids):
         return None
+    input_ids = input_ids.to(fabric.device)
     model.eval()
     with torch.random.fork_rng(), fabric.init_tensor():
         model.max_seq_length = longest

@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 
 import torch
+import xxhash
 from litgpt.config import Config, configs
 from litgpt.model import GPT
 from litgpt.utils import auto_download_checkpoint, extend_checkpoint_dir
@@ -72,6 +73,19 @@ def open_weights(checkpoint_dir: Path, config: Config) -> dict[str, Tensor]:
     weights = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     _check_fit(weights, config, path)
     return weights
+
+
+def fingerprint(checkpoint_dir: Path) -> str:
+    """Tells two checkpoints apart, wherever they lie: by their configuration, and by the weights file's size and 64
+    samples of its bytes, since reading all of a large model would take minutes."""
+    path = checkpoint_dir / "lit_model.pth"
+    size, block = path.stat().st_size, 2**16
+    digest = xxhash.xxh3_128((checkpoint_dir / "model_config.yaml").read_bytes() + str(size).encode())
+    with path.open("rb") as file:
+        for start in range(0, size, max(block, size // 64)):
+            file.seek(start)
+            digest.update(file.read(block))
+    return digest.hexdigest()
 
 
 def _check_fit(weights: dict[str, Tensor], config: Config, path: Path) -> None:

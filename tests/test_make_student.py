@@ -14,7 +14,7 @@ from litgpt.utils import save_config
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import WordLevel
 
-from litgpt_akl.checkpoint import write_directory
+from litgpt_akl.directories import write_directory
 from litgpt_akl.errors import UserError
 from litgpt_akl.make_student import make_student
 from litgpt_akl.model_files import copy_model_files

@@ -11,6 +11,7 @@ from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 from runs import alice, distil, metrics, train_args
 
+from litgpt_akl.data.plan import Plan
 from litgpt_akl.divergences import adaptive_kl
 from litgpt_akl.errors import UserError
 from litgpt_akl.train import make_scheduler, total_steps, warmup_steps
@@ -28,8 +29,9 @@ def samples_of_first_step(data, tokenizer_dir, seed=1337, batch=8):
     """The samples that make the first step, as LitGPT's own dataset gives them."""
     data.connect(tokenizer=Tokenizer(tokenizer_dir), batch_size=1)
     data.setup()
-    order = np.random.default_rng((seed, 0)).permutation(len(data.train_dataset))
-    return [data.train_dataset[int(number)] for number in order[:batch]]
+    lengths = np.array([len(sample["input_ids"]) for sample in data.train_dataset])
+    plan = Plan(len(lengths), batch, seed, lengths.__getitem__)
+    return [data.train_dataset[int(number)] for number in plan.step(0, 0)]
 
 
 def test_one_step_is_that_of_the_dense_formula(teacher_dir, untied_student_dir, alice_json, tmp_path):
@@ -89,7 +91,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(teacher_dir, student_dir, alic
         assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
     with pytest.raises(UserError, match="has no step-... directory"):
         distil(student_dir, teacher_dir, alice_json, tmp_path / "new", resume=True)
-    with pytest.raises(UserError, match="there is no training_state.pth"):
+    with pytest.raises(UserError, match="is not a whole checkpoint"):
         distil(student_dir, teacher_dir, alice_json, tmp_path / "new", resume=student_dir)
     fresh = distil(student_dir, teacher_dir, alice_json, tmp_path / "auto", train=options, resume="auto")
     assert all(torch.equal(fresh[name], weight) for name, weight in whole.items())

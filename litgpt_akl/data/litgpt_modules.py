@@ -1,67 +1,26 @@
-"""A store of samples, a plan of which samples make which optimizer step, and windows of micro-batches.
-
-The plan is a pure function of seed, epoch and lengths: every record comes once per epoch, the samples of a step do not
-depend on the micro-batch size, and a position in training is two integers (epoch, step).
-"""
+"""Samples of LitGPT's own data modules for finetuning, tokenised into memory."""
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import torch
-from litgpt.data import DataModule, LitData, MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories
-from litgpt.tokenizer import Tokenizer
-from torch import Tensor
+from litgpt.data import DataModule
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from litgpt_akl.data.stores import MemoryStore
 from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import IGNORE_INDEX
 
-FOR_PRETRAINING = (LitData, MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories)
 
-
-class Store:
-    """Tokenised samples in two flat arrays, read by number."""
-
-    def __init__(self, input_ids: np.ndarray, labels: np.ndarray, ends: np.ndarray) -> None:
-        self._input_ids, self._labels, self._ends = input_ids, labels, ends
-        self.lengths = np.diff(ends, prepend=0)
-        """Tokens of each sample."""
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        """``input_ids`` and ``labels``, both ``[length]`` int64, labels not shifted, -100 where they do not count."""
-        span = slice(self._ends[number] - self.lengths[number], self._ends[number])
-        return {
-            "input_ids": torch.from_numpy(self._input_ids[span].astype(np.int64)),
-            "labels": torch.from_numpy(self._labels[span].astype(np.int64)),
-        }
-
-
-def prepare_stores(data: DataModule, tokenizer: Tokenizer, train, context_length: int) -> tuple[Store, Store]:
-    """Tokenise a LitGPT data module's training and validation samples.
-
-    Args:
-        data: any of LitGPT's data modules for finetuning.
-        tokenizer: the student's.
-        train: LitGPT's ``TrainArgs``; ``micro_batch_size`` and ``max_seq_length`` are used.
-        context_length: tokens that both models can read.
+def tokenise(data: DataModule, max_seq_length: int | None, context_length: int) -> tuple[MemoryStore, MemoryStore]:
+    """The training and validation samples of a connected data module.
 
     Raises:
         UserError: unreadable data, a record without its fields, a response cut off entirely, a sample that is too long,
             no training samples. The message names file and line where there is one.
     """
-    if isinstance(data, FOR_PRETRAINING):
-        raise UserError(
-            f"--data {type(data).__name__} is made for pretraining: it has no prompts and responses.\n"
-            "Choose one of LitGPT's finetuning modules, such as JSON."
-        )
-    data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=train.max_seq_length)
     try:
         data.prepare_data()
         data.setup()
@@ -75,7 +34,7 @@ def prepare_stores(data: DataModule, tokenizer: Tokenizer, train, context_length
     stores = []
     for split, loader in zip(("training", "validation"), loaders, strict=True):
         dataset = _map_style_dataset(loader, data)
-        stores.append(_tokenise(dataset, split, data, train.max_seq_length, context_length))
+        stores.append(_tokenise(dataset, split, data, max_seq_length, context_length))
     return stores[0], stores[1]
 
 
@@ -89,7 +48,9 @@ def _map_style_dataset(loader: DataLoader, data: DataModule) -> Dataset:
     return dataset
 
 
-def _tokenise(dataset: Dataset, split: str, data: DataModule, max_seq_length: int | None, context_length: int) -> Store:
+def _tokenise(
+    dataset: Dataset, split: str, data: DataModule, max_seq_length: int | None, context_length: int
+) -> MemoryStore:
     input_ids, labels, ends, end = [], [], [], 0
     # a log file is no terminal: a line every ten seconds is enough there
     interval = 0.2 if sys.stderr.isatty() else 10.0
@@ -106,7 +67,8 @@ def _tokenise(dataset: Dataset, split: str, data: DataModule, max_seq_length: in
         labels.append(sample["labels"].numpy().astype(np.int32))
         ends.append(end)
     none = [np.empty(0, dtype=np.int32)]
-    return Store(np.concatenate(input_ids or none), np.concatenate(labels or none), np.array(ends, dtype=np.int64))
+    arrays = np.concatenate(input_ids or none), np.concatenate(labels or none), np.array(ends, dtype=np.int64)
+    return MemoryStore(*arrays, place=partial(_place, dataset, data=data))
 
 
 def _check_sample(
@@ -179,59 +141,3 @@ def _describe_bad_json(data: DataModule, error: json.JSONDecodeError) -> str:
                 line = number if file.suffix == ".jsonl" else found.lineno
                 return f"{file}, line {line} is not valid JSON: {found.msg} at column {found.colno}."
     return f"{path} is not valid JSON: {error}"
-
-
-def plan_epoch(seed: int, epoch: int, samples: int, global_batch_size: int) -> list[np.ndarray]:
-    """The sample numbers of each optimizer step of an epoch; the last step may be smaller."""
-    order = np.random.default_rng((seed, epoch)).permutation(samples)
-    return [order[start : start + global_batch_size] for start in range(0, samples, global_batch_size)]
-
-
-@dataclass
-class MicroBatch:
-    """Samples that go through the models together, padded on the right."""
-
-    input_ids: Tensor
-    """``[batch, time]``."""
-    positions: Tensor
-    """``[n]``: flat positions in ``input_ids`` whose next token counts."""
-    labels: Tensor
-    """``[n]``: those next tokens."""
-    tokens: int
-    """Tokens that are not padding."""
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        move = {"device": device, "non_blocking": True}
-        return MicroBatch(self.input_ids.to(**move), self.positions.to(**move), self.labels.to(**move), self.tokens)
-
-
-def window(store: Store, numbers: Sequence[int], micro_batch_size: int) -> tuple[list[MicroBatch], int]:
-    """The micro-batches of one optimizer step, samples of like length together, and the step's response tokens."""
-    ordered = sorted(numbers, key=lambda number: (store.lengths[number], number))
-    groups = [ordered[start : start + micro_batch_size] for start in range(0, len(ordered), micro_batch_size)]
-    micro_batches = [_collate([store[number] for number in group]) for group in groups]
-    return micro_batches, sum(len(batch.labels) for batch in micro_batches)
-
-
-def _collate(samples: list[dict[str, Tensor]]) -> MicroBatch:
-    def pad(name: str, value: int) -> Tensor:
-        columns = [sample[name] for sample in samples]
-        return torch.nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=value)
-
-    input_ids = pad("input_ids", 0)
-    # the hidden state at a position belongs to the label that follows it
-    next_labels = torch.nn.functional.pad(pad("labels", IGNORE_INDEX)[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-    positions = (next_labels != IGNORE_INDEX).nonzero()[:, 0]
-    tokens = sum(len(sample["input_ids"]) for sample in samples)
-    return MicroBatch(input_ids, positions, next_labels[positions], tokens)
-
-
-def windows_from(
-    store: Store, *, seed: int, epoch: int, step: int, global_batch_size: int, micro_batch_size: int
-) -> Iterator[tuple[int, int, list[MicroBatch], int]]:
-    """Endless windows from a position on: ``(epoch, step within the epoch, micro-batches, response tokens)``."""
-    while True:
-        plan = plan_epoch(seed, epoch, len(store), global_batch_size)
-        for number in range(step, len(plan)):
-            yield epoch, number, *window(store, plan[number].tolist(), micro_batch_size)
-        epoch, step = epoch + 1, 0

@@ -1,4 +1,4 @@
-"""Store, plan and windows."""
+"""LitGPT's own data modules as stores."""
 
 import json
 
@@ -11,14 +11,13 @@ from litgpt.prompts import Default
 from litgpt.tokenizer import Tokenizer
 from runs import alice
 
-from litgpt_akl.data import plan_epoch, prepare_stores, window, windows_from
+from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.errors import UserError
 
 
 def stores(data, tokenizer_dir, context_length=128, **train):
-    return prepare_stores(
-        data, Tokenizer(tokenizer_dir), TrainArgs(**{"lr_warmup_steps": None, **train}), context_length
-    )
+    train = TrainArgs(**{"lr_warmup_steps": None, **train})
+    return prepare_stores(data, Tokenizer(tokenizer_dir), train, context_length, tokenizer_dir)
 
 
 def write(path, records) -> JSON:
@@ -42,57 +41,23 @@ def test_the_store_holds_what_litgpts_dataset_gives(alice_json, teacher_dir, ali
     data.setup()
     for store, dataset in zip(alice_stores, (data.train_dataset, data.test_dataset), strict=True):
         assert len(store) == len(dataset)
-        for number in range(len(store)):
-            for name in ("input_ids", "labels"):
-                assert torch.equal(store[number][name], dataset[number][name])
-            assert store.lengths[number] == len(dataset[number]["input_ids"])
-
-
-@pytest.mark.parametrize("samples", [1, 7, 8, 9, 64])
-def test_every_sample_once_per_epoch(samples):
-    for epoch in range(3):
-        plan = plan_epoch(5, epoch, samples, 8)
-        assert sorted(np.concatenate(plan)) == list(range(samples))
-        assert [len(step) for step in plan[:-1]] == [8] * (len(plan) - 1)
-        assert all(np.array_equal(a, b) for a, b in zip(plan, plan_epoch(5, epoch, samples, 8), strict=True))
-    if samples > 8:
-        assert not np.array_equal(plan_epoch(5, 0, samples, 8)[0], plan_epoch(5, 1, samples, 8)[0])
-        assert not np.array_equal(plan_epoch(5, 0, samples, 8)[0], plan_epoch(6, 0, samples, 8)[0])
-
-
-def test_a_window_pairs_each_response_token_with_the_position_before_it(alice_stores):
-    store, numbers = alice_stores[0], [11, 3, 8, 20, 5]
-    micro_batches, tokens = window(store, numbers, 2)
-    assert [len(batch.input_ids) for batch in micro_batches] == [2, 2, 1]
-    longest = [batch.input_ids.size(1) for batch in micro_batches]
-    assert longest == sorted(longest), "samples of like length share a micro-batch"
-    found = []
-    for batch in micro_batches:
-        flat = batch.input_ids.flatten()
-        assert torch.equal(flat[batch.positions + 1], batch.labels)
-        found += batch.labels.tolist()
-    # the first response token counts, and so does the last; nothing after it does
-    expected = [label for number in numbers for label in store[number]["labels"][1:].tolist() if label != -100]
-    assert sorted(found) == sorted(expected) and len(expected) == tokens
-    assert sum(batch.tokens for batch in micro_batches) == store.lengths[numbers].sum()
-
-
-def test_windows_go_on_from_any_position(alice_stores):
-    options = dict(seed=3, global_batch_size=60, micro_batch_size=60)
-    from_start = windows_from(alice_stores[0], epoch=0, step=0, **options)
-    seen = [next(from_start) for _ in range(9)]
-    assert [(epoch, step) for epoch, step, *_ in seen] == [(e, s) for e in (0, 1, 2) for s in range(4)][:9]
-    again = windows_from(alice_stores[0], epoch=1, step=2, **options)
-    for epoch, step, batches, tokens in seen[6:]:
-        other = next(again)
-        assert (epoch, step, tokens) == (other[0], other[1], other[3])
-        assert torch.equal(batches[0].input_ids, other[2][0].input_ids)
+        numbers = np.arange(len(store))
+        samples = [dataset[number] for number in range(len(dataset))]
+        for sample, read in zip(samples, store.read(numbers), strict=True):
+            assert all(torch.equal(read[name], sample[name]) for name in ("input_ids", "labels"))
+        assert store.lengths(numbers).tolist() == [len(sample["input_ids"]) for sample in samples]
+        assert store.tokens == store.lengths(numbers).sum()
+        counted = [int((sample["labels"][1:] != -100).sum()) for sample in samples]
+        assert store.response_tokens(numbers).tolist() == counted
+        assert store.fingerprint == stores(alice(alice_json), teacher_dir)[store is alice_stores[1]].fingerprint
+    assert alice_stores[0].fingerprint != alice_stores[1].fingerprint
+    assert alice_stores[0].place(3).endswith("train.json, line 17 (record 3)")
 
 
 def test_truncation_and_context(tmp_path, teacher_dir):
     data = write(tmp_path / "data.json", records(12))
     train, _ = stores(data, teacher_dir, max_seq_length=20)
-    assert train.lengths.max() == 20
+    assert train.lengths(np.arange(len(train))).max() == 20
     with pytest.raises(UserError, match=r"has \d+ tokens; the pair reads 30.*\n.*--train.max_seq_length 30"):
         stores(data, teacher_dir, context_length=30)
 

@@ -1,0 +1,191 @@
+"""A checkpoint's own chat template, which makes a text of messages, and where in it the assistant speaks."""
+
+import json
+import secrets
+from datetime import datetime
+from operator import add
+from os.path import commonprefix
+from pathlib import Path
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Scope
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from litgpt_akl.errors import UserError
+
+STAND_IN = secrets.token_hex(16)
+"""What is rendered in place of an assistant's message to see where the template puts it; no data can hold it."""
+ALSO_SAID = ("reasoning_content", "reasoning", "thinking", "tool_calls")
+"""Fields of an assistant's message that templates render beside its content, and that the assistant says too."""
+LONGEST_OPENING = 64
+"""Characters of a mark such as ``<think>`` that a template writes itself unless a message begins with it."""
+
+
+class ChatTemplate:
+    """Renders messages as Transformers does, and says where the assistant's are. It can be pickled.
+
+    A template is a program: it may trim a message, cut reasoning out of it, or treat the last one otherwise, so a
+    message cannot be searched for in the text. Instead the conversation is rendered again with a stand-in for the
+    message: what comes before and after the stand-in encloses the message itself, too.
+    """
+
+    def __init__(self, source: str, variables: dict[str, str]) -> None:
+        """Compiles the template.
+
+        Args:
+            source: in Jinja's language.
+            variables: ``bos_token``, ``eos_token`` and the like.
+
+        Raises:
+            jinja2.TemplateSyntaxError: the source is no template.
+        """
+        self._source, self._variables = source, variables
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": _format_now}
+        # templates compare these two with none, which an undefined variable is not
+        self._template = environment.from_string(source, globals={"tools": None, "documents": None, **variables})
+
+    def __reduce__(self) -> tuple:
+        return ChatTemplate, (self._source, self._variables)
+
+    @classmethod
+    def find(cls, checkpoint_dir: Path) -> "ChatTemplate | None":
+        """The chat template of a checkpoint, or None if it has none.
+
+        It is ``chat_template.jinja``, else ``chat_template`` of ``tokenizer_config.json``, of several the one named
+        ``default``: what Transformers takes without being told otherwise.
+
+        Raises:
+            UserError: it is not written in Jinja's language.
+        """
+        config = _read_json(checkpoint_dir / "tokenizer_config.json")
+        path = checkpoint_dir / "chat_template.jinja"
+        if path.is_file():
+            source = path.read_text(encoding="utf-8")
+        else:
+            path, source = checkpoint_dir / "tokenizer_config.json", config.get("chat_template")
+            if isinstance(source, list):
+                source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        if not source:
+            return None
+        try:
+            return cls(source, _special_tokens(checkpoint_dir, config))
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"The chat template in {path} has an error in its line {error.lineno}: {error.message}\n"
+                "Take the file from the model's publisher again, or remove the template to use LitGPT's prompt style."
+            ) from error
+
+    def render(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation and the character spans of what the assistant says in it.
+
+        Args:
+            messages: each with ``role`` and ``content``, both text, and what else the template reads.
+
+        Returns:
+            The text, and ``(begin, end)`` of each message of the assistant. What the template puts around a message
+            is not in its span, what ends the turn neither.
+
+        Raises:
+            ValueError: the template refuses the conversation or fails, or it cannot be told where a message is.
+        """
+        text = self._render(messages)
+        numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = self._find_unchanged(text, messages, numbers)
+        return text, spans or [self._find_message(text, messages, number) for number in numbers]
+
+    def _render(self, messages: list[dict]) -> str:
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=False)
+        except Exception as error:  # a template is a program, it can fail in every way
+            raise ValueError(f"the chat template refuses it: {error}") from error
+
+    def _find_unchanged(self, text: str, messages: list[dict], numbers: list[int]) -> list[tuple[int, int]] | None:
+        """All messages by one rendering, or None if the text holds them otherwise than they are."""
+        spoken = [_stand_in(message) if message["role"] == "assistant" else message for message in messages]
+        first, *others = self._render(spoken).split(STAND_IN)
+        contents = [messages[number]["content"] for number in numbers]
+        if len(others) != len(contents) or text != first + "".join(map(add, contents, others)):
+            return None
+        spans, begin = [], len(first)
+        for content, other in zip(contents, others, strict=True):
+            spans.append((begin, begin + len(content)))
+            begin += len(content) + len(other)
+        return spans
+
+    def _find_message(self, text: str, messages: list[dict], number: int) -> tuple[int, int]:
+        message = messages[number]
+        spoken = [*messages[:number], _stand_in(message), *messages[number + 1 :]]
+        before, *after = self._render(spoken).split(STAND_IN)
+        if len(after) != 1:
+            raise ValueError(f"the chat template shows message {number + 1} {len(after)} times")
+        begin = len(before) if text.startswith(before) else _begin_after_changed(text, before, message)
+        end = len(text) - len(after[0])
+        if begin is None or begin >= end or not text.endswith(after[0]):
+            raise ValueError(f"it cannot be told where the chat template puts message {number + 1}")
+        return begin, end
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}``, by which Transformers finds what the assistant says; here it shows what it encloses."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> Scope:
+        line = next(parser.stream).lineno
+        # Transformers makes a macro of it, so a variable that is set inside is not known outside
+        return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _stand_in(message: dict) -> dict:
+    return {name: value for name, value in message.items() if name not in ALSO_SAID} | {"content": STAND_IN}
+
+
+def _begin_after_changed(text: str, before: str, message: dict) -> int | None:
+    """Where a message begins whose own opening takes the place of one that the template would write before it.
+
+    Qwen3 writes an empty ``<think>`` block before a last message without one. Of a message that only closes the block,
+    and of reasoning in a field of its own, the opening remains the template's.
+    """
+    common, content = commonprefix((text, before)), message["content"].lstrip()
+    shared = common.rstrip()
+    for length in range(min(len(content), LONGEST_OPENING), 0, -1):
+        if shared.endswith(content[:length]):
+            return len(shared) - length
+    follows = text.startswith(content.split(" ")[0], len(common))
+    return len(common) if follows or any(message.get(name) for name in ALSO_SAID) else None
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _format_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    # Jinja's own escapes what HTML would take for its own
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _special_tokens(checkpoint_dir: Path, config: dict) -> dict[str, str]:
+    """``bos_token`` and the like by name, as Transformers gathers them."""
+    entries = config
+    if "added_tokens_decoder" not in config:
+        entries = config | _read_json(checkpoint_dir / "special_tokens_map.json")
+    tokens = {
+        name: entry.get("content") if isinstance(entry, dict) else entry
+        for name, entry in entries.items()
+        if name.endswith("_token")
+    }
+    return {name: token for name, token in tokens.items() if isinstance(token, str)}
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

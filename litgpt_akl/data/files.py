@@ -1,0 +1,240 @@
+"""The data files that a user names: which they are, whether they have changed, and what is in them."""
+
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import fsspec
+import zstandard
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from litgpt_akl.errors import UserError
+
+Chunks = Iterator[tuple[bytes, int]]
+"""A file's bytes, decompressed, and with each chunk how many of the stored bytes had been read for it."""
+
+CHUNK = 2**18
+"""Bytes that are read at a time."""
+
+PACKED_CHUNK = 2**14
+"""The same for a compressed file, whose bytes may become a thousand times as many."""
+
+ROWS = 64
+"""Rows of a Parquet file that are Python objects at a time."""
+
+COMPRESSIONS = {"": None, ".gz": "gzip", ".zst": "zstd"}
+FORMATS = {
+    f".{name}{suffix}": (form, compression)
+    for name, form in (("json", "json"), ("jsonl", "jsonl"), ("ndjson", "jsonl"))
+    for suffix, compression in COMPRESSIONS.items()
+} | {".parquet": ("parquet", None)}
+"""Format and compression by suffix."""
+
+DECOMPRESSORS = {
+    "gzip": lambda: zlib.decompressobj(wbits=31),
+    # `zstd --long=31` writes the largest window
+    "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
+}
+
+VERSIONS = ("ETag", "etag", "Content-MD5", "Digest", "generation", "md5Hash", "blob_id")
+VERSIONS += ("Last-Modified", "LastModified", "last_modified")
+"""What file systems call the mark by which a file's versions differ, the best first."""
+
+
+def find_files(path: str) -> list[str]:
+    """The data files that ``path`` names, sorted: local ones as absolute paths, others as URLs.
+
+    Args:
+        path: a file, a folder (all data files below it, without hidden ones and links to folders), a glob, or a URL of
+            any of these for which fsspec has a file system. An http folder has no dot in its last part, or ends in "/".
+
+    Raises:
+        UserError: nothing is there, it cannot be read, or no data file is among it.
+    """
+    with _reporting(path):
+        file_system, name = _file_system(path)
+        magic = re.search(r"[*\[]" if _is_http(path) else r"[*?\[]", name)
+        if magic and not file_system.exists(name):
+            root = name[: magic.start()].rpartition("/")[0]
+            entries = file_system.glob(name, detail=True)
+            names = [entry for entry, details in entries.items() if details["type"] != "directory"]
+            if not entries:
+                raise UserError(f"{path} does not exist: no file matches it.")
+        elif _is_folder(file_system, name):
+            root = name
+            names = _walk(name) if isinstance(file_system, LocalFileSystem) else file_system.find(name)
+        else:
+            file_format(path)
+            return [name if isinstance(file_system, LocalFileSystem) else path]
+    names = [entry for entry in names if _suffix(entry) and "/." not in "/" + entry[len(root) :].lstrip("/")]
+    if not names:
+        raise UserError(f"{path} has no data file: none ends in {', '.join(FORMATS)}.")
+    if not isinstance(file_system, LocalFileSystem):
+        names = [file_system.unstrip_protocol(entry) for entry in names]
+    return sorted(names)
+
+
+def _walk(folder: str) -> list[str]:
+    # fsspec passes over folders that it must not read, a silent loss of data
+    def fail(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    names = []
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [f"{parent}/{name}".replace(os.sep, "/") for name in files]
+    return names
+
+
+def _is_folder(file_system: fsspec.AbstractFileSystem, name: str) -> bool:
+    kind = file_system.info(name)["type"]
+    # to http everything is a file, and to ask for the entries of one would download it
+    return "." not in name.partition("?")[0].rpartition("/")[2] if _is_http(name) else kind == "directory"
+
+
+def identify(files: list[str]) -> list[list]:
+    """For each file ``[path, bytes, ...]``: text and numbers that change when the file changes. Nothing is read.
+
+    The bytes are 0 where a server does not tell them.
+
+    Raises:
+        UserError: a file does not exist or cannot be reached.
+    """
+    return [_identify(path) for path in files]
+
+
+def _identify(path: str) -> list:
+    with _reporting(path):
+        file_system, name = _file_system(path)
+        if isinstance(file_system, LocalFileSystem):
+            status = os.stat(name)
+            return [name, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        details = file_system.info(name)
+        marks = (str(details[key]) for key in VERSIONS if details.get(key))
+        return [path, details["size"] or 0, next(marks, None) or file_system.ukey(name)]
+
+
+def file_format(path: str) -> tuple[str, str | None]:
+    """``json``, ``jsonl`` or ``parquet``, and the compression; raises UserError for any other suffix."""
+    suffix = _suffix(path)
+    if suffix is None:
+        raise UserError(f"{path} is of no format that can be read. Its name must end in {', '.join(FORMATS)}.")
+    return FORMATS[suffix]
+
+
+def _suffix(path: str) -> str | None:
+    name = path.partition("?")[0] if "://" in path else path
+    return next((suffix for suffix in FORMATS if name.lower().endswith(suffix)), None)
+
+
+def read_chunks(path: str) -> Chunks:
+    """A file's bytes from its start to its end.
+
+    Raises:
+        UserError: the file does not exist, cannot be read, ends too early or is not compressed as its suffix says.
+    """
+    compression = file_format(path)[1]
+    with _reporting(path), _open(path, block_size=0 if _is_http(path) else None) as file:
+        chunks = _stored_chunks(file, PACKED_CHUNK if compression else CHUNK)
+        yield from _decompress(chunks, path, compression) if compression else chunks
+
+
+def _stored_chunks(file: BinaryIO, size: int) -> Chunks:
+    bytes_read = 0
+    while chunk := file.read(size):
+        bytes_read += len(chunk)
+        yield chunk, bytes_read
+
+
+def _decompress(chunks: Chunks, path: str, compression: str) -> Chunks:
+    # fsspec's reader for zstd ends without an error where a file was cut off, and after the first of several frames
+    stream, line = None, 1
+    for packed, bytes_read in chunks:
+        while packed:
+            stream = stream or DECOMPRESSORS[compression]()
+            try:
+                chunk = stream.decompress(packed)
+            except (zlib.error, zstandard.ZstdError) as error:
+                raise UserError(
+                    f"{path} is no valid {compression} data from line {line} on: {error}.\nCopy or download it again."
+                ) from error
+            line += chunk.count(b"\n")
+            yield chunk, bytes_read
+            packed, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
+    if stream is not None:
+        raise UserError(
+            f"{path} ends too early: its {compression} data breaks off in line {line}.\nCopy or download it again."
+        )
+
+
+def read_rows(path: str) -> Iterator[tuple[dict, int]]:
+    """A Parquet file's rows, and about how many of the file's bytes had been read for each.
+
+    Raises:
+        UserError: the file does not exist, cannot be read or is broken.
+    """
+    from pyarrow.parquet import ParquetFile  # slow to import, and only some need it
+
+    rows = 0
+    # by default pyarrow holds a row group's columns whole; it jumps between them, so that reading ahead would be wasted
+    with _reporting(path), _open(path, cache_type="none") as stored:
+        size = stored.seek(0, os.SEEK_END)
+        file = ParquetFile(stored, pre_buffer=False, buffer_size=2**22)
+        for batch in file.iter_batches(batch_size=ROWS):
+            rows += batch.num_rows
+            bytes_read = size * rows // file.metadata.num_rows
+            for row in batch.to_pylist():
+                yield row, bytes_read
+
+
+def _open(path: str, **options) -> BinaryIO:
+    file_system, name = _file_system(path)
+    return file_system.open(name, "rb", **options)
+
+
+def _file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    if _is_http(path):
+        import aiohttp
+
+        # aiohttp would break off any download after five minutes, and unpack a .gz file that is sent as an encoding
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)
+        unpack = not (_suffix(path) or "").endswith((".gz", ".zst"))
+        return url_to_fs(path, client_kwargs={"timeout": timeout, "auto_decompress": unpack, "trust_env": True})
+    file_system, name = url_to_fs(path)
+    if isinstance(file_system, LocalFileSystem):
+        name = os.path.abspath(name).replace(os.sep, "/")
+    return file_system, name
+
+
+def _is_http(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
+@contextmanager
+def _reporting(path: str) -> Iterator[None]:
+    """Turn every error of a file system or of Parquet into a UserError that names the file and the reason.
+
+    It catches every exception because each file system has its own.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:
+        package = getattr(error.__cause__ or error, "name", None)
+        raise UserError(f"{path} needs a package that is not installed: {error}.\npip install {package}") from error
+    except FileNotFoundError as error:
+        if error.__cause__ is None or getattr(error.__cause__, "status", None) == 404:
+            raise UserError(f"{path} does not exist.") from error
+        raise UserError(f"{path} does not exist, or cannot be reached: {_reason(error.__cause__)}") from error
+    except Exception as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(text.split())[:300]

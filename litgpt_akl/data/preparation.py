@@ -1,0 +1,248 @@
+"""Files of records become memory-mapped Arrow files of token ids: in one pass, once for the same data and settings."""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+import xxhash
+from datasets.builder import Key
+from litgpt.prompts import PromptStyle
+from litgpt.tokenizer import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from litgpt_akl.data.chat_template import ChatTemplate
+from litgpt_akl.data.encoding import Encoder
+from litgpt_akl.data.records import Record, place, read
+from litgpt_akl.data.windows import leave_signals_to_the_main_process
+from litgpt_akl.errors import UserError
+
+FORMAT = 1
+"""Goes into every fingerprint; to be raised when the same records become other rows."""
+PORTION = 256
+"""Records that are encoded together."""
+COLUMNS = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "responses": datasets.List(datasets.Value("int32")),  # begin, end, begin, end, ...
+        "length": datasets.Value("int32"),  # 0 for a bad record
+        "response_tokens": datasets.Value("int32"),
+        "draw": datasets.Value("float32"),  # from the record's hash, even over [0, 1]: held out if below a fraction
+        "file": datasets.Value("int32"),
+        "line": datasets.Value("int64"),
+        "error": datasets.Value("string"),
+    }
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """All that decides what becomes of a record; plain data, since it goes to other processes."""
+
+    checkpoint_dir: Path
+    prompt_style: PromptStyle
+    max_seq_length: int | None
+    context_length: int
+    on_error: str
+
+    def fingerprint(self, identities: list) -> str:
+        """Differs when a row could differ: by the files, the tokenizer, the prompt style or a length."""
+        style = self.prompt_style
+        # what a style does counts, not its name: another version of LitGPT may have another text
+        probes = [style.apply("probe"), style.apply("probe", input="input"), style.apply("probe", sys_prompt="system")]
+        tokenizer_files = [self.checkpoint_dir / name for name in TOKENIZER_FILES]
+        hashes = [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in tokenizer_files]
+        rules = [Tokenizer(self.checkpoint_dir).use_bos, self.max_seq_length, self.context_length, self.on_error]
+        return xxhash.xxh3_128_hexdigest(json.dumps([FORMAT, identities, probes, hashes, rules]).encode())
+
+
+@dataclass
+class Rows(Dataset):
+    """What becomes of some records of a file; the place of this work is in other processes."""
+
+    settings: Settings
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        tokenizer = Tokenizer(self.settings.checkpoint_dir)
+        template = ChatTemplate.find(self.settings.checkpoint_dir) if tokenizer.backend == "huggingface" else None
+        return Encoder(tokenizer, self.settings.prompt_style, template, self.settings.max_seq_length)
+
+    def __getitem__(self, work: tuple[int, list[Record]]) -> tuple[int, int, Tensor]:
+        """The number of the file, how many of its bytes had been read, and a table of rows as Arrow's bytes."""
+        file, records = work
+        rows = [self._row(record) | {"file": file, "line": record.line} for record in records]
+        batch = pa.RecordBatch.from_pylist(rows, schema=COLUMNS.arrow_schema)
+        # tensors go through shared memory; in a pipe, a worker whose main process was killed would be stuck
+        return file, records[-1].bytes_read, torch.frombuffer(bytearray(batch.serialize()), dtype=torch.uint8)
+
+    def _row(self, record: Record) -> dict:
+        try:
+            if record.error is not None:
+                raise ValueError(record.error)
+            input_ids, responses = self._encoder.encode(record.value)
+            context_length = self.settings.context_length
+            if len(input_ids) > context_length:
+                raise ValueError(
+                    f"has {len(input_ids):,} tokens; the pair reads {context_length:,}"
+                    f" (--train.max_seq_length {context_length} would cut it)"
+                )
+        except ValueError as error:
+            return {"input_ids": [], "responses": [], "length": 0, "response_tokens": 0, "draw": 0, "error": str(error)}
+        begins, ends = np.reshape(responses, (-1, 2)).T
+        return {
+            "input_ids": np.array(input_ids, dtype=np.int32),
+            "responses": np.array(responses, dtype=np.int32),
+            "length": len(input_ids),
+            # no token comes before the first of a sample, so nothing predicts it
+            "response_tokens": int((ends - np.maximum(begins, 1)).sum()),
+            "draw": xxhash.xxh3_64_intdigest(json.dumps(record.value, sort_keys=True).encode()) / 2**64,
+            "error": None,
+        }
+
+
+@dataclass
+class PreparationConfig(datasets.BuilderConfig):
+    """What a :class:`Preparation` works on."""
+
+    files: list[str] | None = None
+    sizes: list[int] | None = None
+    settings: Settings | None = None
+    num_proc: int = 1
+
+
+class Preparation(datasets.ArrowBasedBuilder):
+    """Reads all records in one process, encodes them in others, and writes the rows in the records' order."""
+
+    BUILDER_CONFIG_CLASS = PreparationConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=COLUMNS)
+
+    def _split_generators(self, download_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator("train")]
+
+    def _generate_tables(self) -> Iterator[tuple[Key, pa.Table]]:
+        config = self.config
+        loader = DataLoader(
+            Rows(config.settings),
+            sampler=_portions(config.files),
+            batch_size=None,
+            num_workers=config.num_proc,
+            worker_init_fn=leave_signals_to_the_main_process,
+        )
+        # a log file is no terminal: a line every ten seconds is enough there
+        interval = 0.5 if sys.stderr.isatty() else 10.0
+        bar = tqdm(total=sum(config.sizes), desc="preparing data", unit="B", unit_scale=True, leave=False, delay=1)
+        with bar:
+            bar.mininterval = interval
+            for number, (file, bytes_read, rows) in enumerate(loader):
+                batch = pa.ipc.read_record_batch(pa.py_buffer(rows.numpy()), COLUMNS.arrow_schema)
+                table = pa.Table.from_batches([batch])
+                if config.settings.on_error == "stop":
+                    _check(table, config.files[file])
+                bar.update(sum(config.sizes[:file]) + bytes_read - bar.n)
+                yield Key(0, number), table
+
+
+def _portions(files: list[str]) -> Iterator[tuple[int, list[Record]]]:
+    for number, file in enumerate(files):
+        portion = []
+        for record in read(file):
+            portion.append(record)
+            if len(portion) == PORTION:
+                yield number, portion
+                portion = []
+        if portion:
+            yield number, portion
+
+
+def _check(table: pa.Table, file: str) -> None:
+    for length, line, error in zip(*(table[name].to_pylist() for name in ("length", "line", "error")), strict=True):
+        if length == 0:
+            raise UserError(
+                f"{place(file, line)} {error}.\nMend or remove it, or leave bad records out with --data.on_error skip."
+            )
+
+
+def prepare(
+    files: list[str], identities: list, settings: Settings, cache_dir: Path, num_proc: int
+) -> tuple[datasets.Dataset, str]:
+    """One row for each record, in their order, and their fingerprint; what was prepared before is found again.
+
+    Args:
+        files: what to read.
+        identities: path, size and more of each file: plain data that changes when the file does.
+        settings: what to make of the records.
+        cache_dir: where prepared data is kept, in a folder for each fingerprint.
+        num_proc: processes that encode.
+
+    Raises:
+        UserError: a bad record, unless they are to be skipped; unreadable files; a full disk.
+    """
+    fingerprint = settings.fingerprint(identities)
+    folder = cache_dir / fingerprint
+    found = any(folder.glob("**/dataset_info.json"))
+    builder = Preparation(
+        cache_dir=str(folder),
+        config_id=fingerprint,
+        files=files,
+        sizes=[identity[1] for identity in identities],
+        settings=settings,
+        num_proc=num_proc,
+    )
+    try:
+        return _build(builder), fingerprint
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if not found:
+            raise
+        print(f"The prepared data in {folder} is damaged ({_first_line(error)}): preparing it again.", file=sys.stderr)
+        shutil.rmtree(folder)
+    return _build(builder), fingerprint
+
+
+def _build(builder: Preparation) -> datasets.Dataset:
+    try:
+        builder.download_and_prepare()
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise _cause(error, Path(builder.cache_dir)) from error
+    dataset = builder.as_dataset(split="train")
+    rows = dataset.info.splits["train"].num_examples
+    if len(dataset) != rows:
+        raise ValueError(f"{len(dataset):,} rows instead of {rows:,}")
+    return dataset
+
+
+def _cause(error: BaseException, folder: Path) -> Exception:
+    """What a user is to be told about: the package that prepares the data wraps what went wrong."""
+    while not isinstance(error, (UserError, OSError)) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError):
+        free = shutil.disk_usage(folder.parent).free
+        return UserError(
+            f"The data cannot be prepared in {folder}: {_first_line(error)} ({free / 1e9:,.1f} GB are free).\n"
+            "Give another directory with --data.cache_dir."
+        )
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

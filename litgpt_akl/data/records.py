@@ -1,0 +1,245 @@
+"""The records of data files, read one after another in little memory; a bad one is told with its place."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from litgpt_akl.data.files import Chunks, file_format, read_chunks, read_rows
+
+LARGEST = 256 * 2**20
+"""Bytes or characters of a record; whatever is longer is taken for broken."""
+
+DECODER = json.JSONDecoder()
+BLANK = re.compile(r"[ \t\r\n]*")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+NAMES = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number", type(None): "null"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record or what is wrong with it."""
+
+    line: int
+    """The line, or the row of a Parquet file, counted from 1."""
+    value: dict | None
+    """None if it is bad."""
+    error: str | None
+    """Why it is bad, to follow its place: "is not valid JSON: Expecting value at column 7"."""
+    bytes_read: int
+    """How many of the file's bytes, as they are stored, had been read by then; about all of them at the last record.
+
+    It is never more than the bytes that ``identify`` tells, unless a server does not tell them.
+    """
+
+
+def read(path: str) -> Iterator[Record]:
+    """The records of a file, bad ones among them.
+
+    A broken list of records ends with one bad record, as there is no telling where the next one would begin.
+
+    Raises:
+        UserError: the file is of an unknown format, does not exist, cannot be read, or is cut off or broken by its
+            compression or as a Parquet file.
+    """
+    form, _ = file_format(path)
+    if form == "parquet":
+        for row, (value, bytes_read) in enumerate(read_rows(path), start=1):
+            yield Record(row, value, None, bytes_read)
+    elif form == "jsonl":
+        yield from _read_lines(read_chunks(path))
+    else:
+        is_list, chunks = _peek(read_chunks(path))
+        yield from _read_list(chunks) if is_list else _read_lines(chunks)
+
+
+def place(path: str, line: int) -> str:
+    """Where a record stands: ``PATH, line 17`` or ``PATH, row 17``."""
+    return f"{path}, {'row' if file_format(path)[0] == 'parquet' else 'line'} {line}"
+
+
+def _peek(chunks: Chunks) -> tuple[bool, Chunks]:
+    """Whether the first character is the bracket of a list, and the same chunks again."""
+    seen, head = [], b""
+    for chunk in chunks:
+        seen.append(chunk)
+        head += chunk[0]
+        if len(head) >= len(codecs.BOM_UTF8) and head.removeprefix(codecs.BOM_UTF8).strip():
+            break
+    return head.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["), chain(seen, chunks)
+
+
+def _read_lines(chunks: Chunks) -> Iterator[Record]:
+    empty = True
+    for number, (line, bytes_read) in enumerate(_lines(chunks), start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line and not line.isspace():
+            empty = False
+            yield Record(number, *_parse(line), bytes_read)
+    if empty:
+        yield Record(1, None, "the file is empty", bytes_read)
+
+
+def _lines(chunks: Chunks) -> Iterator[tuple[bytes, int]]:
+    """At least one line; of one that is longer than ``LARGEST`` a part is left out."""
+    size, pieces, bytes_read = 0, [], 0
+    for chunk, bytes_read in chunks:
+        *ended, rest = chunk.split(b"\n")
+        for piece in ended:
+            pieces.append(piece)
+            yield b"".join(pieces), bytes_read
+            size, pieces = 0, []
+        if rest and size <= LARGEST:
+            pieces.append(rest)
+            size += len(rest)
+    yield b"".join(pieces), bytes_read
+
+
+def _parse(line: bytes) -> tuple[dict | None, str | None]:
+    """A line's value and error, one of which is None."""
+    if len(line) > LARGEST:
+        return None, f"is longer than {LARGEST >> 20} MiB"
+    try:
+        text = line.decode()
+        value = DECODER.decode(text)
+    except UnicodeDecodeError as error:
+        return None, f"is not valid UTF-8 at byte {error.start + 1}"
+    except (ValueError, RecursionError) as error:
+        return None, _describe(error, getattr(error, "colno", 1))
+    error = _find_fault(value, text)
+    return (None, error) if error else (value, None)
+
+
+def _describe(error: ValueError | RecursionError, column: int) -> str:
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    # the decoder's own message goes on with line, column and character
+    reason = error.msg.removesuffix(" at") if isinstance(error, json.JSONDecodeError) else str(error)
+    return f"is not valid JSON: {reason} at column {column}"
+
+
+def _find_fault(value: object, text: str) -> str | None:
+    """Why valid JSON is no record; ``text`` is what ``value`` was read from."""
+    if not isinstance(value, dict):
+        return f"is {NAMES[type(value)]}, not an object"
+    if SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start].encode("unicode_escape").decode()
+            return f"has {half}, half of a surrogate pair, which is no character"
+        except RecursionError as error:
+            return _describe(error, 1)
+    return None
+
+
+def _read_list(chunks: Chunks) -> Iterator[Record]:
+    text = _Text(chunks)
+    try:
+        for value, end in _items(text):
+            line, source = text.line, text.text[text.position : end]
+            error = _find_fault(value, source)
+            # bytes that are not UTF-8 were decoded to characters that cannot be encoded
+            invalid = None if source.isascii() else re.search("[\udc80-\udcff]", source)
+            if invalid:
+                text.advance(text.position + invalid.start())
+                line, error = text.line, f"is not valid UTF-8 at column {text.column}"
+            yield Record(line, None if error else value, error, text.bytes_read)
+            text.advance(end)
+    except (ValueError, RecursionError) as error:
+        text.advance(getattr(error, "pos", text.position))
+        yield Record(text.line, None, _describe(error, text.column), text.bytes_read)
+
+
+def _items(text: "_Text") -> Iterator[tuple[object, int]]:
+    """A list's values and where their text ends; it begins at the text's position, which the caller moves to the end.
+
+    Raises:
+        ValueError: the list is not valid JSON.
+        RecursionError: a value is nested too deeply.
+    """
+    text.next_character()
+    text.advance(text.position + 1)
+    if text.next_character() != "]":
+        while True:
+            yield _decode_value(text)
+            separator = text.next_character()
+            if separator == "]":
+                break
+            if separator != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text.text, text.position)
+            text.advance(text.position + 1)
+            text.next_character()
+    text.advance(text.position + 1)
+    if text.next_character():
+        raise json.JSONDecodeError("Extra data", text.text, text.position)
+
+
+def _decode_value(text: "_Text") -> tuple[object, int]:
+    while True:
+        try:
+            value, end = DECODER.raw_decode(text.text, text.position)
+        except json.JSONDecodeError as error:
+            # where text is cut off, the error stands at the token that is cut, all of which but strings are short
+            cut = error.msg.startswith("Unterminated string") or error.pos > len(text.text) - 16
+            if cut and len(text.text) - text.position > LARGEST:
+                message = f"no record ends within {LARGEST >> 20} MiB"
+                raise json.JSONDecodeError(message, text.text, text.position) from error
+            if not cut or not text.grow():
+                raise
+        else:
+            if end < len(text.text) or not text.grow():
+                return value, end
+
+
+class _Text:
+    """Decoded text that grows at its end and is dropped at its start, and where in the file its position is."""
+
+    def __init__(self, chunks: Chunks) -> None:
+        self._chunks = chunks
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        self.text, self.position, self.bytes_read = "", 0, 0
+        self.line, self._line_start = 1, 0
+
+    @property
+    def column(self) -> int:
+        return self.position - self._line_start + 1
+
+    def advance(self, position: int) -> None:
+        """Move forward to a position in the text."""
+        newline = self.text.rfind("\n", self.position, position)
+        if newline >= 0:
+            self.line += self.text.count("\n", self.position, position)
+            self._line_start = newline + 1
+        self.position = position
+
+    def next_character(self) -> str:
+        """Move over blank space and return the character there, or "" at the end."""
+        while True:
+            self.advance(BLANK.match(self.text, self.position).end())
+            if self.position < len(self.text):
+                return self.text[self.position]
+            if not self.grow():
+                return ""
+
+    def grow(self) -> bool:
+        """Drop what lies before the position and read at least as much as is left; False, and no change, at the end."""
+        rest = self.text[self.position :]
+        pieces, size = [], 0
+        for chunk, bytes_read in self._chunks:
+            self.bytes_read = bytes_read
+            pieces.append(self._decoder.decode(chunk))
+            size += len(pieces[-1])
+            if size > len(rest):
+                break
+        else:
+            pieces.append(self._decoder.decode(b"", final=True))
+        grown = "".join(pieces)
+        if not grown:
+            return False
+        self._line_start -= self.position
+        self.text, self.position = rest + grown, 0
+        return True

@@ -1,0 +1,73 @@
+"""Stores: tokenised samples that are read by number."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from litgpt_akl.head_loss import IGNORE_INDEX
+
+
+class Store(Protocol):
+    """Tokenised samples, read by number."""
+
+    fingerprint: str
+    """Equal for equal samples."""
+    tokens: int
+    """Of all samples together."""
+    chunk_ends: np.ndarray | None
+    """``[chunks]``: where each chunk ends, if reading a sample means fetching the chunk that it lies in."""
+
+    def __len__(self) -> int: ...
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Tokens of each sample, ``[n]``."""
+
+    def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
+        """Tokens of each sample that a token before them predicts and that count in the loss, ``[n]``."""
+
+    def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
+        """``input_ids`` and ``labels`` of each, both ``[length]`` int64, labels not shifted, -100 where not counted."""
+
+    def place(self, number: int) -> str:
+        """Where a sample comes from, for a person."""
+
+
+class MemoryStore:
+    """Samples in two flat arrays."""
+
+    chunk_ends = None
+
+    def __init__(
+        self, input_ids: np.ndarray, labels: np.ndarray, ends: np.ndarray, place: Callable[[int], str]
+    ) -> None:
+        self._input_ids, self._labels, self._ends, self.place = input_ids, labels, ends, place
+        self._lengths = np.diff(ends, prepend=0)
+        self.tokens = int(self._lengths.sum())
+        counted = labels != IGNORE_INDEX
+        # no token comes before the first of a sample, so nothing predicts it
+        counted[(ends - self._lengths)] = False
+        counts = np.cumsum(counted, dtype=np.int64)
+        self._response_tokens = np.diff(counts[ends - 1], prepend=0)
+        self.fingerprint = xxhash.xxh3_128_hexdigest(b"".join(map(np.ascontiguousarray, (input_ids, labels, ends))))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        return self._lengths[numbers]
+
+    def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
+        return self._response_tokens[numbers]
+
+    def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
+        return [self._sample(slice(self._ends[n] - self._lengths[n], self._ends[n])) for n in numbers]
+
+    def _sample(self, span: slice) -> dict[str, Tensor]:
+        return {
+            "input_ids": torch.from_numpy(self._input_ids[span].astype(np.int64)),
+            "labels": torch.from_numpy(self._labels[span].astype(np.int64)),
+        }

@@ -1,0 +1,172 @@
+"""A data module for records that are far more than memory holds, on local disks or in object storage."""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import xxhash
+from litgpt.data import DataModule
+from litgpt.model import Config
+from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
+from litgpt.tokenizer import Tokenizer
+
+from litgpt_akl.data import preparation
+from litgpt_akl.data.arrow_store import ArrowStore
+from litgpt_akl.data.files import find_files, identify
+from litgpt_akl.data.records import place
+from litgpt_akl.errors import UserError
+
+MAX_BAD_SHARE = 0.01
+"""Of all records; with more bad ones than this, something is wrong with the data or with how it is read."""
+
+
+@dataclass
+class StreamingSFT(DataModule):
+    """Instruction and chat records from files of any size, prepared once and then read from disk as they are needed."""
+
+    path: str
+    """A JSON, JSONL or Parquet file (JSON and JSONL also as .gz or .zst), a folder of them, a glob, or a URL of these
+    such as s3://, gs:// or hf://. A record has 'instruction', 'output' and optionally 'input', or chat 'messages'."""
+    mask_prompt: bool = False
+    """Whether to mask the prompt section from the label (with ``ignore_index``)."""
+    val_path: str | None = None
+    """Like ``path``, for validation."""
+    val_split_fraction: float | None = None
+    """The fraction of the records to hold out for validation (default: 0.05 without ``val_path``). A hash of the record
+    decides, so that a record stays on its side when others are added."""
+    prompt_style: str | PromptStyle | None = None
+    """The style to apply to prompts (default: the student's own). Chat messages take the tokenizer's chat template
+    instead if it has one. See `litgpt.prompts` for a list of available styles."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """Whether to stop at a bad record or to leave bad records out; more than 1 % of them always stop."""
+    micro_batch_tokens: int | None = None
+    """Tokens of a micro-batch, padding counted; in place of ``train.micro_batch_size``."""
+    num_workers: int = 2
+    """How many DataLoader processes to use for loading."""
+    num_proc: int | None = None
+    """How many processes prepare the data (default: one for each core)."""
+    cache_dir: Path | None = None
+    """Where prepared data is kept (default: ``litgpt_akl`` in the cache of Hugging Face datasets)."""
+
+    tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
+    max_seq_length: int | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        if isinstance(self.prompt_style, str):
+            self.prompt_style = PromptStyle.from_name(self.prompt_style)
+        fraction = self.val_split_fraction
+        if fraction is not None and self.val_path is not None:
+            raise UserError(
+                f"--data.val_path {self.val_path} and --data.val_split_fraction {fraction} both choose the validation"
+                " records. Give one of them."
+            )
+        if fraction is not None and not 0 <= fraction < 1:
+            raise UserError(f"--data.val_split_fraction must be at least 0 and below 1, got {fraction}.")
+        for name, least in (("micro_batch_tokens", 2), ("num_workers", 0), ("num_proc", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--data.{name} must be at least {least}, got {value}.")
+
+    def connect(
+        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_seq_length = max_seq_length
+
+    def prepare(self, checkpoint_dir: Path, context_length: int) -> tuple[ArrowStore, ArrowStore]:
+        """The training and the validation records as stores.
+
+        Args:
+            checkpoint_dir: the student's, for its tokenizer, chat template and prompt style.
+            context_length: tokens that both models can read.
+
+        Raises:
+            UserError: no data, a bad record, more than 1 % of them, a sample longer than ``micro_batch_tokens``.
+        """
+        # preparation has a progress line of its own, with an end in sight
+        datasets.disable_progress_bars()
+        if self.prompt_style is None:
+            self.prompt_style = own_prompt_style(checkpoint_dir)
+        settings = preparation.Settings(
+            checkpoint_dir, self.prompt_style, self.max_seq_length, context_length, self.on_error
+        )
+        if self.val_path is not None:
+            stores = self._stores(self.path, settings, [(0.0, 2.0)]) + self._stores(
+                self.val_path, settings, [(0.0, 2.0)]
+            )
+        else:
+            fraction = 0.05 if self.val_split_fraction is None else self.val_split_fraction
+            stores = self._stores(self.path, settings, [(fraction, 2.0), (0.0, fraction)])
+        if len(stores[0]) == 0:
+            raise UserError(f"--data.path {self.path} leaves no training records. Hold fewer out, or give more.")
+        longest = max(store.longest for store in stores[:1])
+        if self.micro_batch_tokens is not None and longest > self.micro_batch_tokens:
+            raise UserError(
+                f"--data.micro_batch_tokens {self.micro_batch_tokens} is less than the {longest} tokens of the longest"
+                " sample.\nRaise it, or cut samples with --train.max_seq_length."
+            )
+        return stores[0], stores[1]
+
+    def _stores(self, path: str, settings: preparation.Settings, ranges: list[tuple[float, float]]) -> list[ArrowStore]:
+        files = find_files(path)
+        cache_dir = self.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "litgpt_akl"
+        num_proc = self.num_proc or len(os.sched_getaffinity(0))
+        dataset, fingerprint = preparation.prepare(files, identify(files), settings, cache_dir, num_proc)
+        bad = self._report_bad_records(dataset, path, files)
+        stores = []
+        for low, high in ranges:
+            part, name = dataset, fingerprint
+            if bad or (low, high) != (0.0, 2.0):
+                name = xxhash.xxh3_128_hexdigest(f"{fingerprint} {low} {high}".encode())
+                part = _select(dataset, low, high, name)
+            stores.append(
+                ArrowStore(
+                    part,
+                    mask_prompt=self.mask_prompt,
+                    settings=settings.fingerprint([]),
+                    place=lambda file, line: place(files[file], line),
+                )
+            )
+        return stores
+
+    def _report_bad_records(self, dataset: datasets.Dataset, path: str, files: list[str]) -> int:
+        lengths = dataset.select_columns("length").with_format("numpy")
+        bad = np.concatenate(
+            [np.flatnonzero(rows["length"] == 0) + 100_000 * n for n, rows in enumerate(lengths.iter(100_000))]
+        )
+        if len(bad) == 0:
+            return 0
+        for row in dataset.select(bad[:10]):
+            print(f"Left out: {place(files[row['file']], row['line'])} {row['error']}.", file=sys.stderr)
+        share = len(bad) / len(dataset)
+        if share > MAX_BAD_SHARE:
+            raise UserError(
+                f"{len(bad):,} of {len(dataset):,} records in {path} are bad ({share:.1%}), more than 1 %.\n"
+                "The first ones are named above; see whether the fields and --train.max_seq_length are as meant."
+            )
+        print(f"Left out {len(bad):,} bad records of {len(dataset):,}.", file=sys.stderr)
+        return len(bad)
+
+
+def _select(dataset: datasets.Dataset, low: float, high: float, fingerprint: str) -> datasets.Dataset:
+    """Good records whose draw lies in ``[low, high)``, as a memory-mapped list of row numbers."""
+    part = dataset.with_format("numpy").filter(
+        lambda draw, length: (length > 0) & (low <= draw) & (draw < high),
+        input_columns=["draw", "length"],
+        batched=True,
+        batch_size=100_000,
+        new_fingerprint=fingerprint,
+    )
+    return part
+
+
+def own_prompt_style(checkpoint_dir: Path) -> PromptStyle:
+    """The prompt style with which LitGPT talks to the model in ``checkpoint_dir``."""
+    if has_prompt_style(checkpoint_dir):
+        return load_prompt_style(checkpoint_dir)
+    return PromptStyle.from_config(Config.from_file(checkpoint_dir / "model_config.yaml"))

@@ -1,0 +1,171 @@
+"""Directories that appear and disappear whole or not at all, whatever ends the process meanwhile."""
+
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from litgpt_akl.errors import UserError
+
+PARTIAL, PREVIOUS, REMOVED = ".partial", ".previous", ".removed"
+"""Endings of hidden names: not yet written, about to be replaced, about to be deleted."""
+
+
+@contextmanager
+def write_directory(out_dir: Path) -> Iterator[Path]:
+    """Yields an empty directory that takes the place of ``out_dir`` when the block ends without an error.
+
+    Until then an existing ``out_dir`` stays as it is; after an error (or an interrupt) it is still as it was and the
+    temporary directory is gone. What a killed process left behind is cleared by the next call for the same path.
+    One process at a time may write to a path.
+
+    Args:
+        out_dir: Where the directory is to appear. The yielded directory lies on the same disk and has the same name,
+            because LitGPT reads rules from a folder's name.
+
+    Raises:
+        UserError: The directory cannot be created or replaced.
+    """
+    out_dir = out_dir.resolve()
+    partial = _hidden(out_dir, PARTIAL)
+    with explain_failure(out_dir):
+        clear_leftovers(out_dir.parent, glob.escape(out_dir.name))
+        (partial / out_dir.name).mkdir(parents=True)
+    try:
+        yield partial / out_dir.name
+        with explain_failure(out_dir):
+            _flush_tree(partial / out_dir.name)
+            _swap_in(partial / out_dir.name, out_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def explain_failure(out_dir: Path) -> Iterator[None]:
+    """For a block that writes ``out_dir``: what the system refuses becomes one clear message.
+
+    Raises:
+        UserError: In place of an OSError: the directory, the reason and how much room there is.
+    """
+    try:
+        yield
+    except OSError as error:
+        existing = next(path for path in (out_dir, *out_dir.absolute().parents) if os.path.exists(path))
+        place = error.filename2 or error.filename
+        reason = f"{error.strerror or error}" + (f": {place}" if place else "")
+        raise UserError(
+            f"{out_dir} cannot be written ({reason}); {shutil.disk_usage(existing).free:,} bytes are free on its disk."
+            "\nWhat was saved before is as it was. Make room, or give another directory."
+        ) from error
+
+
+def save_tensors(content: dict[str, Any], path: Path) -> None:
+    """``torch.save`` that tells why it failed.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    with path.open("wb") as opened:
+        file = _File(opened)
+        try:
+            torch.save(content, file)
+        except RuntimeError:
+            if file.error is None:
+                raise
+            raise file.error from None
+
+
+def remove_directory(directory: Path) -> None:
+    """Deletes a directory under a hidden name, so that no part of it is ever found under its own.
+
+    What cannot be deleted, and what a killed process left, goes with the next :func:`clear_leftovers`.
+
+    Raises:
+        OSError: The directory cannot be renamed; it is as it was.
+    """
+    removed = _hidden(directory, REMOVED)
+    shutil.rmtree(removed, ignore_errors=True)
+    directory.rename(removed)
+    # on the disk, too, the name goes before the content
+    _flush(directory.parent)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def clear_leftovers(parent: Path, pattern: str) -> None:
+    """Deletes what killed processes left of the directories in ``parent`` whose names match ``pattern``.
+
+    No other process may be writing one of them.
+    """
+    restore_previous(parent, pattern)
+    for ending in (PARTIAL, PREVIOUS, REMOVED):
+        for leftover in parent.glob(f".{pattern}{ending}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def restore_previous(parent: Path, pattern: str) -> None:
+    """Gives back their names to directories that a killed process was about to replace; deletes nothing."""
+    for previous in parent.glob(f".{pattern}{PREVIOUS}"):
+        directory = parent / previous.name.removeprefix(".").removesuffix(PREVIOUS)
+        if not directory.exists():
+            # another process may do the same at this moment
+            with suppress(FileNotFoundError):
+                previous.rename(directory)
+
+
+class _File:
+    """Hands on what torch.save writes and keeps the error of a failed write, which torch hides behind its own."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.error: BaseException | None = None
+
+    def write(self, data: memoryview) -> int:
+        try:
+            return self.file.write(data)
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _hidden(directory: Path, ending: str) -> Path:
+    return directory.with_name(f".{directory.name}{ending}")
+
+
+def _swap_in(new_dir: Path, out_dir: Path) -> None:
+    previous = _hidden(out_dir, PREVIOUS)
+    try:
+        if out_dir.exists():
+            out_dir.rename(previous)
+        new_dir.rename(out_dir)
+    finally:
+        if previous.exists() and not out_dir.exists():
+            previous.rename(out_dir)
+    _flush(out_dir.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def _flush_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        _flush(path)
+    _flush(directory)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's bytes, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # not every network file system can flush a directory
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,156 @@
+"""What a checkpoint directory should hold, written into it: tells which are whole, newest, and no longer needed."""
+
+import json
+import math
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from litgpt_akl.directories import remove_directory
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+STEPS = "step-*"
+"""Names of the directories that a run saves; which step one holds is in its manifest."""
+
+
+class Damaged(Exception):
+    """The message says what is wrong with a directory, in a short phrase."""
+
+
+def write_manifest(directory: Path, step: int, validation_loss: float | None) -> None:
+    """Write ``manifest.json``: step, validation loss, and size and checksum of every file there is.
+
+    Args:
+        directory: Complete but for the manifest.
+        step: Optimizer steps taken.
+        validation_loss: Of this very step, if it was validated; one that is not finite counts as none.
+    """
+    paths = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    files = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": _checksum(path)}
+        for path in paths
+    }
+    loss = validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None
+    manifest = {"format": FORMAT, "step": step, "validation_loss": loss, "files": files}
+    text = json.dumps({**manifest, "xxh3_128": _own_checksum(manifest)}, indent=2)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """``format``, ``step``, ``validation_loss`` and ``files`` as they were written.
+
+    Raises:
+        Damaged: There is no manifest, or it is not as it was written.
+    """
+    if not directory.is_dir():
+        raise Damaged("does not exist")
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Damaged(f"has no {MANIFEST}") from None
+    except OSError as error:
+        raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from error
+    except ValueError:
+        raise Damaged(f"{MANIFEST} is garbled") from None
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise Damaged(f"{MANIFEST} is garbled")
+    if manifest["format"] != FORMAT:
+        raise Damaged(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}")
+    if manifest.pop("xxh3_128", None) != _own_checksum(manifest):
+        raise Damaged(f"{MANIFEST} has changed (checksum)")
+    return manifest
+
+
+def damage(directory: Path) -> str | None:
+    """None if the directory holds what was written into it, else what is wrong, in a short phrase."""
+    try:
+        files = read_manifest(directory)["files"]
+        for name, expected in files.items():
+            _check_size(directory / name, name, expected["bytes"])
+        for name, expected in files.items():
+            if _checksum(directory / name) != expected["xxh3_128"]:
+                return f"{name} has changed (checksum)"
+    except Damaged as damaged:
+        return str(damaged)
+    except OSError as error:
+        return f"{Path(error.filename or directory).name} cannot be read: {error.strerror}"
+    return None
+
+
+def newest_first(out_dir: Path) -> list[Path]:
+    """The ``step-...`` directories by the steps in their manifests; those without one might be newest, and come first.
+
+    They may be damaged.
+    """
+
+    def step(directory: Path) -> float:
+        try:
+            return read_manifest(directory)["step"]
+        except Damaged:
+            return math.inf
+
+    directories = (path for path in out_dir.glob(STEPS) if path.is_dir())
+    return sorted(directories, key=lambda path: (step(path), path.name), reverse=True)
+
+
+def remove_old(out_dir: Path, keep_last: int, written: Path) -> None:
+    """Deletes older ``step-...`` directories; damaged ones count for nothing and stay.
+
+    Args:
+        out_dir: Where they are.
+        keep_last: How many of the newest to keep, apart from the one with the lowest validation loss.
+        written: The directory just written, which is kept whatever step it holds.
+    """
+    whole = [directory for directory in newest_first(out_dir) if damage(directory) is None]
+    losses = {directory: read_manifest(directory)["validation_loss"] for directory in whole}
+    validated = [directory for directory in whole if losses[directory] is not None]
+    best = min(validated, key=losses.get, default=None)
+    for directory in whole[keep_last:]:
+        if directory not in (written, best):
+            # what cannot be deleted must not end the run; the next save tries again
+            with suppress(OSError):
+                remove_directory(directory)
+
+
+def _check_size(path: Path, name: str, expected: int) -> None:
+    if not path.is_file():
+        raise Damaged(f"lacks {name}")
+    found = path.stat().st_size
+    if found != expected:
+        raise Damaged(f"{name} has {found:,} bytes, {expected:,} were written")
+
+
+def _own_checksum(manifest: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """Of a file; the same as long as nobody writes to the file, also when its directory is renamed."""
+
+    path: Path = field(compare=False)
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+
+def _checksum(path: Path) -> str:
+    found = path.stat()
+    return _read_checksum(_Stamp(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+
+
+# at every save the question which older directories are whole comes up anew, and each may hold many gigabytes
+@lru_cache(maxsize=4096)
+def _read_checksum(stamp: _Stamp) -> str:
+    digest, block = xxhash.xxh3_128(), bytearray(2**20)
+    with stamp.path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+    return digest.hexdigest()

@@ -1,0 +1,36 @@
+"""SIGTERM and SIGINT as wishes: the step at hand is finished and saved first, unless the signal comes twice."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """While entered, notes the first stop signal and lets a second one act at once."""
+
+    received: signal.Signals | None = None
+
+    def __enter__(self) -> "StopSignals":
+        # Python takes handlers in the main thread only
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        else:
+            self._previous = {}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        self._restore()
+        # print is not safe here: the interrupted code may be in the middle of one
+        message = f"\n{self.received.name}: finishing this step and saving; a second signal stops at once.\n"
+        os.write(2, message.encode())

@@ -1,0 +1,124 @@
+"""Windows: exactly once per epoch, the same steps however they are shared and cut, and little padding."""
+
+import numpy as np
+import pytest
+import torch
+
+from litgpt_akl.data.plan import Plan
+from litgpt_akl.data.stores import MemoryStore
+from litgpt_akl.data.windows import Windows, group, in_order, load
+
+
+def make_store(samples: int, longest: int = 60) -> MemoryStore:
+    """Samples whose ids all are their number; the first third of each is a prompt."""
+    lengths = np.random.default_rng(1).integers(3, longest, samples)
+    ends = np.cumsum(lengths)
+    input_ids = np.repeat(np.arange(samples), lengths)
+    within = np.arange(len(input_ids)) - np.repeat(ends - lengths, lengths)
+    labels = np.where(within < np.repeat(lengths // 3, lengths), -100, input_ids)
+    return MemoryStore(input_ids.astype(np.int32), labels.astype(np.int32), ends, "sample {}".format)
+
+
+def windows_of(store: MemoryStore, global_batch_size: int, **options) -> Windows:
+    plan = Plan(len(store), global_batch_size, 3, store.lengths)
+    return Windows(store, plan, **{"micro_batch_size": 4, **options})
+
+
+def samples_in(window) -> list[int]:
+    return [int(row[0]) for batch in window.micro_batches for row in batch.input_ids]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(("samples", "global_batch_size"), [(48, 12), (53, 12), (5, 12), (700, 24)])
+def test_every_sample_once_per_epoch(monkeypatch, samples, global_batch_size, ranks, workers):
+    # as many workers as are asked for, also on a machine with fewer cores
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8))
+    store = make_store(samples)
+    steps = -(-samples // global_batch_size)
+    seen = {epoch: [] for epoch in range(2)}
+    for rank in range(ranks):
+        windows = windows_of(store, global_batch_size, rank=rank, world_size=ranks)
+        for window in load(windows, 0, 2 * steps, workers):
+            seen[window.epoch] += samples_in(window)
+    assert all(sorted(numbers) == list(range(samples)) for numbers in seen.values())
+
+
+def test_the_samples_of_a_step_do_not_depend_on_how_it_is_cut_and_shared():
+    store = make_store(100)
+    expected = [sorted(window.numbers) for window in load(windows_of(store, 16), 0, 14, 0)]
+    counts = [int((store.response_tokens(np.array(numbers))).sum()) for numbers in expected]
+    for options in ({"micro_batch_size": 1}, {"micro_batch_size": 16}, {"micro_batch_tokens": 70}):
+        for ranks in (1, 2):
+            shares = [
+                load(windows_of(store, 16, rank=rank, world_size=ranks, **options), 0, 14, 0) for rank in range(ranks)
+            ]
+            for numbers, count, windows in zip(expected, counts, zip(*shares, strict=True), strict=True):
+                assert sorted(sum(map(samples_in, windows), [])) == numbers
+                assert {window.response_tokens for window in windows} == {count}
+                assert sum(len(batch.labels) for window in windows for batch in window.micro_batches) == count
+
+
+def test_a_micro_batch_pairs_each_response_token_with_the_position_before_it():
+    store = make_store(40)
+    window = windows_of(store, 10)[1]
+    assert [len(batch.input_ids) for batch in window.micro_batches] == [4, 4, 2]
+    found = []
+    for batch in window.micro_batches:
+        assert torch.equal(batch.input_ids.flatten()[batch.positions + 1], batch.labels)
+        found += batch.labels.tolist()
+    # the first response token counts, and so does the last; nothing after it does
+    samples = store.read(window.numbers)
+    expected = [label for sample in samples for label in sample["labels"][1:].tolist() if label != -100]
+    assert sorted(found) == sorted(expected) and len(expected) == window.response_tokens
+    assert sum(batch.tokens for batch in window.micro_batches) == store.lengths(window.numbers).sum()
+
+
+def test_windows_go_on_from_any_position():
+    store = make_store(100)
+    whole = list(load(windows_of(store, 16), 0, 20, 0))
+    for workers in (0, 2):
+        for window, other in zip(whole[9:], load(windows_of(store, 16), 9, 20, workers), strict=True):
+            assert (window.epoch, window.step, window.response_tokens) == (
+                other.epoch,
+                other.step,
+                other.response_tokens,
+            )
+            for batch, again in zip(window.micro_batches, other.micro_batches, strict=True):
+                assert torch.equal(batch.input_ids, again.input_ids) and torch.equal(batch.labels, again.labels)
+
+
+def test_a_loader_leaves_trainings_random_numbers_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    list(load(windows_of(make_store(40), 10), 0, 4, 2))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_groups_by_padded_tokens():
+    numbers, lengths = np.arange(7), np.array([2, 3, 3, 5, 9, 10, 10])
+    groups = group(numbers, lengths, 1, micro_batch_tokens=10)
+    assert [part.tolist() for part in groups] == [[0, 1, 2], [3], [4], [5], [6]]
+    for cap in range(10, 80):
+        groups = group(numbers, lengths, 1, micro_batch_tokens=cap)
+        assert np.concatenate(groups).tolist() == numbers.tolist()
+        assert all(len(part) * lengths[part].max() <= cap for part in groups)
+    assert [part.tolist() for part in group(numbers, lengths, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_little_is_padding():
+    store = make_store(5000, longest=400)
+    for options in ({"micro_batch_size": 8}, {"micro_batch_tokens": 3000}):
+        windows = windows_of(store, 16, **options)
+        batches = [batch for window in load(windows, 0, 300, 0) for batch in window.micro_batches]
+        padded = sum(batch.input_ids.numel() for batch in batches)
+        assert 1 - sum(batch.tokens for batch in batches) / padded < 0.04
+
+
+def test_validation_reads_like_lengths_together():
+    store = make_store(50)
+    batches = list(in_order(store, range(30), 4))
+    assert sorted(int(row[0]) for batch in batches for row in batch.input_ids) == list(range(30))
+    widths = [batch.input_ids.size(1) for batch in batches]
+    assert widths == sorted(widths)
