@@ -19,7 +19,7 @@ from litgpt_akl.directories import (
     write_directory,
 )
 from litgpt_akl.errors import UserError
-from litgpt_akl.manifest import MANIFEST, STEPS, damage, newest_first, remove_old, write_manifest
+from litgpt_akl.manifest import MANIFEST, STEPS, damage, newest_first, read_manifest, remove_old, write_manifest
 from litgpt_akl.model_files import copy_model_files, describe_to_hugging_face
 
 POSITION = (
@@ -153,12 +153,16 @@ def find_training_state(
         warn: Is told of every damaged directory that is passed over.
 
     Raises:
-        UserError: there is no such directory, it is damaged, or all are.
+        UserError: there is no such directory, it is damaged, or all are; or ``out_dir`` has later steps, which a next
+            ``--resume auto`` would take for those of this run.
     """
     if not resume:
+        _refuse_later_steps(out_dir, -1)
         return None
     if resume is not True and resume != "auto":
-        return _whole_or_error(Path(resume))
+        directory = _whole_or_error(Path(resume))
+        _refuse_later_steps(out_dir, read_manifest(directory)["step"])
+        return directory
     with explain_failure(out_dir):
         restore_previous(out_dir, STEPS)
     damaged: dict[Path, str] = {}
@@ -178,6 +182,15 @@ def find_training_state(
     if resume is True:
         raise UserError(f"{flag}, but {out_dir} has no step-... directory. Leave --resume out, or use auto.")
     return None
+
+
+def _refuse_later_steps(out_dir: Path, step: int) -> None:
+    later = [path.name for path in newest_first(out_dir) if damage(path) is None and read_manifest(path)["step"] > step]
+    if later:
+        raise UserError(
+            f"{out_dir} has checkpoints of another run ({', '.join(later[:3])}), which --resume auto would take up.\n"
+            "Go on with that run by --resume auto, remove them, or give another --out_dir."
+        )
 
 
 def _whole_or_error(resume: Path) -> Path:

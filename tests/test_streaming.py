@@ -134,13 +134,13 @@ def test_a_bad_record_stops_or_is_left_out(tmp_path, teacher_dir, capsys, num_pr
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(lines))
     options = {"num_proc": num_proc, "cache_dir": tmp_path / "cache", "val_split_fraction": 0.0}
-    with pytest.raises(UserError, match=r"data.jsonl, line (1701 is not valid JSON|2001 its response is empty)"):
+    with pytest.raises(UserError, match=r"data.jsonl, line (1701: is not valid JSON|2001: its response is empty)"):
         stores(path, teacher_dir, **options)
     for _ in range(2):
         store = stores(path, teacher_dir, on_error="skip", **options)[0]
         assert len(store) == 2998
         told = capsys.readouterr().err
-        assert "data.jsonl, line 1701 is not valid JSON" in told and "line 2001 its response is empty" in told
+        assert "data.jsonl, line 1701: is not valid JSON" in told and "line 2001: its response is empty" in told
         assert "Left out 2 bad records of 3,000" in told
     assert store.place(1700).endswith("line 1702") and store.place(2997).endswith("line 3000")
     for number in range(100, 140):
@@ -154,12 +154,12 @@ def test_a_bad_record_stops_or_is_left_out(tmp_path, teacher_dir, capsys, num_pr
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'{"instruction": "a", "output": "b\xff"}\n', "line 1 .*UTF-8"),
-        (b"", "line 1 the file is empty"),
-        (b'{"instruction": "a", "output": ""}\n', "line 1 its response is empty"),
-        (b'{"instruction": "a", "output": "b"}\n[1]\n', "line 2 is a list, not an object"),
-        (b'{"instruction": "a", "output": "' + b"one two " * 1_250_000 + b'"}', r"line 1 has [\d,]+ tokens; the pair"),
-        (b'{"instruction": "' + b"a " * 1000 + b'", "output": "b"}', "line 1 has .* tokens; the pair reads 512"),
+        (b'{"instruction": "a", "output": "b\xff"}\n', "line 1: .*UTF-8"),
+        (b"", "line 1: the file is empty"),
+        (b'{"instruction": "a", "output": ""}\n', "line 1: its response is empty"),
+        (b'{"instruction": "a", "output": "b"}\n[1]\n', "line 2: is a list, not an object"),
+        (b'{"instruction": "a", "output": "' + b"one two " * 1_250_000 + b'"}', r"line 1: has [\d,]+ tokens; the pair"),
+        (b'{"instruction": "' + b"a " * 1000 + b'", "output": "b"}', "line 1: has .* tokens; the pair reads 512"),
     ],
 )
 def test_faults_in_records(tmp_path, teacher_dir, content, reason):

@@ -82,21 +82,6 @@ def test_steps_do_not_depend_on_the_micro_batch_size(teacher_dir, student_dir, a
             torch.testing.assert_close(other[name], weight, rtol=0, atol=1e-6)
 
 
-def test_a_resumed_run_ends_as_an_undisturbed_one(teacher_dir, student_dir, alice_json, tmp_path):
-    options = {"epochs": 2, "max_steps": None, "global_batch_size": 64, "save_interval": 3}
-    whole = distil(student_dir, teacher_dir, alice_json, tmp_path / "whole", train=options)
-    for resume in (True, tmp_path / "whole" / "step-000003", tmp_path / "whole" / "step-000006" / "lit_model.pth"):
-        out_dir = tmp_path / "whole" if resume is True else tmp_path / "resumed"
-        resumed = distil(student_dir, teacher_dir, alice_json, out_dir, train=options, resume=resume)
-        assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
-    with pytest.raises(UserError, match="has no step-... directory"):
-        distil(student_dir, teacher_dir, alice_json, tmp_path / "new", resume=True)
-    with pytest.raises(UserError, match="is not a whole checkpoint"):
-        distil(student_dir, teacher_dir, alice_json, tmp_path / "new", resume=student_dir)
-    fresh = distil(student_dir, teacher_dir, alice_json, tmp_path / "auto", train=options, resume="auto")
-    assert all(torch.equal(fresh[name], weight) for name, weight in whole.items())
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_clipping_and_tied_heads(teacher_dir, student_dir, untied_student_dir, alice_json, tmp_path, tied):
     source = student_dir if tied else untied_student_dir

@@ -58,9 +58,7 @@ def open_chunks(data: LitData, block_size: int) -> tuple[ChunkStore, ChunkStore]
     try:
         stores = [ChunkStore(folder, block_size) for folder in folders]
     except ModuleNotFoundError as error:
-        raise UserError(
-            f"--data LitData: {error}. Install it with `pip install litdata`."
-        ) from error
+        raise UserError(f"--data LitData: {error}. Install it with `pip install litdata`.") from error
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"--data.data_path {path} holds no LitData chunks of tokens: {reason}") from error

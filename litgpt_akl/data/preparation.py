@@ -179,7 +179,7 @@ def _check(table: pa.Table, file: str) -> None:
     for length, line, error in zip(*(table[name].to_pylist() for name in ("length", "line", "error")), strict=True):
         if length == 0:
             raise UserError(
-                f"{place(file, line)} {error}.\nMend or remove it, or leave bad records out with --data.on_error skip."
+                f"{place(file, line)}: {error}.\nMend or remove it, or leave bad records out with --data.on_error skip."
             )
 
 

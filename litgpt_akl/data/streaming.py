@@ -142,7 +142,7 @@ class StreamingSFT(DataModule):
         if len(bad) == 0:
             return 0
         for row in dataset.select(bad[:10]):
-            print(f"Left out: {place(files[row['file']], row['line'])} {row['error']}.", file=sys.stderr)
+            print(f"Left out: {place(files[row['file']], row['line'])}: {row['error']}.", file=sys.stderr)
         share = len(bad) / len(dataset)
         if share > MAX_BAD_SHARE:
             raise UserError(
