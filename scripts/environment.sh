@@ -8,7 +8,7 @@ source .venv/bin/activate
 stamp=".venv/.installed-$extras"
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     echo "Installing litgpt-akl[$extras] into .venv, which takes some minutes"
-    # torch first and by number: left to choose, pip may take a build of several GB, also later to suit torchvision
+    # torch first and by number: left to choose, pip may take a build of several GB
     pip install -qq --disable-pip-version-check torch==2.13.0
     pip install -qq --disable-pip-version-check torch==2.13.0 -e ".[$extras]"
     touch "$stamp"
