@@ -25,7 +25,7 @@ from litgpt_akl.checkpoint import (
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.data.stores import Store
-from litgpt_akl.data.windows import Window, Windows, load
+from litgpt_akl.data.windows import Window, Windows, load, stop_workers
 from litgpt_akl.errors import UserError
 from litgpt_akl.loggers import continue_metrics, flushed_metrics, make_logger
 from litgpt_akl.models import build_model, is_tied, tie
@@ -214,19 +214,23 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
     plan = Plan(len(store), train.global_batch_size, run.seed, store.lengths, store.chunk_ends)
     micro_batch_tokens = getattr(run.data, "micro_batch_tokens", None)
     windows = Windows(store, plan, train.micro_batch_size, micro_batch_tokens)
-    fit(
-        fabric,
-        state,
-        load(windows, state["step_count"], steps, getattr(run.data, "num_workers", 0)),
-        train,
-        run.eval,
-        steps=steps,
-        on_nonfinite=run.on_nonfinite,
-        validate=lambda progress: report(fabric, run, state, stores[1], stop, progress),
-        save=save,
-        report_nonfinite=report_nonfinite,
-        stop=stop,
-    )
+    windows = load(windows, state["step_count"], steps, getattr(run.data, "num_workers", 0))
+    try:
+        fit(
+            fabric,
+            state,
+            windows,
+            train,
+            run.eval,
+            steps=steps,
+            on_nonfinite=run.on_nonfinite,
+            validate=lambda progress: report(fabric, run, state, stores[1], stop, progress),
+            save=save,
+            report_nonfinite=report_nonfinite,
+            stop=stop,
+        )
+    finally:
+        stop_workers(windows)
 
 
 def report(

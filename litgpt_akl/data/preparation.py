@@ -24,7 +24,7 @@ from tqdm import tqdm
 from litgpt_akl.data.chat_template import ChatTemplate
 from litgpt_akl.data.encoding import Encoder
 from litgpt_akl.data.records import Record, place, read
-from litgpt_akl.data.windows import leave_signals_to_the_main_process
+from litgpt_akl.data.windows import leave_signals_to_the_main_process, stop_workers
 from litgpt_akl.errors import UserError
 
 FORMAT = 1
@@ -151,16 +151,20 @@ class Preparation(datasets.ArrowBasedBuilder):
         )
         # a log file is no terminal: a line every ten seconds is enough there
         interval = 0.5 if sys.stderr.isatty() else 10.0
-        bar = tqdm(total=sum(config.sizes), desc="preparing data", unit="B", unit_scale=True, leave=False, delay=1)
-        with bar:
-            bar.mininterval = interval
-            for number, (file, bytes_read, rows) in enumerate(loader):
+        total, options = sum(config.sizes), {"unit": "B", "unit_scale": True, "leave": False, "delay": 1}
+        bar = tqdm(total=total, desc="preparing data", mininterval=interval, **options)
+        iterator = iter(loader)
+        try:
+            for number, (file, bytes_read, rows) in enumerate(iterator):
                 batch = pa.ipc.read_record_batch(pa.py_buffer(rows.numpy()), COLUMNS.arrow_schema)
                 table = pa.Table.from_batches([batch])
                 if config.settings.on_error == "stop":
                     _check(table, config.files[file])
                 bar.update(sum(config.sizes[:file]) + bytes_read - bar.n)
                 yield Key(0, number), table
+        finally:
+            stop_workers(iterator)
+            bar.close()
 
 
 def _portions(files: list[str]) -> Iterator[tuple[int, list[Record]]]:

@@ -121,6 +121,12 @@ def load(windows: Windows, first: int, last: int, num_workers: int) -> Iterator[
     return iter(loader)
 
 
+def stop_workers(iterator: Iterator) -> None:
+    """End a loader's workers; Python's own exit would wait for them for ever, since SIGTERM does not end them."""
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
 def leave_signals_to_the_main_process(worker: int) -> None:
     """For the workers of a loader: terminals and schedulers signal the whole group, but the step at hand needs data."""
     for number in (signal.SIGINT, signal.SIGTERM):
