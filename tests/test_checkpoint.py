@@ -130,9 +130,11 @@ def test_steps_are_read_from_manifests(saved):
     (saved / "step-000010").rename(saved / "step-latest-copy")
     (saved / "step-000001").rename(saved / "step-zzz")
     assert find(True, saved) == (saved / "step-latest-copy", [])
-    assert find(saved / "step-zzz", saved)[0] == saved / "step-zzz"
-    assert find(saved / "step-zzz" / "lit_model.pth", saved)[0] == saved / "step-zzz"
-    assert find(False, saved) == (None, [])
+    for given in (saved / "step-zzz", saved / "step-zzz" / "lit_model.pth"):
+        assert find(given, saved.parent / "new")[0] == saved / "step-zzz"
+        with pytest.raises(UserError, match="has checkpoints of another run"):
+            find(given, saved)
+    assert find(False, saved.parent / "new") == (None, [])
 
 
 def test_what_is_not_there_is_not_resumed(saved, student_dir, tmp_path):
