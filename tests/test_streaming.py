@@ -1,5 +1,6 @@
 """StreamingSFT: files of records become stores, once, and every fault has its place."""
 
+import gzip
 import json
 import os
 import resource
@@ -295,3 +296,15 @@ def test_a_full_disk_is_told(tmp_path, teacher_dir):
     assert "The data cannot be prepared in" in errors and "File too large" in errors
     assert not list(cache_dir.rglob("dataset_info.json"))
     assert len(stores(path, teacher_dir, cache_dir, val_split_fraction=0.0)[0]) == 5000
+
+
+def test_a_file_that_is_cut_off_ends_the_process(tmp_path, teacher_dir):
+    """The reader fails while the loader's workers are being started, which nobody but Python's exit can end then."""
+    whole = gzip.compress(write(tmp_path / "data.jsonl", records(3000)).read_bytes())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 8])
+    process = prepare_in_a_process(tmp_path / "cut.jsonl.gz", teacher_dir, tmp_path / "cache")
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and "Traceback" not in errors and "cut.jsonl.gz" in errors

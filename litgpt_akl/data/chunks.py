@@ -1,45 +1,61 @@
-"""A store on LitData's chunks of tokens, local or remote: LitGPT's `LitData` module."""
+"""A store on LitData's chunks of tokens, local or remote: LitGPT's `LitData` module.
 
+LitData finds the chunks and fetches remote ones. They are read here, because its reader is made for orders of its own:
+asked for numbers, it hangs in forked processes and wherever the data is larger than the cache for remote chunks.
+"""
+
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 import xxhash
 from litgpt.data import LitData
 from torch import Tensor
 
 from litgpt_akl.errors import UserError
 
-if TYPE_CHECKING:
-    from litdata.streaming import StreamingDataset
+LEAST_CACHED = 4
+"""Remote chunks that are kept, however little room there is."""
 
 
 class ChunkStore:
     """Blocks of as many tokens each, every one of which counts; reading one fetches its chunk if it is not there."""
 
     def __init__(self, input_dir: str, block_size: int) -> None:
-        self._input_dir, self._block_size = input_dir, block_size
-        self._reader: tuple[int, StreamingDataset] | None = None
-        dataset = self._dataset()
-        if len(dataset) == 0:
-            raise UserError(f"{input_dir} has no block of {block_size} tokens. Lower --train.max_seq_length.")
-        # reading sets up the index
-        dataset[0]
-        self.chunk_ends = np.array([interval[-1] for interval in dataset.cache.get_chunk_intervals()])
+        from litdata.streaming import StreamingDataset
+        from litdata.utilities.format import _resolve_max_cache_size
+
+        # LitData would make an index if it found Parquet files, or chunks that are not complete
+        if os.path.isdir(input_dir) and not os.path.exists(os.path.join(input_dir, "index.json")):
+            raise UserError(f"{input_dir} has no index.json. Give the folder that litdata.optimize wrote.")
+        folder = StreamingDataset(input_dir).input_dir
+        self._place, self._folder, self._url, self._block_size = input_dir, Path(folder.path), folder.url, block_size
+        content = (self._folder / "index.json").read_bytes()
+        index = json.loads(content)
+        self._chunks, config = index.get("chunks", []), index.get("config", {})
+        token_sizes = {
+            (chunk["chunk_bytes"] - _header_size(chunk)) / chunk["dim"] for chunk in self._chunks if chunk["dim"]
+        }
+        if config.get("compression") or config.get("encryption") or token_sizes not in ({1}, {2}, {4}, {8}):
+            raise UserError(
+                f"{input_dir} has other chunks than plain ones of tokens.\n"
+                "Make them with litdata.optimize(..., item_loader=TokensLoader()), neither compressed nor encrypted."
+            )
+        # no id is negative, so it does not matter whether the type has a sign
+        self._dtype = np.dtype(f"u{int(*token_sizes)}")
+        self.chunk_ends = np.cumsum([chunk["dim"] // block_size for chunk in self._chunks])
         self.tokens = len(self) * block_size
-        index = (Path(dataset.input_dir.path) / "index.json").read_bytes()
-        self.fingerprint = xxhash.xxh3_128_hexdigest(index + str(block_size).encode())
-
-    def _dataset(self) -> "StreamingDataset":
-        # a reader's threads and locks do not live on in the worker processes of a loader
-        if self._reader is None or self._reader[0] != os.getpid():
-            from litdata.streaming import StreamingDataset, TokensLoader
-
-            loader = TokensLoader(block_size=self._block_size)
-            self._reader = os.getpid(), StreamingDataset(self._input_dir, item_loader=loader, shuffle=False)
-        return self._reader[1]
+        if len(self) == 0:
+            raise UserError(f"{input_dir} has no chunk of {block_size} tokens. Lower --train.max_seq_length.")
+        self.fingerprint = xxhash.xxh3_128_hexdigest(content + str(block_size).encode())
+        if self._url is None:
+            for chunk in self._chunks:
+                self._check(chunk)
+        least = LEAST_CACHED * max(chunk["chunk_bytes"] for chunk in self._chunks)
+        self._cache_size = max(least, _resolve_max_cache_size(None, folder.path))
 
     def __len__(self) -> int:
         return int(self.chunk_ends[-1])
@@ -51,11 +67,78 @@ class ChunkStore:
         return self.lengths(numbers) - 1
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
-        blocks = [self._dataset()[int(number)].long() for number in numbers]
+        blocks = [self._read(int(number)) for number in numbers]
         return [{"input_ids": block, "labels": block} for block in blocks]
 
+    def _read(self, number: int) -> Tensor:
+        turn = int(np.searchsorted(self.chunk_ends, number, side="right"))
+        chunk, before = self._chunks[turn], int(self.chunk_ends[turn - 1]) if turn else 0
+        offset = _header_size(chunk) + (number - before) * self._block_size * self._dtype.itemsize
+        while True:
+            try:
+                block = np.fromfile(self._path(chunk), self._dtype, self._block_size, offset=offset)
+            except FileNotFoundError:
+                self._fetch(chunk)
+                continue
+            if len(block) < self._block_size:
+                self._check(chunk)
+            return torch.from_numpy(block.astype(np.int64))
+
+    def _path(self, chunk: dict) -> Path:
+        return self._folder / chunk["filename"]
+
+    def _check(self, chunk: dict) -> None:
+        path = self._path(chunk)
+        if not path.exists() or path.stat().st_size < chunk["chunk_bytes"]:
+            raise UserError(f"{path} is missing or breaks off. Copy it again, or delete it if it is a copy.")
+
+    def _fetch(self, chunk: dict) -> None:
+        from filelock import FileLock
+        from litdata.streaming.downloader import get_downloader
+
+        if self._url is None:
+            self._check(chunk)
+            return
+        remote_path, path = os.path.join(self._url, chunk["filename"]), self._path(chunk)
+        try:
+            # one process at a time, because all want the same chunk; that of a killed one opens by itself
+            with FileLock(self._folder / "fetch.lock"):
+                if not path.exists():
+                    self._make_room(chunk["chunk_bytes"])
+                    part = f"{path}.part"
+                    get_downloader(self._url, str(self._folder), self._chunks).download_file(remote_path, part)
+                    os.replace(part, path)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{remote_path} is gone, or the cache {self._folder} was deleted while it was in use.\n"
+                "Mend the data and go on with --resume auto."
+            ) from error
+        # every kind of remote storage has exceptions of its own
+        except Exception as error:
+            raise UserError(f"{remote_path} cannot be fetched: {_reason(error)}") from error
+
+    def _make_room(self, size: int) -> None:
+        """Deletes what killed processes left, and the chunks that were fetched longest ago if the cache is full."""
+        for leftover in self._folder.glob("*.part*"):
+            leftover.unlink()
+        cached = [(path.stat(), path) for path in map(self._path, self._chunks) if path.exists()]
+        excess = sum(status.st_size for status, _ in cached) + size - self._cache_size
+        for status, path in sorted(cached, key=lambda entry: entry[0].st_mtime_ns):
+            if excess > 0:
+                path.unlink()
+                excess -= status.st_size
+
     def place(self, number: int) -> str:
-        return f"{self._input_dir}, block {number}"
+        return f"{self._place}, block {number}"
+
+
+def _header_size(chunk: dict) -> int:
+    """Bytes before the tokens of a chunk: how many items it was made of, and where each begins and the last ends."""
+    return 4 * (1 + chunk["chunk_size"] + 1)
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:300]
 
 
 def open_chunks(data: LitData, block_size: int) -> tuple[ChunkStore, ChunkStore]:
@@ -68,9 +151,13 @@ def open_chunks(data: LitData, block_size: int) -> tuple[ChunkStore, ChunkStore]
     folders = [os.path.join(path, name) for name in data.split_names] if data.split_names else [path]
     try:
         stores = [ChunkStore(folder, block_size) for folder in folders]
-    except ModuleNotFoundError as error:
-        raise UserError(f"--data LitData: {error}. Install it with `pip install litdata`.") from error
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--data.data_path {path} holds no LitData chunks of tokens: {reason}") from error
+    except UserError:
+        raise
+    # every kind of remote storage has exceptions of its own
+    except Exception as error:
+        if (getattr(error, "name", None) or "").partition(".")[0] == "litdata":
+            raise UserError(
+                f"--data LitData needs litdata, which cannot be imported: {error}.\npip install litdata"
+            ) from error
+        raise UserError(f"--data.data_path {path} cannot be read: {_reason(error)}") from error
     return stores[0], stores[-1]

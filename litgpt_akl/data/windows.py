@@ -1,5 +1,7 @@
 """Windows: the micro-batches of one optimizer step, and the loader that fetches them ahead."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -125,6 +127,16 @@ def stop_workers(iterator: Iterator) -> None:
     """End a loader's workers; Python's own exit would wait for them for ever, since SIGTERM does not end them."""
     if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers of a loader that failed at its start, where no iterator is left to stop."""
+    # torch's handler would take an ended worker for an error
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def leave_signals_to_the_main_process(worker: int) -> None:
