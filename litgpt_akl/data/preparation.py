@@ -24,7 +24,7 @@ from tqdm import tqdm
 from litgpt_akl.data.chat_template import ChatTemplate
 from litgpt_akl.data.encoding import Encoder
 from litgpt_akl.data.records import Record, place, read
-from litgpt_akl.data.windows import leave_signals_to_the_main_process, stop_workers
+from litgpt_akl.data.windows import depend_on_the_main_process, stop_workers
 from litgpt_akl.errors import UserError
 
 FORMAT = 1
@@ -147,7 +147,7 @@ class Preparation(datasets.ArrowBasedBuilder):
             sampler=_portions(config.files),
             batch_size=None,
             num_workers=config.num_proc,
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=depend_on_the_main_process,
         )
         # a log file is no terminal: a line every ten seconds is enough there
         interval = 0.5 if sys.stderr.isatty() else 10.0

@@ -4,6 +4,8 @@ import atexit
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -116,7 +118,7 @@ def load(windows: Windows, first: int, last: int, num_workers: int) -> Iterator[
         sampler=range(first, last),
         batch_size=None,
         num_workers=workers,
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=depend_on_the_main_process,
         # without one of its own, a loader draws from the random numbers of training
         generator=torch.Generator(),
     )
@@ -139,7 +141,16 @@ def _end_workers() -> None:
             process.kill()
 
 
-def leave_signals_to_the_main_process(worker: int) -> None:
-    """For the workers of a loader: terminals and schedulers signal the whole group, but the step at hand needs data."""
+def depend_on_the_main_process(worker: int) -> None:
+    """For the workers of a loader: signals are for the main process, whose end is theirs."""
+    # terminals and schedulers signal the whole group, but the step at hand needs data
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # a worker that waits for the rest of a message would wait for ever if the main process was killed in the middle
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
