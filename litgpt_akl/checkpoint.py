@@ -1,5 +1,6 @@
 """Checkpoint directories, written whole or not at all: the trained student, and what training goes on from."""
 
+import math
 import random
 import shutil
 from collections.abc import Callable
@@ -19,13 +20,12 @@ from litgpt_akl.directories import (
     write_directory,
 )
 from litgpt_akl.errors import UserError
-from litgpt_akl.manifest import MANIFEST, STEPS, damage, newest_first, read_manifest, remove_old, write_manifest
+from litgpt_akl.manifest import MANIFEST, STEPS, damage, newest_first, remove_old, step_of, write_manifest
 from litgpt_akl.model_files import copy_model_files, describe_to_hugging_face
 
 POSITION = (
     "step_count",
     "epoch",
-    "epoch_step",
     "tokens",
     "start_cross_entropy",
     "last_validation",
@@ -161,7 +161,7 @@ def find_training_state(
         return None
     if resume is not True and resume != "auto":
         directory = _whole_or_error(Path(resume))
-        _refuse_later_steps(out_dir, read_manifest(directory)["step"])
+        _refuse_later_steps(out_dir, step_of(directory))
         return directory
     with explain_failure(out_dir):
         restore_previous(out_dir, STEPS)
@@ -185,7 +185,7 @@ def find_training_state(
 
 
 def _refuse_later_steps(out_dir: Path, step: int) -> None:
-    later = [path.name for path in newest_first(out_dir) if damage(path) is None and read_manifest(path)["step"] > step]
+    later = [path.name for path in newest_first(out_dir) if step < step_of(path) < math.inf and damage(path) is None]
     if later:
         raise UserError(
             f"{out_dir} has checkpoints of another run ({', '.join(later[:3])}), which --resume auto would take up.\n"

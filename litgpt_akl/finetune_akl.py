@@ -2,59 +2,33 @@
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import Alpaca, DataModule
 from litgpt.types import LoggerChoice
-from litgpt.utils import init_out_dir, instantiate_torch_optimizer, num_parameters, parse_devices
-from torch import Tensor
+from litgpt.utils import init_out_dir, num_parameters, parse_devices
 
 from litgpt_akl.args import DistillArgs, check_training_args, choose_precision, optimizer_config
-from litgpt_akl.checkpoint import (
-    find_training_state,
-    load_training_state,
-    read_training_state,
-    save_student,
-    save_training_state,
-)
+from litgpt_akl.checkpoint import find_training_state, save_student, save_training_state
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.data.stores import Store
-from litgpt_akl.data.windows import Window, Windows, load, stop_workers
+from litgpt_akl.data.windows import Window, Windows, load
+from litgpt_akl.data.workers import stop_workers
 from litgpt_akl.errors import UserError
 from litgpt_akl.loggers import continue_metrics, flushed_metrics, make_logger
-from litgpt_akl.models import build_model, is_tied, tie
 from litgpt_akl.monitor import Progress, silence_known_noise
-from litgpt_akl.pair import Pair, check_pair
-from litgpt_akl.recipe import differences, recipe_as_yaml
+from litgpt_akl.pair import check_pair
+from litgpt_akl.recipe import recipe_as_yaml
+from litgpt_akl.run import Run, export_options, make_optimizer, make_state
 from litgpt_akl.signals import StopSignals
-from litgpt_akl.train import StepResult, fit, make_scheduler, total_steps, warmup_steps
+from litgpt_akl.train import StepResult, check_nonfinite, fit, make_scheduler, total_steps
 from litgpt_akl.validation import describe, example_answer, example_prompt, validate
-from litgpt_akl.weights import fingerprint, open_weights
-
-
-@dataclass
-class Run:
-    """One call of the command, checked."""
-
-    pair: Pair
-    data: DataModule
-    distill: DistillArgs
-    train: TrainArgs
-    eval: EvalArgs
-    optimizer: str | dict
-    seed: int
-    resume: Path | None
-    accept_changes: bool
-    keep_last: int | None
-    on_nonfinite: Literal["stop", "skip"]
-    out_dir: Path
-    recipe: str
+from litgpt_akl.weights import open_weights
 
 
 def setup(
@@ -123,7 +97,7 @@ def setup(
     silence_known_noise()
     check_training_args(train, eval)
     # a misspelt optimizer is found before anything is loaded
-    make_scheduler(_make_optimizer(optimizer, torch.nn.Linear(1, 1)), warmup=0, steps=1, min_lr=train.min_lr)
+    make_scheduler(make_optimizer(optimizer, torch.nn.Linear(1, 1)), warmup=0, steps=1, min_lr=train.min_lr)
     precision = choose_precision(precision, torch.cuda.is_available())
     if keep_last is not None and keep_last < 1:
         raise UserError(f"--keep_last must be at least 1, got {keep_last}. Leave it out (null) to keep all.")
@@ -203,13 +177,13 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
         save_training_state(directory, state, metrics_file=metrics_file, keep_last=run.keep_last, **options)
         return directory
 
-    def report_nonfinite(window: Window, result: StepResult) -> Path:
+    def on_nonfinite(window: Window, result: StepResult) -> str:
         path = run.out_dir / f"nonfinite-step-{state['step_count']:06d}.json"
         samples = [{"number": int(number), "place": store.place(int(number))} for number in window.numbers]
         values = {"loss": str(result.loss), "gradient_norm": str(result.gradient_norm)}
         content = {"step": state["step_count"], "epoch": window.epoch, **values, "samples": samples}
         path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        return path
+        return check_nonfinite(state, result, path, run.on_nonfinite)
 
     plan = Plan(len(store), train.global_batch_size, run.seed, store.lengths, store.chunk_ends)
     micro_batch_tokens = getattr(run.data, "micro_batch_tokens", None)
@@ -223,10 +197,9 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
             train,
             run.eval,
             steps=steps,
-            on_nonfinite=run.on_nonfinite,
             validate=lambda progress: report(fabric, run, state, stores[1], stop, progress),
             save=save,
-            report_nonfinite=report_nonfinite,
+            on_nonfinite=on_nonfinite,
             stop=stop,
         )
     finally:
@@ -262,92 +235,11 @@ def leave_if_stopped(fabric: L.Fabric, stop: StopSignals) -> None:
         raise SystemExit(128 + stop.received)
 
 
-def make_state(fabric: L.Fabric, run: Run, weights: dict[str, dict[str, Tensor]], store: Store) -> dict[str, Any]:
-    """Models, optimizer, scheduler and counters; with ``run.resume``, as they were when it was saved."""
-    pair, models = run.pair, {}
-    for role, config in (("student", pair.student_config), ("teacher", pair.teacher_config)):
-        models[role] = build_model(fabric, config)
-    tied = is_tied(pair.student_dir, weights["student"], run.train.tie_embeddings)
-    if tied:
-        tie(models["student"])
-    if is_tied(pair.teacher_dir, weights["teacher"], None):
-        tie(models["teacher"])
-    models["teacher"].requires_grad_(False).eval()
-    models = {role: fabric.setup_module(model) for role, model in models.items()}
-    models["student"].train()
-    optimizer = fabric.setup_optimizers(_make_optimizer(run.optimizer, models["student"]))
-    steps, warmup = total_steps(run.train, len(store)), warmup_steps(run.train, len(store))
-    state = {
-        **models,
-        "optimizer": optimizer,
-        "scheduler": make_scheduler(optimizer, warmup, steps, run.train.min_lr),
-        "loss": run.distill.loss(),
-        "vocab_size": pair.vocab_size,
-        "tied": tied,
-        "data": {"samples": len(store), "fingerprint": store.fingerprint},
-        "models": {role: fingerprint(directory) for role, directory in pair.directories.items()},
-        "step_count": 0,
-        "epoch": 0,
-        "epoch_step": 0,
-        "tokens": 0,
-        "nonfinite_in_a_row": 0,
-        "last_validation": -1,
-    }
-    models["teacher"].load_state_dict(weights["teacher"])
-    if run.resume is None:
-        models["student"].load_state_dict(weights["student"])
-    else:
-        resume(run, state)
-    return state
-
-
-def resume(run: Run, state: dict) -> None:
-    """Set ``state`` to what was saved, if it is of the same run; an optimizer's settings are those of the recipe.
-
-    Raises:
-        UserError: the run differs in what changes its result, and that was not accepted.
-    """
-    saved = read_training_state(run.resume)
-    changes = differences((run.resume / "hyperparameters.yaml").read_text(encoding="utf-8"), run.recipe)
-    for role, identity in state["models"].items():
-        if saved["models"][role] != identity:
-            changes.append(f"the {role} has other weights")
-    if saved["data"] != state["data"]:
-        samples = [f"{data['samples']:,}" for data in (saved["data"], state["data"])]
-        changes.append(f"other training samples ({samples[0]} -> {samples[1]})")
-    if changes and not run.accept_changes:
-        raise UserError(
-            f"--resume: {run.resume} is of a run with another result: {'; '.join(changes)}.\n"
-            "Give what it was started with, start anew without --resume, or accept this with --accept_changes true."
-        )
-    optimizer, scheduler = state["optimizer"], state["scheduler"]
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    base_rates = scheduler.base_lrs
-    load_training_state(run.resume, state)
-    scheduler.base_lrs = base_rates
-    for group, values, rate, factor in zip(
-        optimizer.param_groups, settings, base_rates, scheduler.lr_lambdas, strict=True
-    ):
-        group.update(values, lr=rate * factor(scheduler.last_epoch))
-
-
-def export_options(run: Run, state: dict) -> dict[str, Any]:
-    """What lies beside the weights of this run's students."""
-    return {
-        "source_dir": run.pair.student_dir,
-        "tied": state["tied"],
-        "prompt_style": getattr(run.data, "prompt_style", None),
-        "recipe": run.recipe,
-    }
-
-
 def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store]) -> None:
     """A few lines that say what is about to happen."""
-    for role, directory in (("Student", run.pair.student_dir), ("Teacher", run.pair.teacher_dir)):
-        model = state[role.lower()]
-        fabric.print(
-            f"{role}: {directory}, {model.config.n_layer} layers, {num_parameters(model) / 1e6:,.1f} M parameters"
-        )
+    for role, directory in run.pair.directories.items():
+        layers, parameters = state[role].config.n_layer, num_parameters(state[role]) / 1e6
+        fabric.print(f"{role.capitalize()}: {directory}, {layers} layers, {parameters:,.1f} M parameters")
     for name, store in zip(("Training", "Validation"), stores, strict=True):
         fabric.print(f"{name}: {len(store):,} samples, {store.tokens:,} tokens")
     if len(stores[1]) == 0:
@@ -360,16 +252,6 @@ def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store
     )
     if run.resume is not None:
         fabric.print(f"Going on from {run.resume}, step {state['step_count']}")
-
-
-def _make_optimizer(optimizer: str | dict, student: torch.nn.Module) -> torch.optim.Optimizer:
-    try:
-        return instantiate_torch_optimizer(optimizer, student.parameters())
-    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"--optimizer {optimizer!r} cannot be made: {error}.\nGive a class of torch.optim, such as AdamW, or its"
-            " class_path and init_args."
-        ) from error
 
 
 def _writable(out_dir: Path) -> Path:

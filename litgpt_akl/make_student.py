@@ -9,7 +9,7 @@ import torch
 from litgpt.config import Config
 from litgpt.utils import save_config
 
-from litgpt_akl.directories import write_directory
+from litgpt_akl.directories import explain_failure, save_tensors, write_directory
 from litgpt_akl.errors import UserError
 from litgpt_akl.model_files import copy_model_files
 from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
@@ -37,13 +37,13 @@ def make_student(teacher_dir: Path, out_dir: Path, *, layers: int | list[int]) -
     teacher_config = read_config(teacher_dir)
     kept = _kept_layers(layers, teacher_config.n_layer)
     teacher_weights = open_weights(teacher_dir, teacher_config)
-    with write_directory(out_dir) as student_dir:
+    with write_directory(out_dir) as student_dir, explain_failure(out_dir):
         copy_model_files(teacher_dir, student_dir)
         save_config(_student_config(teacher_config, kept), student_dir)
         if (student_dir / "config.json").is_file():
             _edit_hf_config(student_dir / "config.json", teacher_config, kept)
         student_weights = _student_weights(teacher_weights, kept)
-        torch.save(student_weights, student_dir / "lit_model.pth")
+        save_tensors(student_weights, student_dir / "lit_model.pth")
     print(
         f"{out_dir}: a student with {len(kept)} of the {teacher_config.n_layer} layers of {teacher_dir} "
         f"({', '.join(map(str, kept))}), {_count_parameters(student_weights) / 1e6:.1f} M of its "

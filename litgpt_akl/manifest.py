@@ -82,20 +82,21 @@ def damage(directory: Path) -> str | None:
     return None
 
 
+def step_of(directory: Path) -> float:
+    """The step that a directory's manifest tells; infinity if it cannot be read, since that might be the newest."""
+    try:
+        return read_manifest(directory)["step"]
+    except Damaged:
+        return math.inf
+
+
 def newest_first(out_dir: Path) -> list[Path]:
     """The ``step-...`` directories by the steps in their manifests; those without one might be newest, and come first.
 
     They may be damaged.
     """
-
-    def step(directory: Path) -> float:
-        try:
-            return read_manifest(directory)["step"]
-        except Damaged:
-            return math.inf
-
     directories = (path for path in out_dir.glob(STEPS) if path.is_dir())
-    return sorted(directories, key=lambda path: (step(path), path.name), reverse=True)
+    return sorted(directories, key=lambda path: (step_of(path), path.name), reverse=True)
 
 
 def remove_old(out_dir: Path, keep_last: int, written: Path) -> None:

@@ -7,9 +7,9 @@ import warnings
 import lightning as L
 import psutil
 import torch
-from tqdm import tqdm
 
 from litgpt_akl.data.windows import Window
+from litgpt_akl.progress import progress_bar
 from litgpt_akl.scoring import STATISTICS
 
 
@@ -18,15 +18,8 @@ class Progress:
 
     def __init__(self, fabric: L.Fabric, total_steps: int, first_step: int) -> None:
         self.fabric = fabric
-        self.bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            desc="distilling",
-            unit="step",
-            dynamic_ncols=True,
-            file=sys.stderr,
-            # a log file is no terminal: a line every ten seconds is enough there
-            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+        self.bar = progress_bar(
+            total=total_steps, initial=first_step, desc="distilling", unit="step", dynamic_ncols=True
         )
         self._start_counting()
 

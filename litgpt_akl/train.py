@@ -119,10 +119,9 @@ def fit(
     eval: EvalArgs,
     *,
     steps: int,
-    on_nonfinite: Literal["stop", "skip"],
     validate: Callable[[Progress], None],
     save: Callable[[], Path],
-    report_nonfinite: Callable[[Window, StepResult], Path],
+    on_nonfinite: Callable[[Window, StepResult], str],
     stop: StopSignals,
 ) -> None:
     """Train from ``state``'s position to step ``steps``, a stop signal, or the end of ``train.max_time`` seconds.
@@ -146,8 +145,7 @@ def fit(
             if result.finite:
                 state["nonfinite_in_a_row"] = 0
             else:
-                report = report_nonfinite(window, result)
-                progress.write(check_nonfinite(state, result, report, on_nonfinite))
+                progress.write(on_nonfinite(window, result))
             if step % train.log_interval == 0 or step == steps:
                 progress.log(state, result.sums, result.loss, result.gradient_norm, window.response_tokens)
             if validation_due(state, eval, steps):
@@ -166,7 +164,7 @@ def fit(
 
 def advance(state: dict, window: Window) -> None:
     """Count a step that was taken or dropped."""
-    state.update(epoch=window.epoch, epoch_step=window.step + 1, step_count=state["step_count"] + 1)
+    state.update(epoch=window.epoch, step_count=state["step_count"] + 1)
     state["tokens"] += sum(batch.tokens for batch in window.micro_batches)
 
 

@@ -24,7 +24,7 @@ def saved(student_dir, tmp_path) -> Path:
 
 
 def test_going_on_is_as_if_never_stopped(student_dir, tmp_path):
-    state = make_state() | {"epoch": 1, "epoch_step": 2, "tokens": 30, "start_cross_entropy": 4.5}
+    state = make_state() | {"epoch": 1, "tokens": 30, "start_cross_entropy": 4.5}
     (tmp_path / "logs.csv").write_text("step,loss\n")
     train(state, 3)
     state |= {"last_validation": 3, "validation_loss": 1.25, "nonfinite_in_a_row": 1}

@@ -21,12 +21,16 @@ class ArrowStore:
     def __init__(
         self, dataset: datasets.Dataset, *, mask_prompt: bool, settings: str, place: Callable[[int, int], str]
     ) -> None:
-        self._dataset = dataset.with_format("arrow")
+        dataset = dataset.with_format("arrow")
+        # a choice of columns is made once, as it copies the dataset's description
+        columns = {"lengths": ["length"], "counts": ["response_tokens"], "samples": ["input_ids", "responses"]}
+        columns |= {"places": ["file", "line"], "summary": ["length", "draw"]}
+        self._views = {name: dataset.select_columns(chosen) for name, chosen in columns.items()}
         self._mask_prompt = mask_prompt
         self._place = place
         self.tokens = self.longest = 0
         digest = xxhash.xxh3_128(f"{settings} {mask_prompt}".encode())
-        for table in self._columns("length", "draw").iter(100_000):
+        for table in self._views["summary"].iter(100_000):
             self.tokens += pa.compute.sum(table["length"]).as_py()
             self.longest = max(self.longest, pa.compute.max(table["length"]).as_py())
             # a draw comes from the hash of its record
@@ -34,22 +38,19 @@ class ArrowStore:
                 digest.update(table[name].to_numpy())
         self.fingerprint = digest.hexdigest()
 
-    def _columns(self, *names: str) -> datasets.Dataset:
-        return self._dataset.select_columns(list(names))
-
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._views["lengths"])
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
-        return self._columns("length")[numbers]["length"].to_numpy()
+        return self._views["lengths"][numbers]["length"].to_numpy()
 
     def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
         if not self._mask_prompt:
             return self.lengths(numbers) - 1
-        return self._columns("response_tokens")[numbers]["response_tokens"].to_numpy()
+        return self._views["counts"][numbers]["response_tokens"].to_numpy()
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
-        rows = self._columns("input_ids", "responses")[numbers]
+        rows = self._views["samples"][numbers]
         columns = (_split(rows["input_ids"]), _split(rows["responses"]))
         return [self._sample(ids, responses) for ids, responses in zip(*columns, strict=True)]
 
@@ -64,11 +65,11 @@ class ArrowStore:
 
     def prompt(self, number: int) -> Tensor:
         """The ids of a sample before its first response."""
-        row = self._columns("input_ids", "responses")[[number]]
+        row = self._views["samples"][[number]]
         return torch.from_numpy(_split(row["input_ids"])[0][: _split(row["responses"])[0][0]].astype(np.int64))
 
     def place(self, number: int) -> str:
-        row = self._columns("file", "line")[[number]]
+        row = self._views["places"][[number]]
         return self._place(row["file"][0].as_py(), row["line"][0].as_py())
 
 

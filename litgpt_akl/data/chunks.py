@@ -15,7 +15,7 @@ import xxhash
 from litgpt.data import LitData
 from torch import Tensor
 
-from litgpt_akl.errors import UserError
+from litgpt_akl.errors import UserError, reason
 
 LEAST_CACHED = 4
 """Remote chunks that are kept, however little room there is."""
@@ -115,7 +115,7 @@ class ChunkStore:
             ) from error
         # every kind of remote storage has exceptions of its own
         except Exception as error:
-            raise UserError(f"{remote_path} cannot be fetched: {_reason(error)}") from error
+            raise UserError(f"{remote_path} cannot be fetched: {reason(error)}") from error
 
     def _make_room(self, size: int) -> None:
         """Deletes what killed processes left, and the chunks that were fetched longest ago if the cache is full."""
@@ -137,10 +137,6 @@ def _header_size(chunk: dict) -> int:
     return 4 * (1 + chunk["chunk_size"] + 1)
 
 
-def _reason(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:300]
-
-
 def open_chunks(data: LitData, block_size: int) -> tuple[ChunkStore, ChunkStore]:
     """Training and validation blocks; as in LitGPT the same ones, if ``split_names`` names no folders.
 
@@ -159,5 +155,5 @@ def open_chunks(data: LitData, block_size: int) -> tuple[ChunkStore, ChunkStore]
             raise UserError(
                 f"--data LitData needs litdata, which cannot be imported: {error}.\npip install litdata"
             ) from error
-        raise UserError(f"--data.data_path {path} cannot be read: {_reason(error)}") from error
+        raise UserError(f"--data.data_path {path} cannot be read: {reason(error)}") from error
     return stores[0], stores[-1]

@@ -12,7 +12,7 @@ import zstandard
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from litgpt_akl.errors import UserError
+from litgpt_akl.errors import UserError, reason
 
 Chunks = Iterator[tuple[bytes, int]]
 """A file's bytes, decompressed, and with each chunk how many of the stored bytes had been read for it."""
@@ -230,11 +230,6 @@ def _reporting(path: str) -> Iterator[None]:
     except FileNotFoundError as error:
         if error.__cause__ is None or getattr(error.__cause__, "status", None) == 404:
             raise UserError(f"{path} does not exist.") from error
-        raise UserError(f"{path} does not exist, or cannot be reached: {_reason(error.__cause__)}") from error
+        raise UserError(f"{path} does not exist, or cannot be reached: {reason(error.__cause__)}") from error
     except Exception as error:
-        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:300]
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error

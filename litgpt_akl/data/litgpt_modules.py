@@ -1,17 +1,16 @@
 """Samples of LitGPT's own data modules for finetuning, tokenised into memory."""
 
 import json
-import sys
 from functools import partial
 
 import numpy as np
 from litgpt.data import DataModule
 from torch.utils.data import DataLoader, Dataset, Subset
-from tqdm import tqdm
 
 from litgpt_akl.data.stores import MemoryStore
 from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import IGNORE_INDEX
+from litgpt_akl.progress import progress_bar
 
 
 def tokenise(data: DataModule, max_seq_length: int | None, context_length: int) -> tuple[MemoryStore, MemoryStore]:
@@ -52,11 +51,7 @@ def _tokenise(
     dataset: Dataset, split: str, data: DataModule, max_seq_length: int | None, context_length: int
 ) -> MemoryStore:
     input_ids, labels, ends, end = [], [], [], 0
-    # a log file is no terminal: a line every ten seconds is enough there
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    for number in tqdm(
-        range(len(dataset)), desc=f"tokenising {split} samples", leave=False, delay=1, mininterval=interval
-    ):
+    for number in progress_bar(range(len(dataset)), desc=f"tokenising {split} samples", leave=False, delay=1):
         try:
             sample = dataset[number]
         except (KeyError, TypeError, AttributeError) as error:

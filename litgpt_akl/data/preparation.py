@@ -7,25 +7,24 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import torch
 import xxhash
 from datasets.builder import Key
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from litgpt_akl.data.chat_template import ChatTemplate
 from litgpt_akl.data.encoding import Encoder
 from litgpt_akl.data.records import Record, place, read
-from litgpt_akl.data.windows import depend_on_the_main_process, stop_workers
+from litgpt_akl.data.workers import fetch, stop_workers
 from litgpt_akl.errors import UserError
+from litgpt_akl.progress import progress_bar
 
 FORMAT = 1
 """Goes into every fingerprint; to be raised when the same records become other rows."""
@@ -58,20 +57,22 @@ class Settings:
     """All that decides what becomes of a record; plain data, since it goes to other processes."""
 
     checkpoint_dir: Path
+    tokenizer: Tokenizer
     prompt_style: PromptStyle
     max_seq_length: int | None
     context_length: int
     on_error: str
 
-    def fingerprint(self, identities: list) -> str:
-        """Differs when a row could differ: by the files, the tokenizer, the prompt style or a length."""
+    @cached_property
+    def fingerprint(self) -> str:
+        """Differs when what becomes of a record could differ: by the tokenizer, the prompt style or a length."""
         style = self.prompt_style
         # what a style does counts, not its name: another version of LitGPT may have another text
         probes = [style.apply("probe"), style.apply("probe", input="input"), style.apply("probe", sys_prompt="system")]
         tokenizer_files = [self.checkpoint_dir / name for name in TOKENIZER_FILES]
         hashes = [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in tokenizer_files]
-        rules = [Tokenizer(self.checkpoint_dir).use_bos, self.max_seq_length, self.context_length, self.on_error]
-        return xxhash.xxh3_128_hexdigest(json.dumps([FORMAT, identities, probes, hashes, rules]).encode())
+        rules = [self.tokenizer.use_bos, self.max_seq_length, self.context_length, self.on_error]
+        return xxhash.xxh3_128_hexdigest(json.dumps([FORMAT, probes, hashes, rules]).encode())
 
 
 @dataclass
@@ -82,17 +83,15 @@ class Rows(Dataset):
 
     @cached_property
     def _encoder(self) -> Encoder:
-        tokenizer = Tokenizer(self.settings.checkpoint_dir)
-        template = ChatTemplate.find(self.settings.checkpoint_dir) if tokenizer.backend == "huggingface" else None
-        return Encoder(tokenizer, self.settings.prompt_style, template, self.settings.max_seq_length)
+        settings, tokenizer = self.settings, self.settings.tokenizer
+        template = ChatTemplate.find(settings.checkpoint_dir) if tokenizer.backend == "huggingface" else None
+        return Encoder(tokenizer, settings.prompt_style, template, settings.max_seq_length)
 
-    def __getitem__(self, work: tuple[int, list[Record]]) -> tuple[int, int, Tensor]:
-        """The number of the file, how many of its bytes had been read, and a table of rows as Arrow's bytes."""
+    def __getitem__(self, work: tuple[int, list[Record]]) -> tuple[int, int, pa.RecordBatch]:
+        """The number of the file, how many of its bytes had been read, and the rows."""
         file, records = work
         rows = [self._row(record) | {"file": file, "line": record.line} for record in records]
-        batch = pa.RecordBatch.from_pylist(rows, schema=COLUMNS.arrow_schema)
-        # tensors go through shared memory; in a pipe, a worker whose main process was killed would be stuck
-        return file, records[-1].bytes_read, torch.frombuffer(bytearray(batch.serialize()), dtype=torch.uint8)
+        return file, records[-1].bytes_read, pa.RecordBatch.from_pylist(rows, schema=COLUMNS.arrow_schema)
 
     def _row(self, record: Record) -> dict:
         try:
@@ -142,29 +141,18 @@ class Preparation(datasets.ArrowBasedBuilder):
 
     def _generate_tables(self) -> Iterator[tuple[Key, pa.Table]]:
         config = self.config
-        loader = DataLoader(
-            Rows(config.settings),
-            sampler=_portions(config.files),
-            batch_size=None,
-            num_workers=config.num_proc,
-            worker_init_fn=depend_on_the_main_process,
-        )
-        # a log file is no terminal: a line every ten seconds is enough there
-        interval = 0.5 if sys.stderr.isatty() else 10.0
-        total, options = sum(config.sizes), {"unit": "B", "unit_scale": True, "leave": False, "delay": 1}
-        bar = tqdm(total=total, desc="preparing data", mininterval=interval, **options)
-        iterator = iter(loader)
-        try:
-            for number, (file, bytes_read, rows) in enumerate(iterator):
-                batch = pa.ipc.read_record_batch(pa.py_buffer(rows.numpy()), COLUMNS.arrow_schema)
-                table = pa.Table.from_batches([batch])
-                if config.settings.on_error == "stop":
-                    _check(table, config.files[file])
-                bar.update(sum(config.sizes[:file]) + bytes_read - bar.n)
-                yield Key(0, number), table
-        finally:
-            stop_workers(iterator)
-            bar.close()
+        starts = list(accumulate(config.sizes, initial=0))
+        options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1}
+        with progress_bar(total=starts[-1], desc="preparing data", **options) as bar:
+            portions = fetch(Rows(config.settings), _portions(config.files), config.num_proc)
+            try:
+                for number, (file, bytes_read, rows) in enumerate(portions):
+                    if config.settings.on_error == "stop":
+                        _check(rows, config.files[file])
+                    bar.update(starts[file] + bytes_read - bar.n)
+                    yield Key(0, number), pa.Table.from_batches([rows])
+            finally:
+                stop_workers(portions)
 
 
 def _portions(files: list[str]) -> Iterator[tuple[int, list[Record]]]:
@@ -179,8 +167,8 @@ def _portions(files: list[str]) -> Iterator[tuple[int, list[Record]]]:
             yield number, portion
 
 
-def _check(table: pa.Table, file: str) -> None:
-    for length, line, error in zip(*(table[name].to_pylist() for name in ("length", "line", "error")), strict=True):
+def _check(rows: pa.RecordBatch, file: str) -> None:
+    for length, line, error in zip(*(rows[name].to_pylist() for name in ("length", "line", "error")), strict=True):
         if length == 0:
             raise UserError(
                 f"{place(file, line)}: {error}.\nMend or remove it, or leave bad records out with --data.on_error skip."
@@ -202,7 +190,7 @@ def prepare(
     Raises:
         UserError: a bad record, unless they are to be skipped; unreadable files; a full disk.
     """
-    fingerprint = settings.fingerprint(identities)
+    fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([settings.fingerprint, identities]).encode())
     folder = cache_dir / fingerprint
     found = any(folder.glob("**/dataset_info.json"))
     builder = Preparation(
@@ -228,8 +216,10 @@ def _build(builder: Preparation) -> datasets.Dataset:
         builder.download_and_prepare()
     except datasets.exceptions.DatasetGenerationError as error:
         raise _cause(error, Path(builder.cache_dir)) from error
+    rows = builder.info.splits["train"].num_examples
+    if rows == 0:
+        raise UserError(f"There are no records in {', '.join(builder.config.files[:3])}. Give a file that has some.")
     dataset = builder.as_dataset(split="train")
-    rows = dataset.info.splits["train"].num_examples
     if len(dataset) != rows:
         raise ValueError(f"{len(dataset):,} rows instead of {rows:,}")
     return dataset

@@ -1,6 +1,6 @@
 """A data module for records that are far more than memory holds, on local disks or in object storage."""
 
-import os
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,11 @@ from litgpt_akl.data import preparation
 from litgpt_akl.data.arrow_store import ArrowStore
 from litgpt_akl.data.files import find_files, identify
 from litgpt_akl.data.records import place
+from litgpt_akl.data.workers import available_cores
 from litgpt_akl.errors import UserError
 
+ALL = (0.0, math.inf)
+"""Of the draws of records."""
 MAX_BAD_SHARE = 0.01
 """Of all records; with more bad ones than this, something is wrong with the data or with how it is read."""
 
@@ -93,42 +96,39 @@ class StreamingSFT(DataModule):
         if self.prompt_style is None:
             self.prompt_style = own_prompt_style(checkpoint_dir)
         settings = preparation.Settings(
-            checkpoint_dir, self.prompt_style, self.max_seq_length, context_length, self.on_error
+            checkpoint_dir, self.tokenizer, self.prompt_style, self.max_seq_length, context_length, self.on_error
         )
         if self.val_path is not None:
-            stores = self._stores(self.path, settings, [(0.0, 2.0)]) + self._stores(
-                self.val_path, settings, [(0.0, 2.0)]
-            )
+            train, validation = (self._stores(path, settings, [ALL])[0] for path in (self.path, self.val_path))
         else:
             fraction = 0.05 if self.val_split_fraction is None else self.val_split_fraction
-            stores = self._stores(self.path, settings, [(fraction, 2.0), (0.0, fraction)])
-        if len(stores[0]) == 0:
+            train, validation = self._stores(self.path, settings, [(fraction, math.inf), (0.0, fraction)])
+        if len(train) == 0:
             raise UserError(f"--data.path {self.path} leaves no training records. Hold fewer out, or give more.")
-        longest = max(store.longest for store in stores[:1])
-        if self.micro_batch_tokens is not None and longest > self.micro_batch_tokens:
+        if self.micro_batch_tokens is not None and train.longest > self.micro_batch_tokens:
             raise UserError(
-                f"--data.micro_batch_tokens {self.micro_batch_tokens} is less than the {longest} tokens of the longest"
-                " sample.\nRaise it, or cut samples with --train.max_seq_length."
+                f"--data.micro_batch_tokens {self.micro_batch_tokens} is less than the {train.longest} tokens of the"
+                " longest sample.\nRaise it, or cut samples with --train.max_seq_length."
             )
-        return stores[0], stores[1]
+        return train, validation
 
     def _stores(self, path: str, settings: preparation.Settings, ranges: list[tuple[float, float]]) -> list[ArrowStore]:
         files = find_files(path)
         cache_dir = self.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "litgpt_akl"
-        num_proc = self.num_proc or len(os.sched_getaffinity(0))
+        num_proc = self.num_proc or available_cores()
         dataset, fingerprint = preparation.prepare(files, identify(files), settings, cache_dir, num_proc)
-        bad = self._report_bad_records(dataset, path, files)
+        bad = self._report_bad_records(dataset, path, files) if self.on_error == "skip" else 0
         stores = []
         for low, high in ranges:
             part, name = dataset, fingerprint
-            if bad or (low, high) != (0.0, 2.0):
+            if bad or (low, high) != ALL:
                 name = xxhash.xxh3_128_hexdigest(f"{fingerprint} {low} {high}".encode())
                 part = _select(dataset, low, high, name)
             stores.append(
                 ArrowStore(
                     part,
                     mask_prompt=self.mask_prompt,
-                    settings=settings.fingerprint([]),
+                    settings=settings.fingerprint,
                     place=lambda file, line: place(files[file], line),
                 )
             )
@@ -155,14 +155,13 @@ class StreamingSFT(DataModule):
 
 def _select(dataset: datasets.Dataset, low: float, high: float, fingerprint: str) -> datasets.Dataset:
     """Good records whose draw lies in ``[low, high)``, as a memory-mapped list of row numbers."""
-    part = dataset.with_format("numpy").filter(
+    return dataset.with_format("numpy").filter(
         lambda draw, length: (length > 0) & (low <= draw) & (draw < high),
         input_columns=["draw", "length"],
         batched=True,
         batch_size=100_000,
         new_fingerprint=fingerprint,
     )
-    return part
 
 
 def own_prompt_style(checkpoint_dir: Path) -> PromptStyle:

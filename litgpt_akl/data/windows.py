@@ -1,21 +1,16 @@
 """Windows: the micro-batches of one optimizer step, and the loader that fetches them ahead."""
 
-import atexit
-import multiprocessing
-import os
-import signal
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.stores import Store
+from litgpt_akl.data.workers import available_cores, fetch
 from litgpt_akl.head_loss import IGNORE_INDEX
 
 
@@ -112,45 +107,4 @@ def in_order(store: Store, numbers: Sequence[int], micro_batch_size: int) -> Ite
 
 def load(windows: Windows, first: int, last: int, num_workers: int) -> Iterator[Window]:
     """The windows ``first`` to ``last - 1`` of a run, fetched ahead by ``num_workers`` processes."""
-    workers = min(num_workers, len(os.sched_getaffinity(0)), last - first)
-    loader = DataLoader(
-        windows,
-        sampler=range(first, last),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=depend_on_the_main_process,
-        # without one of its own, a loader draws from the random numbers of training
-        generator=torch.Generator(),
-    )
-    return iter(loader)
-
-
-def stop_workers(iterator: Iterator) -> None:
-    """End a loader's workers; Python's own exit would wait for them for ever, since SIGTERM does not end them."""
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()
-
-
-@atexit.register
-def _end_workers() -> None:
-    """End the workers of a loader that failed at its start, where no iterator is left to stop."""
-    # torch's handler would take an ended worker for an error
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
-
-
-def depend_on_the_main_process(worker: int) -> None:
-    """For the workers of a loader: signals are for the main process, whose end is theirs."""
-    # terminals and schedulers signal the whole group, but the step at hand needs data
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    # a worker that waits for the rest of a message would wait for ever if the main process was killed in the middle
-    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_after(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    return fetch(windows, range(first, last), min(num_workers, available_cores(), last - first))

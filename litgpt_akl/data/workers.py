@@ -1,0 +1,62 @@
+"""Processes that fetch or prepare ahead, and how they end with the main process, however that ends."""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    # not every system can tell which those are
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def fetch(dataset: Dataset, keys: Iterable, num_workers: int) -> Iterator:
+    """What ``dataset`` holds under each of the keys, in their order, fetched ahead by ``num_workers`` processes."""
+    loader = DataLoader(
+        dataset,
+        sampler=keys,
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=_depend_on_the_main_process,
+        # without one of its own, a loader draws from the random numbers of training
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+def stop_workers(iterator: Iterator) -> None:
+    """End the workers of a :func:`fetch` that may not have come to its end; garbage collection would take 10 s."""
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
+def _depend_on_the_main_process(worker: int) -> None:
+    # terminals and schedulers signal the whole group, but the work at hand still needs its workers
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    # if the main process is killed, a worker may be in the middle of a message that nobody else ends
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python's own exit asks workers to end by SIGTERM, which they ignore, and then waits for them."""
+    # torch's handler would take an ended worker for an error
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
