@@ -101,7 +101,7 @@ def torture(recipe: list[str], out_dir: Path, kills: int, patience: float) -> di
         moment = kill_somewhere(process, out_dir, in_a_save=random.random() < 1 / 3, patience=patience)
         if moment is None:
             if process.returncode == 0:
-                break
+                raise SystemExit(f"The run ended after {sum(counts.values())} kills: give it more --steps")
             raise SystemExit(f"The run failed by itself with status {process.returncode}; see {log}")
         counts[moment] += 1
         print(f"\rkilled {sum(counts.values())} times, {counts['in a save']} of them in a save", end="", flush=True)
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30, help="how often to kill each run")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader workers, a run for each")
     parser.add_argument("--noise", choices=("with", "without", "both"), default="both", help="random numbers in steps")
-    parser.add_argument("--steps", type=int, default=400, help="of the tiny pair's run")
+    parser.add_argument("--steps", type=int, default=1000, help="of the tiny pair's run")
     parser.add_argument("--patience", type=float, default=1.0, help="seconds of training before a kill, at most")
     parser.add_argument("--work_dir", type=Path, default=Path(".torture"))
     parser.add_argument("--seed", type=int, default=0)
