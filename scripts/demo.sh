@@ -21,6 +21,6 @@ else
         --data JSON --data.json_path .demo/piqa --data.mask_prompt true --data.prompt_style smollm2 --data.num_workers 0 \
         --distill.kd_ratio 1.0 --optimizer.lr 1e-3 --train.min_lr 0 --train.max_steps 110 \
         --train.global_batch_size 8 --train.micro_batch_size 8 --train.save_interval null \
-        --eval.interval 50 --eval.max_iters 16 --eval.max_new_tokens 30 --out_dir "$run"
+        --eval.interval 50 --eval.max_iters 16 --eval.max_new_tokens 30 --out_dir "$run" --resume auto
 fi
 python scripts/show_demo.py --teacher "$teacher" --student "$run/final" --run "$run" --data .demo/piqa/val.json
