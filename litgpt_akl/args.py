@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
 import yaml
 from litgpt.args import EvalArgs, TrainArgs
 
@@ -51,6 +52,20 @@ class DistillArgs:
     def loss(self) -> DistillationLoss:
         """The loss that these arguments describe."""
         return DistillationLoss(**asdict(self))
+
+
+@dataclass
+class TeacherArgs:
+    """Teacher-related arguments"""
+
+    precision: Literal["32-true", "bf16-true"] | None = None
+    """What the teacher's weights are held in and computed with, whatever the student trains in (default: bf16-true on a
+    GPU, 32-true on a CPU)"""
+
+    def dtype(self, cuda: bool) -> torch.dtype:
+        """Of the teacher's weights."""
+        precision = self.precision or ("bf16-true" if cuda else "32-true")
+        return torch.bfloat16 if precision == "bf16-true" else torch.float32
 
 
 def check_training_args(train: TrainArgs, eval: EvalArgs) -> None:

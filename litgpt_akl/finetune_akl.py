@@ -12,23 +12,24 @@ from litgpt.data import Alpaca, DataModule
 from litgpt.types import LoggerChoice
 from litgpt.utils import init_out_dir, num_parameters, parse_devices
 
-from litgpt_akl.args import DistillArgs, check_training_args, choose_precision, optimizer_config
+from litgpt_akl.args import DistillArgs, TeacherArgs, check_training_args, choose_precision, optimizer_config
 from litgpt_akl.checkpoint import find_training_state, save_student, save_training_state
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import Window, Windows, load
-from litgpt_akl.data.workers import stop_workers
+from litgpt_akl.data.workers import end_with_parent, stop_workers
 from litgpt_akl.errors import UserError
 from litgpt_akl.loggers import continue_metrics, flushed_metrics, make_logger
 from litgpt_akl.monitor import Progress, silence_known_noise
 from litgpt_akl.pair import check_pair
+from litgpt_akl.processes import ending_together
 from litgpt_akl.recipe import recipe_as_yaml
 from litgpt_akl.run import Run, export_options, make_optimizer, make_state
+from litgpt_akl.sharding import make_strategy, return_freed_memory
 from litgpt_akl.signals import StopSignals
 from litgpt_akl.train import StepResult, check_nonfinite, fit, make_scheduler, total_steps
 from litgpt_akl.validation import describe, example_answer, example_prompt, validate
-from litgpt_akl.weights import open_weights
 
 
 def setup(
@@ -39,11 +40,13 @@ def setup(
     precision: str | None = None,
     devices: int | str = 1,
     num_nodes: int = 1,
+    hybrid_sharding: bool = False,
     resume: bool | Literal["auto"] | Path = False,
     accept_changes: bool = False,
     keep_last: int | None = None,
     on_nonfinite: Literal["stop", "skip"] = "stop",
     data: DataModule | None = None,
+    teacher: TeacherArgs = TeacherArgs(),
     distill: DistillArgs = DistillArgs(),
     train: TrainArgs = TrainArgs(
         save_interval=1000,
@@ -71,8 +74,10 @@ def setup(
             a Lightning Studio Job, look for it in /teamspace/jobs/<job-name>/share.
         precision: The precision to use: "32-true", "bf16-true" or "bf16-mixed" (default: bf16-mixed on a GPU, 32-true
             on a CPU).
-        devices: How many devices to use. This version trains on one.
-        num_nodes: How many nodes the code is being run on. This version trains on one.
+        devices: How many devices to use on each node. With more than one in all, teacher and student are sharded.
+        num_nodes: How many nodes the code is being run on.
+        hybrid_sharding: Whether every node holds whole models, sharded over its own devices only: more memory, less
+            traffic between nodes.
         resume: Path to a ``step-...`` directory of an interrupted run to go on from, ``true`` for the latest one in
             ``out_dir``, or ``auto`` for the latest one if there is one. A damaged one is passed over.
         accept_changes: Whether a resumed run may differ from the interrupted one in what changes its result.
@@ -81,6 +86,7 @@ def setup(
         on_nonfinite: What to do when the loss or the gradient is not finite: ``stop``, or ``skip`` the step, but not
             more than two in a row. The samples are listed in a file in ``out_dir``.
         data: Data-related arguments. If not provided, the default is ``litgpt.data.Alpaca``.
+        teacher: Teacher-related arguments. See ``litgpt_akl.args.TeacherArgs`` for details.
         distill: Distillation-related arguments. See ``litgpt_akl.args.DistillArgs`` for details.
         train: Training-related arguments. See ``litgpt.args.TrainArgs`` for details. An iteration is an optimizer step
             here. Without ``lr_warmup_steps`` or ``lr_warmup_fraction``, a tenth of the run warms up, at most 100 steps.
@@ -101,68 +107,93 @@ def setup(
     precision = choose_precision(precision, torch.cuda.is_available())
     if keep_last is not None and keep_last < 1:
         raise UserError(f"--keep_last must be at least 1, got {keep_last}. Leave it out (null) to keep all.")
-    if parse_devices(devices) * num_nodes > 1:
-        raise UserError(f"--devices {devices} --num_nodes {num_nodes}: this version trains on one device. Use 1 and 1.")
+    devices = parse_devices(devices)
+    if hybrid_sharding and (num_nodes == 1 or devices == 1):
+        raise UserError(
+            f"--hybrid_sharding true with --num_nodes {num_nodes} --devices {devices}: it is for several nodes with"
+            " several devices each. Leave it out."
+        )
     pair = check_pair(checkpoint_dir, teacher_checkpoint_dir, access_token)
     if train.max_seq_length is not None and train.max_seq_length > pair.context_length:
         raise UserError(
             f"--train.max_seq_length {train.max_seq_length} is more than the {pair.context_length} tokens that the"
             f" {pair.name_shorter_context()} reads. Set it to {pair.context_length} or less."
         )
-    out_dir = _writable(init_out_dir(out_dir))
     run = Run(
         pair=pair,
         data=Alpaca() if data is None else data,
         distill=distill,
+        teacher_dtype=teacher.dtype(torch.cuda.is_available()),
         train=train,
         eval=eval,
         optimizer=optimizer,
         seed=seed,
-        resume=find_training_state(resume, out_dir, warn=print),
+        resume=resume,
         accept_changes=accept_changes,
         keep_last=keep_last,
         on_nonfinite=on_nonfinite,
-        out_dir=out_dir,
+        out_dir=init_out_dir(out_dir),
         recipe=recipe,
     )
     logger = make_logger(
         logger_name,
-        out_dir,
+        run.out_dir,
         name=f"distill-{pair.student_config.name}",
-        resume=run.resume is not None,
+        resume=bool(resume),
         log_interval=train.log_interval,
         log=log,
     )
-    fabric = L.Fabric(devices=1, num_nodes=1, strategy="auto", precision=precision, loggers=logger)
+    fabric = L.Fabric(
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=make_strategy(devices, num_nodes, hybrid_sharding),
+        precision=precision,
+        loggers=logger,
+    )
     fabric.launch(main, run)
 
 
+@ending_together
 def main(fabric: L.Fabric, run: Run) -> None:
-    """Load, train, validate and export in one process of a run."""
+    """Load, train, validate and export, in each process of a run."""
+    if fabric.local_rank > 0:
+        end_with_parent()
+    if fabric.world_size > 1 and fabric.device.type == "cpu":
+        return_freed_memory()
+    open_out_dir(fabric, run)
     pair, train = run.pair, run.train
-    weights = {
-        "student": open_weights(pair.student_dir, pair.student_config),
-        "teacher": open_weights(pair.teacher_dir, pair.teacher_config),
-    }
-    stores = prepare_stores(run.data, pair.tokenizer, train, pair.context_length, pair.student_dir)
+    # whatever is downloaded or prepared is then found by the other processes
+    with fabric.rank_zero_first():
+        stores = prepare_stores(run.data, pair.tokenizer, train, pair.context_length, pair.student_dir)
     fabric.seed_everything(run.seed, verbose=False)
-    state = make_state(fabric, run, weights, stores[0])
-    (run.out_dir / "hyperparameters.yaml").write_text(run.recipe, encoding="utf-8")
+    state = make_state(fabric, run, stores[0])
     announce(fabric, run, state, stores)
-    if run.resume is not None:
-        continue_metrics(fabric, run.resume / "metrics.csv")
-    with StopSignals() as stop:
+    if fabric.is_global_zero:
+        (run.out_dir / "hyperparameters.yaml").write_text(run.recipe, encoding="utf-8")
+        if run.resume is not None:
+            continue_metrics(fabric, run.resume / "metrics.csv")
+    with StopSignals(quiet=not fabric.is_global_zero) as stop:
         if run.eval.initial_validation and state["step_count"] == 0:
             report(fabric, run, state, stores[1], stop)
             leave_if_stopped(fabric, stop)
         distil(fabric, run, state, stores, stop)
-    leave_if_stopped(fabric, stop)
+        leave_if_stopped(fabric, stop)
     if run.eval.final_validation:
         report(fabric, run, state, stores[1], stop)
     save_student(run.out_dir / "final", state, **export_options(run, state))
     for logger in fabric.loggers:
         logger.finalize("success")
+    # in every process the student is there when this returns
+    fabric.barrier()
     fabric.print(f"The student is in {run.out_dir / 'final'}: litgpt chat {run.out_dir / 'final'}")
+
+
+def open_out_dir(fabric: L.Fabric, run: Run) -> None:
+    """Make ``out_dir`` and find what to resume, in one process for all."""
+    if fabric.is_global_zero:
+        _make_writable(run.out_dir)
+        run.resume = find_training_state(run.resume, run.out_dir, warn=print)
+    run.resume = fabric.broadcast(run.resume)
 
 
 def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store], stop: StopSignals) -> None:
@@ -172,7 +203,7 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
 
     def save() -> Path:
         directory = run.out_dir / f"step-{state['step_count']:06d}"
-        metrics_file = flushed_metrics(fabric)
+        metrics_file = flushed_metrics(fabric) if fabric.is_global_zero else None
         options = export_options(run, state)
         save_training_state(directory, state, metrics_file=metrics_file, keep_last=run.keep_last, **options)
         return directory
@@ -182,12 +213,14 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
         samples = [{"number": int(number), "place": store.place(int(number))} for number in window.numbers]
         values = {"loss": str(result.loss), "gradient_norm": str(result.gradient_norm)}
         content = {"step": state["step_count"], "epoch": window.epoch, **values, "samples": samples}
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        if fabric.is_global_zero:
+            path.write_text(json.dumps(content, indent=1), encoding="utf-8")
         return check_nonfinite(state, result, path, run.on_nonfinite)
 
     plan = Plan(len(store), train.global_batch_size, run.seed, store.lengths, store.chunk_ends)
     micro_batch_tokens = getattr(run.data, "micro_batch_tokens", None)
-    windows = Windows(store, plan, train.micro_batch_size, micro_batch_tokens)
+    share = fabric.global_rank, fabric.world_size
+    windows = Windows(store, plan, train.micro_batch_size, micro_batch_tokens, *share)
     windows = load(windows, state["step_count"], steps, getattr(run.data, "num_workers", 0))
     try:
         fit(
@@ -230,9 +263,11 @@ def report(
 
 def leave_if_stopped(fabric: L.Fabric, stop: StopSignals) -> None:
     """End the process as a shell says that a signal ended it."""
-    if stop.received is not None:
+    received = stop.agreed(fabric)
+    if received is not None:
         fabric.print("Stopped; the same command with --resume auto goes on from the last checkpoint.")
-        raise SystemExit(128 + stop.received)
+        # one status for the run: launchers take any other process's for an accident
+        raise SystemExit(128 + received if fabric.is_global_zero else 0)
 
 
 def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store]) -> None:
@@ -254,11 +289,10 @@ def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store
         fabric.print(f"Going on from {run.resume}, step {state['step_count']}")
 
 
-def _writable(out_dir: Path) -> Path:
+def _make_writable(out_dir: Path) -> None:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out_dir {out_dir} cannot be made ({error.strerror}). Give another directory.") from error
     if not os.access(out_dir, os.W_OK | os.X_OK):
         raise UserError(f"--out_dir {out_dir} is not writable. Give another directory.")
-    return out_dir

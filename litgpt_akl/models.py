@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import DistillationLoss, HeadLoss
+from litgpt_akl.sharding import reshard
 
 
 class DistillationHead(nn.Linear):
@@ -43,8 +44,8 @@ class DistillationHead(nn.Linear):
             self._give = None
 
 
-def build_model(fabric: L.Fabric, config: Config) -> GPT:
-    """A GPT with a :class:`DistillationHead`, its weights not yet set."""
+def build_model(fabric: L.Fabric, config: Config, tied: bool) -> GPT:
+    """A GPT with a :class:`DistillationHead`, its weights not yet set; tied, embeddings and head are one parameter."""
     with fabric.init_module(empty_init=True):
         model = GPT(config)
         head = DistillationHead(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
@@ -53,6 +54,8 @@ def build_model(fabric: L.Fabric, config: Config) -> GPT:
     # the softcap has moved into the head: GPT must not apply it to what the head gives
     model.config = copy(config)
     model.config.final_logit_softcapping = None
+    if tied:
+        model.transformer.wte.weight = model.lm_head.weight
     return model
 
 
@@ -78,16 +81,23 @@ def is_tied(checkpoint_dir: Path, weights: dict[str, Tensor], wish: bool | None)
     return equal and hf_config.get("tie_word_embeddings") is not False
 
 
-def tie(model: GPT) -> None:
-    """Make embeddings and LM head one parameter; before the model is set up and the optimizer built."""
-    model.transformer.wte.weight = model.lm_head.weight
+def set_up_teacher(fabric: L.Fabric, teacher: GPT, dtype: torch.dtype) -> GPT:
+    """Freeze a teacher, in a dtype that has nothing to do with what the student trains in, and shard it.
+
+    It is not wrapped by Fabric, whose precision is the student's.
+    """
+    teacher.requires_grad_(False).eval()
+    for parameter in teacher.parameters():
+        parameter.data = parameter.data.to(dtype)
+    teacher = fabric.strategy.setup_module(teacher)
+    fabric.strategy.module_to_device(teacher)
+    return teacher
 
 
 def hidden_states(teacher: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
     """The teacher's final hidden states ``[n, D]`` at flat ``positions`` ``[n]`` of ``input_ids`` ``[batch, time]``."""
     with torch.no_grad(), teacher.lm_head.giving(lambda head, hidden: hidden.flatten(0, 1)[positions]):
-        # Fabric hands float32 to its caller whatever the model computes in
-        return teacher(input_ids).to(teacher.lm_head.weight.dtype)
+        return teacher(input_ids)
 
 
 def distillation_loss(
@@ -102,8 +112,8 @@ def distillation_loss(
     """The loss of one micro-batch, computed inside the student's forward.
 
     Args:
-        student: the student as Fabric set it up.
-        teacher: the teacher as Fabric set it up.
+        student: as Fabric set it up.
+        teacher: from :func:`set_up_teacher`.
         loss: what to compute.
         input_ids: ``[batch, time]``.
         positions: ``[n]``, flat positions in ``input_ids`` whose next token is a response token.
@@ -127,4 +137,6 @@ def distillation_loss(
         )
 
     with student.lm_head.giving(give):
-        return student(input_ids)
+        result = student(input_ids)
+    reshard(teacher)
+    return result

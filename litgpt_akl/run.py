@@ -9,17 +9,17 @@ import torch
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
 from litgpt.utils import instantiate_torch_optimizer
-from torch import Tensor
 
 from litgpt_akl.args import DistillArgs
 from litgpt_akl.checkpoint import load_training_state, read_training_state
 from litgpt_akl.data.stores import Store
 from litgpt_akl.errors import UserError
-from litgpt_akl.models import build_model, is_tied, tie
+from litgpt_akl.models import build_model, is_tied, set_up_teacher
 from litgpt_akl.pair import Pair
 from litgpt_akl.recipe import differences
+from litgpt_akl.sharding import load_weights
 from litgpt_akl.train import make_scheduler, total_steps, warmup_steps
-from litgpt_akl.weights import fingerprint
+from litgpt_akl.weights import fingerprint, open_weights
 
 
 @dataclass
@@ -29,11 +29,13 @@ class Run:
     pair: Pair
     data: DataModule
     distill: DistillArgs
+    teacher_dtype: torch.dtype
     train: TrainArgs
     eval: EvalArgs
     optimizer: str | dict
     seed: int
-    resume: Path | None
+    resume: bool | Literal["auto"] | Path | None
+    """What was asked for, and in :func:`make_state` the directory that it means."""
     accept_changes: bool
     keep_last: int | None
     on_nonfinite: Literal["stop", "skip"]
@@ -52,28 +54,36 @@ def make_optimizer(optimizer: str | dict, student: torch.nn.Module) -> torch.opt
         ) from error
 
 
-def make_state(fabric: L.Fabric, run: Run, weights: dict[str, dict[str, Tensor]], store: Store) -> dict[str, Any]:
-    """Models, optimizer, scheduler and counters; with ``run.resume``, as they were when it was saved."""
-    pair, models = run.pair, {}
-    for role, config in (("student", pair.student_config), ("teacher", pair.teacher_config)):
-        models[role] = build_model(fabric, config)
-    tied = is_tied(pair.student_dir, weights["student"], run.train.tie_embeddings)
-    if tied:
-        tie(models["student"])
-    if is_tied(pair.teacher_dir, weights["teacher"], None):
-        tie(models["teacher"])
-    models["teacher"].requires_grad_(False).eval()
-    models = {role: fabric.setup_module(model) for role, model in models.items()}
-    models["student"].train()
-    optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, models["student"]))
+def make_state(fabric: L.Fabric, run: Run, store: Store) -> dict[str, Any]:
+    """Models, optimizer, scheduler and counters; with ``run.resume``, as they were when it was saved.
+
+    Only process 0 reads weights.
+
+    Raises:
+        UserError: a checkpoint that cannot be read or does not fit, or one of another run.
+    """
+    pair, weights, tied = run.pair, {}, {}
+    if fabric.is_global_zero:
+        weights["student"] = open_weights(pair.student_dir, pair.student_config)
+        weights["teacher"] = open_weights(pair.teacher_dir, pair.teacher_config)
+        tied["student"] = is_tied(pair.student_dir, weights["student"], run.train.tie_embeddings)
+        tied["teacher"] = is_tied(pair.teacher_dir, weights["teacher"], None)
+    tied = fabric.broadcast(tied)
+    student = build_model(fabric, pair.student_config, tied["student"])
+    teacher = build_model(fabric, pair.teacher_config, tied["teacher"])
+    teacher = set_up_teacher(fabric, teacher, run.teacher_dtype)
+    student = fabric.setup_module(student)
+    student.train()
+    optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student))
     steps, warmup = total_steps(run.train, len(store)), warmup_steps(run.train, len(store))
     state = {
-        **models,
+        "student": student,
+        "teacher": teacher,
         "optimizer": optimizer,
         "scheduler": make_scheduler(optimizer, warmup, steps, run.train.min_lr),
         "loss": run.distill.loss(),
         "vocab_size": pair.vocab_size,
-        "tied": tied,
+        "tied": tied["student"],
         "data": {"samples": len(store), "fingerprint": store.fingerprint},
         "models": {role: fingerprint(directory) for role, directory in pair.directories.items()},
         "step_count": 0,
@@ -82,33 +92,22 @@ def make_state(fabric: L.Fabric, run: Run, weights: dict[str, dict[str, Tensor]]
         "nonfinite_in_a_row": 0,
         "last_validation": -1,
     }
-    models["teacher"].load_state_dict(weights["teacher"])
+    load_weights(teacher, weights.get("teacher"))
     if run.resume is None:
-        models["student"].load_state_dict(weights["student"])
+        load_weights(student, weights.get("student"))
     else:
-        resume(run, state)
+        resume(fabric, run, state)
     return state
 
 
-def resume(run: Run, state: dict) -> None:
+def resume(fabric: L.Fabric, run: Run, state: dict) -> None:
     """Set ``state`` to what was saved, if it is of the same run; an optimizer's settings are those of the recipe.
 
     Raises:
         UserError: the run differs in what changes its result, and that was not accepted.
     """
-    saved = read_training_state(run.resume)
-    changes = differences((run.resume / "hyperparameters.yaml").read_text(encoding="utf-8"), run.recipe)
-    for role, identity in state["models"].items():
-        if saved["models"][role] != identity:
-            changes.append(f"the {role} has other weights")
-    if saved["data"] != state["data"]:
-        samples = [f"{data['samples']:,}" for data in (saved["data"], state["data"])]
-        changes.append(f"other training samples ({samples[0]} -> {samples[1]})")
-    if changes and not run.accept_changes:
-        raise UserError(
-            f"--resume: {run.resume} is of a run with another result: {'; '.join(changes)}.\n"
-            "Give what it was started with, start anew without --resume, or accept this with --accept_changes true."
-        )
+    if fabric.is_global_zero and not run.accept_changes:
+        _refuse_changes(run, state)
     optimizer, scheduler = state["optimizer"], state["scheduler"]
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     base_rates = scheduler.base_lrs
@@ -118,6 +117,22 @@ def resume(run: Run, state: dict) -> None:
         optimizer.param_groups, settings, base_rates, scheduler.lr_lambdas, strict=True
     ):
         group.update(values, lr=rate * factor(scheduler.last_epoch))
+
+
+def _refuse_changes(run: Run, state: dict) -> None:
+    saved = read_training_state(run.resume)
+    changes = differences((run.resume / "hyperparameters.yaml").read_text(encoding="utf-8"), run.recipe)
+    for role, identity in state["models"].items():
+        if saved["models"][role] != identity:
+            changes.append(f"the {role} has other weights")
+    if saved["data"] != state["data"]:
+        samples = [f"{data['samples']:,}" for data in (saved["data"], state["data"])]
+        changes.append(f"other training samples ({samples[0]} -> {samples[1]})")
+    if changes:
+        raise UserError(
+            f"--resume: {run.resume} is of a run with another result: {'; '.join(changes)}.\n"
+            "Give what it was started with, start anew without --resume, or accept this with --accept_changes true."
+        )
 
 
 def export_options(run: Run, state: dict) -> dict[str, Any]:
