@@ -51,7 +51,8 @@ def tiny_recipe(directory: Path, steps: int) -> list[str]:
         *("--data", "StreamingSFT", "--data.path", str(directory / "data" / "train.json")),
         *("--data.val_path", str(directory / "data" / "val.json"), "--data.cache_dir", str(directory / "cache")),
         *("--data.mask_prompt", "true", "--train.max_seq_length", "128", "--distill.compile", "false"),
-        *("--train.max_steps", str(steps), "--train.save_interval", "3", "--keep_last", "2"),
+        *("--train.max_steps", str(steps), "--train.epochs", str(steps)),
+        *("--train.save_interval", "3", "--keep_last", "2"),
         *("--eval.interval", "20", "--eval.max_iters", "2", "--eval.max_new_tokens", "4"),
     ]
 
@@ -134,7 +135,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30, help="how often to kill each run")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader workers, a run for each")
     parser.add_argument("--noise", choices=("with", "without", "both"), default="both", help="random numbers in steps")
-    parser.add_argument("--steps", type=int, default=1000, help="of the tiny pair's run")
+    parser.add_argument("--steps", type=int, default=800, help="of the tiny pair's run")
     parser.add_argument("--patience", type=float, default=1.0, help="seconds of training before a kill, at most")
     parser.add_argument("--work_dir", type=Path, default=Path(".torture"))
     parser.add_argument("--seed", type=int, default=0)

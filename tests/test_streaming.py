@@ -259,9 +259,11 @@ def test_an_interrupted_preparation_is_never_taken_for_whole(tmp_path, teacher_d
     path, cache_dir = write(tmp_path / "data.jsonl", records(20_000)), tmp_path / "cache"
     process = prepare_in_a_process(path, teacher_dir, cache_dir)
     deadline = time.monotonic() + 60
-    while not any(file.stat().st_size > 0 for file in cache_dir.rglob("*.arrow")):
+    while not any(cache_dir.rglob("*.arrow")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
+    # some records later
+    time.sleep(0.3)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     if number == signal.SIGINT:

@@ -1,42 +1,61 @@
 """A store on memory-mapped Arrow files: what is not being read is not in memory."""
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 import torch
 import xxhash
 from torch import Tensor
 
 from litgpt_akl.head_loss import IGNORE_INDEX
 
+ALL = (0.0, math.inf)
+"""Of the draws of records."""
+
 
 class ArrowStore:
-    """Rows of a prepared dataset; see ``preparation.COLUMNS``."""
+    """Good rows of a prepared dataset whose draw lies in ``[low, high)``; see ``preparation.COLUMNS``."""
 
     chunk_ends = None
 
     def __init__(
-        self, dataset: datasets.Dataset, *, mask_prompt: bool, settings: str, place: Callable[[int, int], str]
+        self,
+        dataset: datasets.Dataset,
+        draws: tuple[float, float],
+        *,
+        mask_prompt: bool,
+        settings: str,
+        fingerprint: str,
+        place: Callable[[int, int], str],
     ) -> None:
-        dataset = dataset.with_format("arrow")
-        # a choice of columns is made once, as it copies the dataset's description
-        columns = {"lengths": ["length"], "counts": ["response_tokens"], "samples": ["input_ids", "responses"]}
-        columns |= {"places": ["file", "line"], "summary": ["length", "draw"]}
-        self._views = {name: dataset.select_columns(chosen) for name, chosen in columns.items()}
+        dataset, (low, high) = dataset.with_format("arrow"), draws
         self._mask_prompt = mask_prompt
         self._place = place
-        self.tokens = self.longest = 0
+        self.tokens = self.longest = samples = 0
         digest = xxhash.xxh3_128(f"{settings} {mask_prompt}".encode())
-        for table in self._views["summary"].iter(100_000):
-            self.tokens += pa.compute.sum(table["length"]).as_py()
-            self.longest = max(self.longest, pa.compute.max(table["length"]).as_py())
+        # before any rows are chosen, since reading two million chosen ones takes ten seconds
+        for table in dataset.select_columns(["length", "draw"]).iter(100_000):
+            length, draw = (table[name].to_numpy() for name in ("length", "draw"))
+            chosen = _choose(draw, length, low, high)
+            length, draw = length[chosen], draw[chosen]
+            samples += len(length)
+            self.tokens += int(length.sum())
+            self.longest = max(self.longest, int(length.max(initial=0)))
             # a draw comes from the hash of its record
-            for name in table.column_names:
-                digest.update(table[name].to_numpy())
+            digest.update(length)
+            digest.update(draw)
         self.fingerprint = digest.hexdigest()
+        if samples < len(dataset):
+            name = xxhash.xxh3_128_hexdigest(f"{fingerprint} {low} {high}".encode())
+            dataset = _select(dataset, low, high, name)
+        # a choice of columns is made once, as it copies the dataset's description
+        columns = {"lengths": ["length"], "counts": ["response_tokens"], "samples": ["input_ids", "responses"]}
+        columns |= {"places": ["file", "line"]}
+        self._views = {name: dataset.select_columns(chosen) for name, chosen in columns.items()}
 
     def __len__(self) -> int:
         return len(self._views["lengths"])
@@ -77,3 +96,22 @@ def _split(column: pa.ChunkedArray) -> list[np.ndarray]:
     lists = column.combine_chunks()
     values, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
     return np.split(values[: offsets[-1]], offsets[:-1])[1:]
+
+
+def _choose(draw: np.ndarray, length: np.ndarray, low: float, high: float) -> np.ndarray:
+    return (length > 0) & (low <= draw) & (draw < high)
+
+
+def _select(dataset: datasets.Dataset, low: float, high: float, fingerprint: str) -> datasets.Dataset:
+    """The same, the chosen rows by a memory-mapped list of their numbers."""
+    return (
+        dataset.with_format("numpy")
+        .filter(
+            partial(_choose, low=low, high=high),
+            input_columns=["draw", "length"],
+            batched=True,
+            batch_size=100_000,
+            new_fingerprint=fingerprint,
+        )
+        .with_format("arrow")
+    )

@@ -30,6 +30,8 @@ FORMAT = 1
 """Goes into every fingerprint; to be raised when the same records become other rows."""
 PORTION = 256
 """Records that are encoded together."""
+BATCH_BYTES = 2**22
+"""Of rows that are written together: memory-mapped, each such batch takes some memory of its own."""
 COLUMNS = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -145,12 +147,18 @@ class Preparation(datasets.ArrowBasedBuilder):
         options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1}
         with progress_bar(total=starts[-1], desc="preparing data", **options) as bar:
             portions = fetch(Rows(config.settings), _portions(config.files), config.num_proc)
+            batches: list[pa.RecordBatch] = []
             try:
                 for number, (file, bytes_read, rows) in enumerate(portions):
                     if config.settings.on_error == "stop":
                         _check(rows, config.files[file])
                     bar.update(starts[file] + bytes_read - bar.n)
-                    yield Key(0, number), pa.Table.from_batches([rows])
+                    batches.append(rows)
+                    if sum(batch.nbytes for batch in batches) >= BATCH_BYTES:
+                        yield Key(0, number), pa.Table.from_batches(batches).combine_chunks()
+                        batches = []
+                if batches:
+                    yield Key(0, number + 1), pa.Table.from_batches(batches).combine_chunks()
             finally:
                 stop_workers(portions)
 

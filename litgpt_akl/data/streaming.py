@@ -8,21 +8,18 @@ from typing import Literal
 
 import datasets
 import numpy as np
-import xxhash
 from litgpt.data import DataModule
 from litgpt.model import Config
 from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.data import preparation
-from litgpt_akl.data.arrow_store import ArrowStore
+from litgpt_akl.data.arrow_store import ALL, ArrowStore
 from litgpt_akl.data.files import find_files, identify
 from litgpt_akl.data.records import place
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.errors import UserError
 
-ALL = (0.0, math.inf)
-"""Of the draws of records."""
 MAX_BAD_SHARE = 0.01
 """Of all records; with more bad ones than this, something is wrong with the data or with how it is read."""
 
@@ -117,30 +114,27 @@ class StreamingSFT(DataModule):
         cache_dir = self.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "litgpt_akl"
         num_proc = self.num_proc or available_cores()
         dataset, fingerprint = preparation.prepare(files, identify(files), settings, cache_dir, num_proc)
-        bad = self._report_bad_records(dataset, path, files) if self.on_error == "skip" else 0
-        stores = []
-        for low, high in ranges:
-            part, name = dataset, fingerprint
-            if bad or (low, high) != ALL:
-                name = xxhash.xxh3_128_hexdigest(f"{fingerprint} {low} {high}".encode())
-                part = _select(dataset, low, high, name)
-            stores.append(
-                ArrowStore(
-                    part,
-                    mask_prompt=self.mask_prompt,
-                    settings=settings.fingerprint,
-                    place=lambda file, line: place(files[file], line),
-                )
+        if self.on_error == "skip":
+            self._report_bad_records(dataset, path, files)
+        return [
+            ArrowStore(
+                dataset,
+                draws,
+                mask_prompt=self.mask_prompt,
+                settings=settings.fingerprint,
+                fingerprint=fingerprint,
+                place=lambda file, line: place(files[file], line),
             )
-        return stores
+            for draws in ranges
+        ]
 
-    def _report_bad_records(self, dataset: datasets.Dataset, path: str, files: list[str]) -> int:
+    def _report_bad_records(self, dataset: datasets.Dataset, path: str, files: list[str]) -> None:
         lengths = dataset.select_columns("length").with_format("numpy")
         bad = np.concatenate(
             [np.flatnonzero(rows["length"] == 0) + 100_000 * n for n, rows in enumerate(lengths.iter(100_000))]
         )
         if len(bad) == 0:
-            return 0
+            return
         for row in dataset.select(bad[:10]):
             print(f"Left out: {place(files[row['file']], row['line'])}: {row['error']}.", file=sys.stderr)
         share = len(bad) / len(dataset)
@@ -150,18 +144,6 @@ class StreamingSFT(DataModule):
                 "The first ones are named above; see whether the fields and --train.max_seq_length are as meant."
             )
         print(f"Left out {len(bad):,} bad records of {len(dataset):,}.", file=sys.stderr)
-        return len(bad)
-
-
-def _select(dataset: datasets.Dataset, low: float, high: float, fingerprint: str) -> datasets.Dataset:
-    """Good records whose draw lies in ``[low, high)``, as a memory-mapped list of row numbers."""
-    return dataset.with_format("numpy").filter(
-        lambda draw, length: (length > 0) & (low <= draw) & (draw < high),
-        input_columns=["draw", "length"],
-        batched=True,
-        batch_size=100_000,
-        new_fingerprint=fingerprint,
-    )
 
 
 def own_prompt_style(checkpoint_dir: Path) -> PromptStyle:
