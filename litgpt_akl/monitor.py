@@ -86,3 +86,5 @@ def silence_known_noise() -> None:
     """Warnings of other libraries that say nothing to a user of this command, by its text."""
     # LitGPT's data modules' loaders are only asked for their datasets, their workers never start
     warnings.filterwarnings("ignore", message=r"This DataLoader will create .* worker processes")
+    # the random weights of a sharded model give way to those of a file
+    warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support on cpu")

@@ -1,9 +1,15 @@
 """A run in many processes ends as one: whoever fails says why, the others end, and process 0 repeats it last."""
 
 import functools
+import os
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from torch import distributed
 
 from litgpt_akl.errors import UserError, reason
@@ -12,7 +18,9 @@ from litgpt_akl.sharding import rank, world_size
 FAILURE = "litgpt_akl/failure"
 """The key under which the processes' common store holds the first failure."""
 PATIENCE = 2.0
-"""Seconds to wait for a word of a process that has gone; Lightning kills what is left after five."""
+"""Seconds to wait for a word of a process that has gone."""
+GRACE = 10.0
+"""Seconds for process 0 to notice by itself that another one has gone; it may be waiting for it on a GPU for ever."""
 
 
 def ending_together(main: Callable) -> Callable:
@@ -20,6 +28,7 @@ def ending_together(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def run(*args, **kwargs):
+        _watch_children()
         try:
             return main(*args, **kwargs)
         except Exception as error:
@@ -58,3 +67,22 @@ def _what_was_told() -> str:
             "The others were ended; the same command with --resume auto goes on from the last checkpoint."
         )
     return f"{store.get(FAILURE).decode()}\nThe other processes were ended."
+
+
+def _watch_children() -> None:
+    """Do the work of Lightning's observer of the processes it has started, which kills process 0 without a word."""
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            children = thread._child_processes
+            thread._child_processes = []
+            threading.Thread(target=_end_with, args=(children,), daemon=True).start()
+
+
+def _end_with(children: list[subprocess.Popen]) -> None:
+    while all(not child.poll() for child in children):
+        time.sleep(0.5)
+    time.sleep(GRACE)
+    print(f"\nerror: {_what_was_told()}", file=sys.stderr, flush=True)
+    for child in children:
+        child.kill()
+    os._exit(1)

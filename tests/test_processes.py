@@ -19,6 +19,7 @@ def command(student: Path, teacher: Path, data: Path, out_dir: Path, *options: s
     return [
         *("finetune_akl", str(student), "--teacher_checkpoint_dir", str(teacher), "--out_dir", str(out_dir)),
         *("--data", "JSON", "--data.json_path", str(data), "--data.mask_prompt", "true", "--data.num_workers", "0"),
+        *("--data.prompt_style.class_path", "litgpt.prompts.Default"),
         *("--distill.compile", "false", "--eval.max_iters", "2", "--eval.max_new_tokens", "4", *STEPS, *options),
     ]
 
@@ -38,7 +39,7 @@ def start(arguments: list[str], log: Path, launcher: tuple[str, ...] = ("litgpt"
             [sys.executable, "-m", *launcher, *arguments],
             stdout=file,
             stderr=file,
-            env={**inherited, "OMP_NUM_THREADS": "1", **environment},
+            env={**inherited, "OMP_NUM_THREADS": "1", "JSONARGPARSE_DEPRECATION_WARNINGS": "off", **environment},
             start_new_session=True,
         )
 
@@ -105,6 +106,16 @@ class FailsInOne(torch.optim.AdamW):
         return super().step(closure)
 
 
+class WaitsForAnother(FailsInOne):
+    """Process 0 waits, as it would for ever on a GPU, for one that fails."""
+
+    def step(self, closure=None):
+        result = super().step(closure)
+        if self.steps == 3:
+            time.sleep(1000)
+        return result
+
+
 LONG = ["--devices", "2", "--train.max_steps", "100000", "--train.epochs", "100000"]
 
 
@@ -116,7 +127,8 @@ def long_run(student_dir, teacher_dir, alice_json, tmp_path):
     def start_it(*options: str):
         log = tmp_path / "run.log"
         arguments = command(student_dir, teacher_dir, alice_json, tmp_path / "run", *LONG, *options)
-        process = start(arguments, log, PYTHONPATH=str(Path(__file__).parent))
+        paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+        process = start(arguments, log, PYTHONPATH=os.pathsep.join(paths))
         started.append(process)
         return process, log
 
@@ -140,9 +152,11 @@ def child(process: subprocess.Popen) -> int:
     return int(children[0])
 
 
-def test_an_error_in_one_process_ends_the_run_and_is_said_last(long_run, tmp_path):
-    process, log = long_run("--optimizer.class_path", "test_processes.FailsInOne", "--optimizer.lr", "1e-3")
-    printed = end(process, log, 120)
+@pytest.mark.parametrize("optimizer", [FailsInOne, WaitsForAnother])
+def test_an_error_in_one_process_ends_the_run_and_is_said_last(long_run, tmp_path, optimizer):
+    name = f"test_processes.{optimizer.__name__}"
+    process, log = long_run("--optimizer.class_path", name, "--optimizer.lr", "1e-3")
+    printed = end(process, log, 60)
     assert process.returncode == 1
     assert "process 1: ValueError: this process was made to fail" in printed.splitlines()[-2]
     assert printed.count("Traceback") == 1
