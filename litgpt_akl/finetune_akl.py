@@ -41,6 +41,8 @@ def setup(
     devices: int | str = 1,
     num_nodes: int = 1,
     hybrid_sharding: bool = False,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
     resume: bool | Literal["auto"] | Path = False,
     accept_changes: bool = False,
     keep_last: int | None = None,
@@ -78,6 +80,9 @@ def setup(
         num_nodes: How many nodes the code is being run on.
         hybrid_sharding: Whether every node holds whole models, sharded over its own devices only: more memory, less
             traffic between nodes.
+        activation_checkpointing: Whether the student's blocks keep only their inputs for the backward and run twice:
+            less memory, about a third more time.
+        compile: Whether torch.compile fuses what is in the blocks of both models.
         resume: Path to a ``step-...`` directory of an interrupted run to go on from, ``true`` for the latest one in
             ``out_dir``, or ``auto`` for the latest one if there is one. A damaged one is passed over.
         accept_changes: Whether a resumed run may differ from the interrupted one in what changes its result.
@@ -124,6 +129,8 @@ def setup(
         data=Alpaca() if data is None else data,
         distill=distill,
         teacher_dtype=teacher.dtype(torch.cuda.is_available()),
+        activation_checkpointing=activation_checkpointing,
+        compile=compile,
         train=train,
         eval=eval,
         optimizer=optimizer,

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT, do_softcapping
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import DistillationLoss, HeadLoss
@@ -79,6 +81,26 @@ def is_tied(checkpoint_dir: Path, weights: dict[str, Tensor], wish: bool | None)
     config_path = checkpoint_dir / "config.json"
     hf_config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
     return equal and hf_config.get("tie_word_embeddings") is not False
+
+
+def compile_blocks(model: GPT) -> None:
+    """Let torch.compile fuse what is in a block; generation, where shapes change at each token, stays eager."""
+    for block in model.transformer.h:
+        block.forward = _unless_generating(block, torch.compile(block.forward), block.forward)
+
+
+def _unless_generating(block: nn.Module, compiled: Callable, eager: Callable) -> Callable:
+    def forward(*args, **kwargs):
+        return (eager if block.attn.kv_cache is not None else compiled)(*args, **kwargs)
+
+    return forward
+
+
+def checkpoint_activations(model: GPT) -> None:
+    """Keep only the input of each block for the backward, which runs the block once more."""
+    for block in model.transformer.h:
+        # a wrapper module would give the parameters other names
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def set_up_teacher(fabric: L.Fabric, teacher: GPT, dtype: torch.dtype) -> GPT:

@@ -14,7 +14,7 @@ from litgpt_akl.args import DistillArgs
 from litgpt_akl.checkpoint import load_training_state, read_training_state
 from litgpt_akl.data.stores import Store
 from litgpt_akl.errors import UserError
-from litgpt_akl.models import build_model, is_tied, set_up_teacher
+from litgpt_akl.models import build_model, checkpoint_activations, compile_blocks, is_tied, set_up_teacher
 from litgpt_akl.pair import Pair
 from litgpt_akl.recipe import differences
 from litgpt_akl.sharding import load_weights
@@ -30,6 +30,8 @@ class Run:
     data: DataModule
     distill: DistillArgs
     teacher_dtype: torch.dtype
+    activation_checkpointing: bool
+    compile: bool
     train: TrainArgs
     eval: EvalArgs
     optimizer: str | dict
@@ -71,6 +73,11 @@ def make_state(fabric: L.Fabric, run: Run, store: Store) -> dict[str, Any]:
     tied = fabric.broadcast(tied)
     student = build_model(fabric, pair.student_config, tied["student"])
     teacher = build_model(fabric, pair.teacher_config, tied["teacher"])
+    if run.compile:
+        compile_blocks(student)
+        compile_blocks(teacher)
+    if run.activation_checkpointing:
+        checkpoint_activations(student)
     teacher = set_up_teacher(fabric, teacher, run.teacher_dtype)
     student = fabric.setup_module(student)
     student.train()

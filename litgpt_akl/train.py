@@ -101,15 +101,24 @@ def take_step(fabric: L.Fabric, state: dict, window: Window, max_norm: float | N
         # sharding averages gradients over the processes
         fabric.backward(result.loss * fabric.world_size / window.response_tokens)
         sums += torch.stack([result.loss.detach(), *result.stats.values()])
-    norm = fabric.clip_gradients(student, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False)
+    norm = clip_gradients(student, max_norm or math.inf)
     loss, *sums = fabric.all_reduce(sums, reduce_op="sum").unbind()
-    result = StepResult(loss.item() / window.response_tokens, torch.stack(sums), whole(norm).item())
+    result = StepResult(loss.item() / window.response_tokens, torch.stack(sums), norm)
     if result.finite:
         optimizer.step()
     optimizer.zero_grad()
     state["learning_rate"] = optimizer.param_groups[0]["lr"]
     state["scheduler"].step()
     return result
+
+
+def clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
+    """Scale gradients down to ``max_norm`` together; returns the norm that they had, in float32 whatever they are."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norms = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32) for parameter in parameters]
+    norm = whole(torch.linalg.vector_norm(torch.stack(norms)))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm.item()
 
 
 def fit(

@@ -21,6 +21,7 @@ from test_resume import assert_same
 from litgpt_akl.data import StreamingSFT
 from litgpt_akl.models import build_model, hidden_states, set_up_teacher
 from litgpt_akl.sharding import load_weights, make_strategy, reshard, return_freed_memory
+from litgpt_akl.tensor_file import tensor_file
 
 RATE = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2e-4}}
 UNEVEN = {"max_steps": 10, "global_batch_size": 7, "micro_batch_size": 2, "max_norm": 0.5}
@@ -53,6 +54,9 @@ CASES = {
     "2 nodes of 2": {"devices": 2, "num_nodes": 2},
     "2 nodes of 2, hybrid": {"devices": 2, "num_nodes": 2, "hybrid_sharding": True},
     "a process without data": {"devices": 2, "train": UNEVEN | {"micro_batch_size": 7}},
+    "activation checkpointing": {"devices": 1, "activation_checkpointing": True},
+    "activation checkpointing in 2 processes": {"devices": 2, "activation_checkpointing": True},
+    "compiled blocks": {"devices": 1, "compile": True},
     "one record at a time": {"devices": 2, "train": UNEVEN | {"micro_batch_size": 1}},
 }
 
@@ -155,7 +159,7 @@ def anonymous() -> int:
 
 
 def measure_teacher(path: Path, devices: int) -> None:
-    """Writes by how many bytes a process grows at most while it loads a teacher and asks it for hidden states."""
+    """Writes by how many bytes a process grows while it loads a teacher, asks it for hidden states and saves it."""
     torch.set_num_threads(1)
     fabric = L.Fabric(accelerator="cpu", devices=devices, strategy=make_strategy(devices, 1, False))
     fabric.launch()
@@ -173,6 +177,8 @@ def measure_teacher(path: Path, devices: int) -> None:
     load_weights(teacher, weights)
     hidden = hidden_states(teacher, torch.zeros(1, 8, dtype=torch.int64), torch.arange(8))
     reshard(teacher)
+    with tensor_file(path / "saved.pth" if fabric.is_global_zero else None) as file:
+        file.save({name: file.store(parameter) for name, parameter in teacher.named_parameters()})
     done.set()
     watch.join()
     torch.save({"growth": max(samples) - start, "hidden": hidden}, path / f"{devices}-{fabric.global_rank}.pth")
@@ -191,3 +197,4 @@ def test_no_process_ever_holds_the_whole_teacher(tmp_path):
         found = torch.load(tmp_path / f"4-{rank}.pth")
         assert torch.equal(found["hidden"], alone["hidden"])
         assert found["growth"] < 0.45 * alone["growth"]
+    assert difference(weights, torch.load(tmp_path / "saved.pth", mmap=True, weights_only=True)) == 0
