@@ -61,10 +61,12 @@ class TeacherArgs:
     precision: Literal["32-true", "bf16-true"] | None = None
     """What the teacher's weights are held in and computed with, whatever the student trains in (default: bf16-true on a
     GPU, 32-true on a CPU)"""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Hold the weights of the teacher's blocks in 8 or 4 bits, by bitsandbytes; on one device"""
 
-    def dtype(self, cuda: bool) -> torch.dtype:
-        """Of the teacher's weights."""
-        precision = self.precision or ("bf16-true" if cuda else "32-true")
+    def dtype(self, device_type: str) -> torch.dtype:
+        """Of the teacher's weights, and of what a quantized one computes in."""
+        precision = self.precision or ("bf16-true" if device_type == "cuda" else "32-true")
         return torch.bfloat16 if precision == "bf16-true" else torch.float32
 
 

@@ -17,19 +17,21 @@ from litgpt_akl.checkpoint import find_training_state, save_student, save_traini
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.data.stores import Store
-from litgpt_akl.data.windows import Window, Windows, load
+from litgpt_akl.data.windows import Window, Windows, in_order, load
 from litgpt_akl.data.workers import end_with_parent, stop_workers
 from litgpt_akl.errors import UserError
 from litgpt_akl.loggers import continue_metrics, flushed_metrics, make_logger
 from litgpt_akl.monitor import Progress, silence_known_noise
 from litgpt_akl.pair import check_pair
 from litgpt_akl.processes import ending_together
+from litgpt_akl.quantize import check_quantization, loss_of_quantization
 from litgpt_akl.recipe import recipe_as_yaml
 from litgpt_akl.run import Run, export_options, make_optimizer, make_state
 from litgpt_akl.sharding import make_strategy, return_freed_memory
 from litgpt_akl.signals import StopSignals
 from litgpt_akl.train import StepResult, check_nonfinite, fit, make_scheduler, total_steps
 from litgpt_akl.validation import describe, example_answer, example_prompt, validate
+from litgpt_akl.weights import open_weights
 
 
 def setup(
@@ -118,6 +120,8 @@ def setup(
             f"--hybrid_sharding true with --num_nodes {num_nodes} --devices {devices}: it is for several nodes with"
             " several devices each. Leave it out."
         )
+    if teacher.quantize is not None:
+        check_quantization(teacher.quantize, devices * num_nodes)
     pair = check_pair(checkpoint_dir, teacher_checkpoint_dir, access_token)
     if train.max_seq_length is not None and train.max_seq_length > pair.context_length:
         raise UserError(
@@ -128,7 +132,7 @@ def setup(
         pair=pair,
         data=Alpaca() if data is None else data,
         distill=distill,
-        teacher_dtype=teacher.dtype(torch.cuda.is_available()),
+        teacher=teacher,
         activation_checkpointing=activation_checkpointing,
         compile=compile,
         train=train,
@@ -175,6 +179,8 @@ def main(fabric: L.Fabric, run: Run) -> None:
     fabric.seed_everything(run.seed, verbose=False)
     state = make_state(fabric, run, stores[0])
     announce(fabric, run, state, stores)
+    if run.teacher.quantize is not None:
+        fabric.print(describe_quantization(run, state, stores[0]))
     if fabric.is_global_zero:
         (run.out_dir / "hyperparameters.yaml").write_text(run.recipe, encoding="utf-8")
         if run.resume is not None:
@@ -294,6 +300,18 @@ def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store
     )
     if run.resume is not None:
         fabric.print(f"Going on from {run.resume}, step {state['step_count']}")
+
+
+def describe_quantization(run: Run, state: dict, store: Store) -> str:
+    """What the teacher has lost, in a line."""
+    weights = open_weights(run.pair.teacher_dir, run.pair.teacher_config)
+    batch = next(in_order(store, range(min(4, len(store))), run.train.micro_batch_size))
+    stats, tokens = loss_of_quantization(state["teacher"], run.pair.teacher_config, weights, batch, run.pair.vocab_size)
+    return (
+        f"The teacher in {run.teacher.quantize}: forward KL of its full weights to it"
+        f" {stats['forward_kl'] / tokens:.4f} nats per token, the same top-1 id at {stats['agreement'] / tokens:.1%} of"
+        f" {tokens} response tokens"
+    )
 
 
 def _make_writable(out_dir: Path) -> None:

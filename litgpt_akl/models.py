@@ -46,11 +46,10 @@ class DistillationHead(nn.Linear):
             self._give = None
 
 
-def build_model(fabric: L.Fabric, config: Config, tied: bool) -> GPT:
-    """A GPT with a :class:`DistillationHead`, its weights not yet set; tied, embeddings and head are one parameter."""
-    with fabric.init_module(empty_init=True):
-        model = GPT(config)
-        head = DistillationHead(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
+def build_model(config: Config, tied: bool) -> GPT:
+    """A GPT with a :class:`DistillationHead`; tied, embeddings and head are one parameter."""
+    model = GPT(config)
+    head = DistillationHead(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
     head.softcap = config.final_logit_softcapping
     model.lm_head = head
     # the softcap has moved into the head: GPT must not apply it to what the head gives

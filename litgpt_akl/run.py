@@ -8,14 +8,17 @@ import lightning as L
 import torch
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
+from litgpt.model import GPT
 from litgpt.utils import instantiate_torch_optimizer
+from torch import Tensor
 
-from litgpt_akl.args import DistillArgs
+from litgpt_akl.args import DistillArgs, TeacherArgs
 from litgpt_akl.checkpoint import load_training_state, read_training_state
 from litgpt_akl.data.stores import Store
 from litgpt_akl.errors import UserError
 from litgpt_akl.models import build_model, checkpoint_activations, compile_blocks, is_tied, set_up_teacher
 from litgpt_akl.pair import Pair
+from litgpt_akl.quantize import load_quantized
 from litgpt_akl.recipe import differences
 from litgpt_akl.sharding import load_weights
 from litgpt_akl.train import make_scheduler, total_steps, warmup_steps
@@ -29,7 +32,7 @@ class Run:
     pair: Pair
     data: DataModule
     distill: DistillArgs
-    teacher_dtype: torch.dtype
+    teacher: TeacherArgs
     activation_checkpointing: bool
     compile: bool
     train: TrainArgs
@@ -71,14 +74,13 @@ def make_state(fabric: L.Fabric, run: Run, store: Store) -> dict[str, Any]:
         tied["student"] = is_tied(pair.student_dir, weights["student"], run.train.tie_embeddings)
         tied["teacher"] = is_tied(pair.teacher_dir, weights["teacher"], None)
     tied = fabric.broadcast(tied)
-    student = build_model(fabric, pair.student_config, tied["student"])
-    teacher = build_model(fabric, pair.teacher_config, tied["teacher"])
+    with fabric.init_module(empty_init=True):
+        student = build_model(pair.student_config, tied["student"])
     if run.compile:
         compile_blocks(student)
-        compile_blocks(teacher)
     if run.activation_checkpointing:
         checkpoint_activations(student)
-    teacher = set_up_teacher(fabric, teacher, run.teacher_dtype)
+    teacher = make_teacher(fabric, run, weights.get("teacher"), tied["teacher"])
     student = fabric.setup_module(student)
     student.train()
     optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student))
@@ -99,12 +101,26 @@ def make_state(fabric: L.Fabric, run: Run, store: Store) -> dict[str, Any]:
         "nonfinite_in_a_row": 0,
         "last_validation": -1,
     }
-    load_weights(teacher, weights.get("teacher"))
     if run.resume is None:
         load_weights(student, weights.get("student"))
     else:
         resume(fabric, run, state)
     return state
+
+
+def make_teacher(fabric: L.Fabric, run: Run, weights: dict[str, Tensor] | None, tied: bool) -> GPT:
+    """The frozen teacher, sharded or quantized; only process 0 has ``weights``."""
+    dtype = run.teacher.dtype(fabric.device.type)
+    # a quantized one is never whole on the device
+    with torch.device("meta") if run.teacher.quantize else fabric.init_module(empty_init=True):
+        teacher = build_model(run.pair.teacher_config, tied)
+    if run.compile:
+        compile_blocks(teacher)
+    if run.teacher.quantize:
+        return load_quantized(teacher, weights, run.teacher.quantize, dtype, fabric.device)
+    teacher = set_up_teacher(fabric, teacher, dtype)
+    load_weights(teacher, weights)
+    return teacher
 
 
 def resume(fabric: L.Fabric, run: Run, state: dict) -> None:

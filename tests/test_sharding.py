@@ -172,7 +172,9 @@ def measure_teacher(path: Path, devices: int) -> None:
 
     watch = threading.Thread(target=sample)
     watch.start()
-    teacher = set_up_teacher(fabric, build_model(fabric, LARGE, tied=False), torch.float32)
+    with fabric.init_module(empty_init=True):
+        teacher = build_model(LARGE, tied=False)
+    teacher = set_up_teacher(fabric, teacher, torch.float32)
     weights = torch.load(path / "teacher.pth", mmap=True, weights_only=True) if fabric.is_global_zero else None
     load_weights(teacher, weights)
     hidden = hidden_states(teacher, torch.zeros(1, 8, dtype=torch.int64), torch.arange(8))
@@ -185,10 +187,8 @@ def measure_teacher(path: Path, devices: int) -> None:
 
 
 def test_no_process_ever_holds_the_whole_teacher(tmp_path):
-    torch.save(
-        {name: torch.randn(weight.shape) * 0.02 for name, weight in GPT(LARGE).state_dict().items()},
-        tmp_path / "teacher.pth",
-    )
+    weights = {name: torch.randn(weight.shape) * 0.02 for name, weight in GPT(LARGE).state_dict().items()}
+    torch.save(weights, tmp_path / "teacher.pth")
     for devices in (1, 4):
         in_processes(devices, partial(measure_teacher, tmp_path, devices))
     alone = torch.load(tmp_path / "1-0.pth")
