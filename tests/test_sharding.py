@@ -169,6 +169,7 @@ def measure_teacher(path: Path, devices: int) -> None:
     def sample() -> None:
         while not done.wait(0.001):
             samples.append(anonymous())
+        samples.append(anonymous())
 
     watch = threading.Thread(target=sample)
     watch.start()
@@ -192,7 +193,7 @@ def test_no_process_ever_holds_the_whole_teacher(tmp_path):
     for devices in (1, 4):
         in_processes(devices, partial(measure_teacher, tmp_path, devices))
     alone = torch.load(tmp_path / "1-0.pth")
-    assert alone["growth"] > 300e6
+    assert alone["growth"] > 0.9 * sum(weight.nbytes for weight in weights.values())
     for rank in range(4):
         found = torch.load(tmp_path / f"4-{rank}.pth")
         assert torch.equal(found["hidden"], alone["hidden"])
