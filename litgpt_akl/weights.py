@@ -101,8 +101,8 @@ def _open_hf_weights(checkpoint_dir: Path, config: Config) -> dict[str, Tensor]:
 
 
 def fingerprint(checkpoint_dir: Path) -> str:
-    """Tells two checkpoints apart, wherever they lie: by their configuration, and by the size of each weights file and 64
-    samples of its bytes, since reading all of a large model would take minutes."""
+    """Tells two checkpoints apart, wherever they lie: by their configuration, and by the size of each weights file and
+    64 samples of its bytes, since reading all of a large model would take minutes."""
     flat = checkpoint_dir / "lit_model.pth"
     digest, block = xxhash.xxh3_128(repr(read_config(checkpoint_dir)).encode()), 2**16
     for path in [flat] if flat.is_file() else hf_weights.files_in(checkpoint_dir):
