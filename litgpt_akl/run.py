@@ -10,10 +10,11 @@ from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
 from litgpt.utils import instantiate_torch_optimizer
 
-from litgpt_akl.args import DistillArgs
+from litgpt_akl.args import DistillArgs, LoRAArgs
 from litgpt_akl.checkpoint import load_training_state, read_training_state
 from litgpt_akl.data.stores import Store
 from litgpt_akl.errors import UserError
+from litgpt_akl.lora import lora_config, with_new_adapters
 from litgpt_akl.models import build_model, is_tied, set_up_teacher
 from litgpt_akl.pair import Pair
 from litgpt_akl.recipe import differences
@@ -29,7 +30,9 @@ class Run:
     pair: Pair
     data: DataModule
     distill: DistillArgs
-    teacher_dtype: torch.dtype
+    lora: LoRAArgs
+    teacher_dtype: torch.dtype | None
+    """None: the teacher is the student's base, whose parameters are there already."""
     train: TrainArgs
     eval: EvalArgs
     optimizer: str | dict
@@ -46,7 +49,7 @@ class Run:
 def make_optimizer(optimizer: str | dict, student: torch.nn.Module) -> torch.optim.Optimizer:
     """LitGPT's way from a name or a config to an optimizer; raises UserError if there is none such."""
     try:
-        return instantiate_torch_optimizer(optimizer, student.parameters())
+        return instantiate_torch_optimizer(optimizer, [p for p in student.parameters() if p.requires_grad])
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"--optimizer {optimizer!r} cannot be made: {error}.\nGive a class of torch.optim, such as AdamW, or its"
@@ -62,28 +65,26 @@ def make_state(fabric: L.Fabric, run: Run, store: Store) -> dict[str, Any]:
     Raises:
         UserError: a checkpoint that cannot be read or does not fit, or one of another run.
     """
-    pair, weights, tied = run.pair, {}, {}
+    pair, weights, tied = run.pair, None, None
     if fabric.is_global_zero:
-        weights["student"] = open_weights(pair.student_dir, pair.student_config)
-        weights["teacher"] = open_weights(pair.teacher_dir, pair.teacher_config)
-        tied["student"] = is_tied(pair.student_dir, weights["student"], run.train.tie_embeddings)
-        tied["teacher"] = is_tied(pair.teacher_dir, weights["teacher"], None)
+        weights = open_weights(pair.student_dir, pair.student_config)
+        tied = is_tied(pair.student_dir, weights, run.train.tie_embeddings)
     tied = fabric.broadcast(tied)
-    student = build_model(fabric, pair.student_config, tied["student"])
-    teacher = build_model(fabric, pair.teacher_config, tied["teacher"])
-    teacher = set_up_teacher(fabric, teacher, run.teacher_dtype)
-    student = fabric.setup_module(student)
+    teacher = None if run.teacher_dtype is None else load_teacher(fabric, pair, run.teacher_dtype)
+    config = pair.student_config if run.lora.r is None else lora_config(pair.student_dir, run.lora)
+    student = fabric.setup_module(build_model(fabric, config, tied))
     student.train()
     optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student))
     steps, warmup = total_steps(run.train, len(store)), warmup_steps(run.train, len(store))
     state = {
         "student": student,
-        "teacher": teacher,
+        "teacher": student if teacher is None else teacher,
         "optimizer": optimizer,
         "scheduler": make_scheduler(optimizer, warmup, steps, run.train.min_lr),
         "loss": run.distill.loss(),
         "vocab_size": pair.vocab_size,
-        "tied": tied["student"],
+        # merged into the head alone, its adapter makes two matrices of one
+        "tied": tied and not run.lora.head,
         "data": {"samples": len(store), "fingerprint": store.fingerprint},
         "models": {role: fingerprint(directory) for role, directory in pair.directories.items()},
         "step_count": 0,
@@ -92,12 +93,24 @@ def make_state(fabric: L.Fabric, run: Run, store: Store) -> dict[str, Any]:
         "nonfinite_in_a_row": 0,
         "last_validation": -1,
     }
-    load_weights(teacher, weights.get("teacher"))
-    if run.resume is None:
-        load_weights(student, weights.get("student"))
-    else:
+    if run.lora.r is not None and weights is not None:
+        weights = with_new_adapters(student, weights, run.seed)
+    if run.resume is None or run.lora.r is not None:
+        load_weights(student, weights)
+    if run.resume is not None:
         resume(fabric, run, state)
     return state
+
+
+def load_teacher(fabric: L.Fabric, pair: Pair, dtype: torch.dtype) -> torch.nn.Module:
+    """The teacher with its weights, which only process 0 reads; raises UserError if they do not fit."""
+    weights = tied = None
+    if fabric.is_global_zero:
+        weights = open_weights(pair.teacher_dir, pair.teacher_config)
+        tied = is_tied(pair.teacher_dir, weights, None)
+    teacher = set_up_teacher(fabric, build_model(fabric, pair.teacher_config, fabric.broadcast(tied)), dtype)
+    load_weights(teacher, weights)
+    return teacher
 
 
 def resume(fabric: L.Fabric, run: Run, state: dict) -> None:
