@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from litgpt_akl.directories import clear_leftovers, explain_failure, restore_previous, write_directory
 from litgpt_akl.errors import UserError
+from litgpt_akl.lora import ADAPTERS, adapters_of, read_trained, store_adapters, store_merged
 from litgpt_akl.manifest import MANIFEST, STEPS, damage, newest_first, remove_old, step_of, write_manifest
 from litgpt_akl.model_files import copy_model_files, describe_to_hugging_face
 from litgpt_akl.sharding import (
-    bare,
     from_each,
     from_rank_zero,
     load_optimizer_state,
@@ -53,13 +53,15 @@ def write_student(
 ) -> None:
     """Write a LitGPT checkpoint that every consumer takes as it is: flat weights and what is read beside them.
 
+    The adapters of a LoRA student are merged into the weights, and lie beside them in a file of their own.
+
     Args:
         directory: From :func:`~litgpt_akl.directories.write_directory`; None in other processes than 0, which take part
             in gathering the parameters.
         student: Its parameters may be sharded; they are whole one at a time.
         source_dir: The student's original checkpoint directory.
-        tied: Whether embeddings and LM head are one matrix; written into config.json, since Hugging Face models throw
-            away the LM head of a model that is said to be tied.
+        tied: Whether embeddings and LM head are one matrix in the file; written into config.json, since Hugging Face
+            models throw away the LM head of a model that is said to be tied.
         prompt_style: What the prompts were made with, if the data module tells.
         recipe: The run's configuration, as YAML.
     """
@@ -70,9 +72,11 @@ def write_student(
         if prompt_style is not None:
             save_prompt_style(prompt_style, directory)
         (directory / "hyperparameters.yaml").write_text(recipe, encoding="utf-8")
-    parameters = bare(student).named_parameters(remove_duplicate=False)
     with tensor_file(_in(directory, "lit_model.pth")) as file:
-        file.save({name: file.store(parameter) for name, parameter in parameters})
+        file.save(store_merged(student, file))
+    if adapters_of(student):
+        with tensor_file(_in(directory, ADAPTERS)) as file:
+            file.save(store_adapters(student, file))
 
 
 def save_student(directory: Path, state: dict, *, source_dir: Path, **options) -> None:
@@ -241,14 +245,18 @@ def read_training_state(directory: Path) -> dict[str, Any]:
 def load_training_state(directory: Path, state: dict) -> None:
     """Set student, optimizer, scheduler, position and random numbers to what :func:`save_training_state` saved.
 
-    Process 0 reads, the others are told. ``IDENTITY`` is the caller's to compare.
+    Process 0 reads, the others are told. ``IDENTITY`` is the caller's to compare. A LoRA student is given its adapters:
+    its base, which no training changes, it must have.
+
+    Raises:
+        UserError: what was trained is not what the student trains.
     """
     weights = optimizer = saved = None
     if rank() == 0:
-        weights = torch.load(directory / "lit_model.pth", map_location="cpu", mmap=True, weights_only=True)
+        weights = read_trained(directory, state["student"])
         saved = read_training_state(directory)
         optimizer = saved.pop("optimizer")
-    load_weights(state["student"], weights)
+    load_weights(state["student"], weights, trained_only=True)
     load_optimizer_state(state["optimizer"], optimizer)
     saved = from_rank_zero(saved)
     state["scheduler"].load_state_dict(saved["scheduler"])

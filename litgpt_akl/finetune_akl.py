@@ -12,7 +12,15 @@ from litgpt.data import Alpaca, DataModule
 from litgpt.types import LoggerChoice
 from litgpt.utils import init_out_dir, num_parameters, parse_devices
 
-from litgpt_akl.args import DistillArgs, TeacherArgs, check_training_args, choose_precision, optimizer_config
+from litgpt_akl.args import (
+    DistillArgs,
+    LoRAArgs,
+    TeacherArgs,
+    check_lora_args,
+    check_training_args,
+    choose_precision,
+    optimizer_config,
+)
 from litgpt_akl.checkpoint import find_training_state, save_student, save_training_state
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.prepare import prepare_stores
@@ -37,7 +45,7 @@ from litgpt_akl.weights import open_weights
 def setup(
     checkpoint_dir: Path,
     *,
-    teacher_checkpoint_dir: Path,
+    teacher_checkpoint_dir: Path | None = None,
     out_dir: Path = Path("out/finetune/akl"),
     precision: str | None = None,
     devices: int | str = 1,
@@ -51,6 +59,7 @@ def setup(
     on_nonfinite: Literal["stop", "skip"] = "stop",
     data: DataModule | None = None,
     teacher: TeacherArgs = TeacherArgs(),
+    lora: LoRAArgs = LoRAArgs(),
     distill: DistillArgs = DistillArgs(),
     train: TrainArgs = TrainArgs(
         save_interval=1000,
@@ -74,6 +83,8 @@ def setup(
     Arguments:
         checkpoint_dir: The student's checkpoint directory, or a model id that LitGPT can download.
         teacher_checkpoint_dir: The teacher's checkpoint directory, or a model id; it must have the student's tokenizer.
+            If it is a LoRA student's own, both share their weights in memory. ``--teacher.use_base true`` in its place
+            means just that.
         out_dir: Directory in which to save checkpoints and logs; ``final/`` in it is the trained student. If running in
             a Lightning Studio Job, look for it in /teamspace/jobs/<job-name>/share.
         precision: The precision to use: "32-true", "bf16-true" or "bf16-mixed" (default: bf16-mixed on a GPU, 32-true
@@ -94,6 +105,7 @@ def setup(
             more than two in a row. The samples are listed in a file in ``out_dir``.
         data: Data-related arguments. If not provided, the default is ``litgpt.data.Alpaca``.
         teacher: Teacher-related arguments. See ``litgpt_akl.args.TeacherArgs`` for details.
+        lora: LoRA-related arguments. See ``litgpt_akl.args.LoRAArgs`` for details.
         distill: Distillation-related arguments. See ``litgpt_akl.args.DistillArgs`` for details.
         train: Training-related arguments. See ``litgpt.args.TrainArgs`` for details. An iteration is an optimizer step
             here. Without ``lr_warmup_steps`` or ``lr_warmup_fraction``, a tenth of the run warms up, at most 100 steps.
@@ -109,6 +121,7 @@ def setup(
     recipe = recipe_as_yaml({name: value for name, value in locals().items() if name != "access_token"})
     silence_known_noise()
     check_training_args(train, eval)
+    check_lora_args(teacher_checkpoint_dir, teacher, lora, train)
     # a misspelt optimizer is found before anything is loaded
     make_scheduler(make_optimizer(optimizer, torch.nn.Linear(1, 1)), warmup=0, steps=1, min_lr=train.min_lr)
     precision = choose_precision(precision, torch.cuda.is_available())
@@ -122,7 +135,9 @@ def setup(
         )
     if teacher.quantize is not None:
         check_quantization(teacher.quantize, devices * num_nodes)
-    pair = check_pair(checkpoint_dir, teacher_checkpoint_dir, access_token)
+    pair = check_pair(checkpoint_dir, checkpoint_dir if teacher.use_base else teacher_checkpoint_dir, access_token)
+    plain_teacher = teacher.quantize is None and teacher.precision in (None, precision)
+    shares_base = lora.r is not None and pair.is_one_model and plain_teacher
     if train.max_seq_length is not None and train.max_seq_length > pair.context_length:
         raise UserError(
             f"--train.max_seq_length {train.max_seq_length} is more than the {pair.context_length} tokens that the"
@@ -132,7 +147,9 @@ def setup(
         pair=pair,
         data=Alpaca() if data is None else data,
         distill=distill,
+        lora=lora,
         teacher=teacher,
+        shares_base=shares_base,
         activation_checkpointing=activation_checkpointing,
         compile=compile,
         train=train,
@@ -288,6 +305,12 @@ def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store
     for role, directory in run.pair.directories.items():
         layers, parameters = state[role].config.n_layer, num_parameters(state[role]) / 1e6
         fabric.print(f"{role.capitalize()}: {directory}, {layers} layers, {parameters:,.1f} M parameters")
+    if run.lora.r is not None:
+        trained, shares = num_parameters(state["student"], requires_grad=True) / 1e6, run.shares_base
+        fabric.print(
+            f"LoRA: rank {run.lora.r} on {', '.join(run.lora.targets)}, {trained:,.2f} M parameters are trained"
+            f"{'; the teacher is the base, held in memory once' if shares else ''}"
+        )
     for name, store in zip(("Training", "Validation"), stores, strict=True):
         fabric.print(f"{name}: {len(store):,} samples, {store.tokens:,} tokens")
     if len(stores[1]) == 0:

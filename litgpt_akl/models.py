@@ -1,63 +1,52 @@
-"""Student and teacher: LitGPT's GPT with an LM head that can also hand over hidden states or give the loss.
-
-GPT's forward ends in ``lm_head``, so what the head returns is what the model returns. The head is asked from outside,
-for one call at a time; its parameters keep their names, and they are read inside the model's own forward.
-"""
+"""Student and teacher: LitGPT's GPT with an LM head that can also hand over hidden states or give the loss."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
+from litgpt import lora
 from litgpt.config import Config
-from litgpt.model import GPT, do_softcapping
+from litgpt.model import GPT
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import DistillationLoss, HeadLoss
+from litgpt_akl.heads import DistillationHead, Head, LoRAHead
+from litgpt_akl.lora import without_adapters
 from litgpt_akl.sharding import reshard
 
 
-class DistillationHead(nn.Linear):
-    """An LM head that gives logits, softcap included, or for the length of a `giving` block something else."""
-
-    softcap: float | None = None
-    _give: Callable[["DistillationHead", Tensor], Any] | None = None
-
-    def forward(self, hidden: Tensor) -> Any:
-        if self._give is not None:
-            return self._give(self, hidden)
-        logits = super().forward(hidden)
-        return logits if self.softcap is None else do_softcapping(logits, self.softcap)
-
-    @contextmanager
-    def giving(self, give: Callable[["DistillationHead", Tensor], Any]) -> Iterator[None]:
-        """The model returns ``give(head, hidden)`` with the final hidden states ``[batch, time, n_embd]``."""
-        self._give = give
-        try:
-            yield
-        finally:
-            self._give = None
-
-
 def build_model(config: Config, tied: bool) -> GPT:
-    """A GPT with a :class:`DistillationHead`; tied, embeddings and head are one parameter."""
-    model = GPT(config)
-    head = DistillationHead(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
+    """A GPT with a :class:`Head`; tied, embeddings and head are one parameter.
+
+    With LitGPT's configuration for LoRA it has adapters, and only they are trained.
+    """
+    with_lora = isinstance(config, lora.Config)
+    model = (lora.GPT if with_lora else GPT)(config)
+    head = _make_head(config)
     head.softcap = config.final_logit_softcapping
     model.lm_head = head
     # the softcap has moved into the head: GPT must not apply it to what the head gives
     model.config = copy(config)
     model.config.final_logit_softcapping = None
     if tied:
-        model.transformer.wte.weight = model.lm_head.weight
+        model.transformer.wte.weight = head.weight
+    if with_lora:
+        lora.mark_only_lora_as_trainable(model)
     return model
+
+
+def _make_head(config: Config) -> Head:
+    sizes = config.n_embd, config.padded_vocab_size
+    if not getattr(config, "lora_head", False):
+        return DistillationHead(*sizes, bias=config.lm_head_bias)
+    adapter = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    return LoRAHead(*sizes, **adapter, bias=config.lm_head_bias)
 
 
 def is_tied(checkpoint_dir: Path, weights: dict[str, Tensor], wish: bool | None) -> bool:
@@ -116,8 +105,12 @@ def set_up_teacher(fabric: L.Fabric, teacher: GPT, dtype: torch.dtype) -> GPT:
 
 
 def hidden_states(teacher: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """The teacher's final hidden states ``[n, D]`` at flat ``positions`` ``[n]`` of ``input_ids`` ``[batch, time]``."""
-    with torch.no_grad(), teacher.lm_head.giving(lambda head, hidden: hidden.flatten(0, 1)[positions]):
+    """The teacher's final hidden states ``[n, D]`` at flat ``positions`` ``[n]`` of ``input_ids`` ``[batch, time]``.
+
+    A model with adapters teaches as its base, without them.
+    """
+    giving = teacher.lm_head.giving(lambda head, hidden: hidden.flatten(0, 1)[positions])
+    with torch.no_grad(), without_adapters(teacher), giving:
         return teacher(input_ids)
 
 
@@ -134,7 +127,7 @@ def distillation_loss(
 
     Args:
         student: as Fabric set it up.
-        teacher: from :func:`set_up_teacher`.
+        teacher: from :func:`set_up_teacher`, or the student for its base without adapters.
         loss: what to compute.
         input_ids: ``[batch, time]``.
         positions: ``[n]``, flat positions in ``input_ids`` whose next token is a response token.
@@ -143,10 +136,9 @@ def distillation_loss(
     """
     teacher_hidden, teacher_head = hidden_states(teacher, input_ids, positions), teacher.lm_head
 
-    def give(head: DistillationHead, hidden: Tensor) -> HeadLoss:
+    def give(head: Head, hidden: Tensor) -> HeadLoss:
         return loss(
-            hidden.flatten(0, 1)[positions],
-            head.weight,
+            *head.factors(hidden.flatten(0, 1)[positions]),
             teacher_hidden,
             teacher_head.weight,
             labels,

@@ -29,6 +29,11 @@ class Pair:
         return {"student": self.student_dir, "teacher": self.teacher_dir}
 
     @property
+    def is_one_model(self) -> bool:
+        """Whether student and teacher are one directory."""
+        return self.student_dir.samefile(self.teacher_dir)
+
+    @property
     def context_length(self) -> int:
         """Tokens that both models can read."""
         return min(self.student_config.block_size, self.teacher_config.block_size)

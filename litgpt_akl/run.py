@@ -10,12 +10,12 @@ from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
 from litgpt.model import GPT
 from litgpt.utils import instantiate_torch_optimizer
-from torch import Tensor
 
-from litgpt_akl.args import DistillArgs, TeacherArgs
+from litgpt_akl.args import DistillArgs, LoRAArgs, TeacherArgs
 from litgpt_akl.checkpoint import load_training_state, read_training_state
 from litgpt_akl.data.stores import Store
 from litgpt_akl.errors import UserError
+from litgpt_akl.lora import lora_config, with_new_adapters
 from litgpt_akl.models import build_model, checkpoint_activations, compile_blocks, is_tied, set_up_teacher
 from litgpt_akl.pair import Pair
 from litgpt_akl.quantize import load_quantized
@@ -32,7 +32,10 @@ class Run:
     pair: Pair
     data: DataModule
     distill: DistillArgs
+    lora: LoRAArgs
     teacher: TeacherArgs
+    shares_base: bool
+    """Whether the teacher is the base of the student's adapters, held in memory once."""
     activation_checkpointing: bool
     compile: bool
     train: TrainArgs
@@ -51,7 +54,7 @@ class Run:
 def make_optimizer(optimizer: str | dict, student: torch.nn.Module) -> torch.optim.Optimizer:
     """LitGPT's way from a name or a config to an optimizer; raises UserError if there is none such."""
     try:
-        return instantiate_torch_optimizer(optimizer, student.parameters())
+        return instantiate_torch_optimizer(optimizer, [p for p in student.parameters() if p.requires_grad])
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"--optimizer {optimizer!r} cannot be made: {error}.\nGive a class of torch.optim, such as AdamW, or its"
@@ -67,32 +70,32 @@ def make_state(fabric: L.Fabric, run: Run, store: Store) -> dict[str, Any]:
     Raises:
         UserError: a checkpoint that cannot be read or does not fit, or one of another run.
     """
-    pair, weights, tied = run.pair, {}, {}
+    pair, weights, tied = run.pair, None, None
     if fabric.is_global_zero:
-        weights["student"] = open_weights(pair.student_dir, pair.student_config)
-        weights["teacher"] = open_weights(pair.teacher_dir, pair.teacher_config)
-        tied["student"] = is_tied(pair.student_dir, weights["student"], run.train.tie_embeddings)
-        tied["teacher"] = is_tied(pair.teacher_dir, weights["teacher"], None)
+        weights = open_weights(pair.student_dir, pair.student_config)
+        tied = is_tied(pair.student_dir, weights, run.train.tie_embeddings)
     tied = fabric.broadcast(tied)
+    teacher = None if run.shares_base else make_teacher(fabric, run)
+    config = pair.student_config if run.lora.r is None else lora_config(pair.student_dir, run.lora)
     with fabric.init_module(empty_init=True):
-        student = build_model(pair.student_config, tied["student"])
+        student = build_model(config, tied)
     if run.compile:
         compile_blocks(student)
     if run.activation_checkpointing:
         checkpoint_activations(student)
-    teacher = make_teacher(fabric, run, weights.get("teacher"), tied["teacher"])
     student = fabric.setup_module(student)
     student.train()
     optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student))
     steps, warmup = total_steps(run.train, len(store)), warmup_steps(run.train, len(store))
     state = {
         "student": student,
-        "teacher": teacher,
+        "teacher": student if teacher is None else teacher,
         "optimizer": optimizer,
         "scheduler": make_scheduler(optimizer, warmup, steps, run.train.min_lr),
         "loss": run.distill.loss(),
         "vocab_size": pair.vocab_size,
-        "tied": tied["student"],
+        # merged into the head alone, its adapter makes two matrices of one
+        "tied": tied and not run.lora.head,
         "data": {"samples": len(store), "fingerprint": store.fingerprint},
         "models": {role: fingerprint(directory) for role, directory in pair.directories.items()},
         "step_count": 0,
@@ -101,19 +104,29 @@ def make_state(fabric: L.Fabric, run: Run, store: Store) -> dict[str, Any]:
         "nonfinite_in_a_row": 0,
         "last_validation": -1,
     }
-    if run.resume is None:
-        load_weights(student, weights.get("student"))
-    else:
+    if run.lora.r is not None and weights is not None:
+        weights = with_new_adapters(student, weights, run.seed)
+    if run.resume is None or run.lora.r is not None:
+        load_weights(student, weights)
+    if run.resume is not None:
         resume(fabric, run, state)
     return state
 
 
-def make_teacher(fabric: L.Fabric, run: Run, weights: dict[str, Tensor] | None, tied: bool) -> GPT:
-    """The frozen teacher, sharded or quantized; only process 0 has ``weights``."""
-    dtype = run.teacher.dtype(fabric.device.type)
+def make_teacher(fabric: L.Fabric, run: Run) -> GPT:
+    """The frozen teacher, sharded or quantized, with its weights, which only process 0 reads.
+
+    Raises:
+        UserError: they cannot be read or do not fit.
+    """
+    pair, weights, tied = run.pair, None, None
+    if fabric.is_global_zero:
+        weights = open_weights(pair.teacher_dir, pair.teacher_config)
+        tied = is_tied(pair.teacher_dir, weights, None)
+    tied, dtype = fabric.broadcast(tied), run.teacher.dtype(fabric.device.type)
     # a quantized one is never whole on the device
     with torch.device("meta") if run.teacher.quantize else fabric.init_module(empty_init=True):
-        teacher = build_model(run.pair.teacher_config, tied)
+        teacher = build_model(pair.teacher_config, tied)
     if run.compile:
         compile_blocks(teacher)
     if run.teacher.quantize:

@@ -75,13 +75,14 @@ def reshard(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, weights: dict[str, Tensor] | None) -> None:
-    """Give a model its parameters; only process 0 has ``weights``.
+def load_weights(model: nn.Module, weights: dict[str, Tensor] | None, trained_only: bool = False) -> None:
+    """Give a model its parameters, or those that are not frozen; only process 0 has ``weights``.
 
     They are sent one at a time: PyTorch's ``set_model_state_dict`` has them all in memory at once.
     """
     for name, parameter in bare(model).named_parameters():
-        parameter.copy_(_share_out(None if weights is None else weights[name], parameter))
+        if parameter.requires_grad or not trained_only:
+            parameter.copy_(_share_out(None if weights is None else weights[name], parameter))
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any] | None) -> None:

@@ -26,10 +26,13 @@ class TensorFile:
             What stands for it in the object that is saved.
         """
         if id(tensor) not in self._stored:
-            complete = whole(tensor)
             # the tensor is kept, for its id to stay its own
-            self._stored[id(tensor)] = tensor, self._writer.store_early(complete) if self._writer else None
+            self._stored[id(tensor)] = tensor, self.write(whole(tensor))
         return self._stored[id(tensor)][1]
+
+    def write(self, complete: Tensor) -> SavingProxyForTensor | None:
+        """Write a whole tensor, and keep nothing of it; what :meth:`store` returns."""
+        return self._writer.store_early(complete) if self._writer else None
 
     def save(self, content: Any) -> None:
         """Write the object, which may hold tensors, too; once."""

@@ -25,7 +25,9 @@ def eval_args(**changes) -> EvalArgs:
     return EvalArgs(**{"interval": 1000, "max_iters": 4, "max_new_tokens": None, "initial_validation": True, **changes})
 
 
-def distil(student: Path, teacher: Path, data: JSON | Path, out_dir: Path, /, **changes) -> dict[str, torch.Tensor]:
+def distil(
+    student: Path, teacher: Path | None, data: JSON | Path, out_dir: Path, /, **changes
+) -> dict[str, torch.Tensor]:
     """Run and return the weights in ``final``; ``train``, ``eval`` and ``distill`` are given as dicts of changes."""
     setup(
         student,

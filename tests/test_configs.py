@@ -68,6 +68,7 @@ def test_the_recipes_are_there():
         "cpu-smoke.yaml",
         "gpt2-paper.yaml",
         "llama-3.1-8b-to-3.2-1b.yaml",
+        "llama-3.2-1b-lora.yaml",
         "qwen2.5-7b-to-0.5b.yaml",
         "smollm2.yaml",
     }
