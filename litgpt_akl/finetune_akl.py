@@ -1,7 +1,10 @@
 """`litgpt finetune_akl`: its signature is the whole configuration."""
 
+import inspect
 import json
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +24,10 @@ from litgpt_akl.data.windows import Window, Windows, load
 from litgpt_akl.data.workers import end_with_parent, stop_workers
 from litgpt_akl.errors import UserError
 from litgpt_akl.loggers import continue_metrics, flushed_metrics, make_logger
+from litgpt_akl.memory_report import report_memory
 from litgpt_akl.monitor import Progress, silence_known_noise
 from litgpt_akl.pair import check_pair
+from litgpt_akl.planning import device_bytes, find_models, longest_sample, make_plan, models_of
 from litgpt_akl.processes import ending_together
 from litgpt_akl.recipe import recipe_as_yaml
 from litgpt_akl.run import Run, export_options, make_optimizer, make_state
@@ -30,6 +35,9 @@ from litgpt_akl.sharding import make_strategy, return_freed_memory
 from litgpt_akl.signals import StopSignals
 from litgpt_akl.train import StepResult, check_nonfinite, fit, make_scheduler, total_steps
 from litgpt_akl.validation import describe, example_answer, example_prompt, validate
+
+NOT_IN_RECIPE = ("access_token", "dry_run")
+"""Options that a repeated run is not to have."""
 
 
 def setup(
@@ -64,6 +72,8 @@ def setup(
     logger_name: LoggerChoice = "csv",
     seed: int = 1337,
     access_token: str | None = None,
+    dry_run: bool = False,
+    device_memory: float | None = None,
 ) -> None:
     """Distil a teacher into a student: finetune the student on the teacher's whole output distribution.
 
@@ -97,14 +107,21 @@ def setup(
         logger_name: The name of the logger to send metrics to.
         seed: The random seed to use for reproducibility.
         access_token: Optional API token to access models with restrictions.
+        dry_run: Whether to check the options, print how much memory the run would take on each device, and end. Nothing
+            is loaded, downloaded or written, and neither the models nor the devices need to be there: the models may be
+            names that LitGPT knows, such as ``Llama-3.1-8B``.
+        device_memory: Memory of a device in GB that a run may take; one that needs more is refused (default: what a GPU
+            has; on a CPU what is free, shared out among the processes). With ``dry_run`` it stands for GPUs that are
+            not here.
     """
     optimizer = optimizer_config(optimizer)
-    recipe = recipe_as_yaml({name: value for name, value in locals().items() if name != "access_token"})
+    recipe = recipe_as_yaml({name: value for name, value in locals().items() if name not in NOT_IN_RECIPE})
     silence_known_noise()
     check_training_args(train, eval)
     # a misspelt optimizer is found before anything is loaded
     make_scheduler(make_optimizer(optimizer, torch.nn.Linear(1, 1)), warmup=0, steps=1, min_lr=train.min_lr)
-    precision = choose_precision(precision, torch.cuda.is_available())
+    cuda = torch.cuda.is_available() or (dry_run and device_memory is not None)
+    precision = choose_precision(precision, cuda)
     if keep_last is not None and keep_last < 1:
         raise UserError(f"--keep_last must be at least 1, got {keep_last}. Leave it out (null) to keep all.")
     devices = parse_devices(devices)
@@ -113,17 +130,39 @@ def setup(
             f"--hybrid_sharding true with --num_nodes {num_nodes} --devices {devices}: it is for several nodes with"
             " several devices each. Leave it out."
         )
-    pair = check_pair(checkpoint_dir, teacher_checkpoint_dir, access_token)
-    if train.max_seq_length is not None and train.max_seq_length > pair.context_length:
+    if dry_run:
+        models = find_models(checkpoint_dir, teacher_checkpoint_dir, train.tie_embeddings)
+    else:
+        pair = check_pair(checkpoint_dir, teacher_checkpoint_dir, access_token)
+        models = models_of(pair, train.tie_embeddings)
+    if train.max_seq_length is not None and train.max_seq_length > models.context_length:
         raise UserError(
-            f"--train.max_seq_length {train.max_seq_length} is more than the {pair.context_length} tokens that the"
-            f" {pair.name_shorter_context()} reads. Set it to {pair.context_length} or less."
+            f"--train.max_seq_length {train.max_seq_length} is more than the {models.context_length} tokens that the"
+            f" {models.name_shorter_context()} reads. Set it to {models.context_length} or less."
         )
+    plan = make_plan(
+        models,
+        partial(make_optimizer, optimizer),
+        distill,
+        train,
+        data,
+        precision=precision,
+        cuda=cuda,
+        devices=devices,
+        num_nodes=num_nodes,
+        hybrid_sharding=hybrid_sharding,
+        teacher_dtype=teacher.dtype(cuda),
+    )
+    if dry_run:
+        report_memory(plan, device_bytes(device_memory, cuda, devices), inspect.signature(setup).parameters)
+        return
     run = Run(
         pair=pair,
+        plan=plan,
+        device_memory=device_memory,
         data=Alpaca() if data is None else data,
         distill=distill,
-        teacher_dtype=teacher.dtype(torch.cuda.is_available()),
+        teacher_dtype=plan.teacher_dtype,
         train=train,
         eval=eval,
         optimizer=optimizer,
@@ -165,6 +204,12 @@ def main(fabric: L.Fabric, run: Run) -> None:
     # whatever is downloaded or prepared is then found by the other processes
     with fabric.rank_zero_first():
         stores = prepare_stores(run.data, pair.tokenizer, train, pair.context_length, pair.student_dir)
+    if fabric.is_global_zero:
+        plan = replace(run.plan, sequence_length=longest_sample(stores[0]))
+        limit = device_bytes(run.device_memory, plan.device == "cuda", plan.devices)
+        report_memory(plan, limit, inspect.signature(setup).parameters)
+    # no other process goes on if that is too much
+    fabric.barrier()
     fabric.seed_everything(run.seed, verbose=False)
     state = make_state(fabric, run, stores[0])
     announce(fabric, run, state, stores)

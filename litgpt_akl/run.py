@@ -14,6 +14,7 @@ from litgpt_akl.args import DistillArgs
 from litgpt_akl.checkpoint import load_training_state, read_training_state
 from litgpt_akl.data.stores import Store
 from litgpt_akl.errors import UserError
+from litgpt_akl.memory_plan import MemoryPlan
 from litgpt_akl.models import build_model, is_tied, set_up_teacher
 from litgpt_akl.pair import Pair
 from litgpt_akl.recipe import differences
@@ -27,6 +28,10 @@ class Run:
     """One call of the command, checked."""
 
     pair: Pair
+    plan: MemoryPlan
+    """Its memory, with samples as long as they may be."""
+    device_memory: float | None
+    """GB, as told."""
     data: DataModule
     distill: DistillArgs
     teacher_dtype: torch.dtype
