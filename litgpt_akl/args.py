@@ -192,6 +192,17 @@ def check_training_args(train: TrainArgs, eval: EvalArgs) -> None:
         )
 
 
+def check_run_args(keep_last: int | None, devices: int, num_nodes: int, hybrid_sharding: bool) -> None:
+    """Refuse what cannot be meant among the options that stand in no group; raises UserError."""
+    if keep_last is not None and keep_last < 1:
+        raise UserError(f"--keep_last must be at least 1, got {keep_last}. Leave it out (null) to keep all.")
+    if hybrid_sharding and (num_nodes == 1 or devices == 1):
+        raise UserError(
+            f"--hybrid_sharding true with --num_nodes {num_nodes} --devices {devices}: it is for several nodes with"
+            " several devices each. Leave it out."
+        )
+
+
 def choose_precision(precision: str | None, cuda: bool) -> Literal["32-true", "bf16-true", "bf16-mixed"]:
     """The precision to train in: LitGPT's default on a GPU; float32 on a CPU, where bf16 products are slow.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from litgpt.config import Config as BaseConfig
 from litgpt.lora import Config, LoRALayer, LoRALinear, lora_filter
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -21,10 +22,10 @@ ADAPTERS = "lit_model.pth.lora"
 """LitGPT's name for a file with adapters alone, under the key ``model``."""
 
 
-def lora_config(checkpoint_dir: Path, lora: LoRAArgs) -> Config:
-    """LitGPT's configuration of the model in ``checkpoint_dir`` with adapters."""
+def lora_config(config: BaseConfig, lora: LoRAArgs) -> Config:
+    """LitGPT's configuration of a model with adapters."""
     adapters = {f"lora_{name}": value for name, value in asdict(lora).items()}
-    return Config.from_file(checkpoint_dir / "model_config.yaml", **adapters)
+    return Config(**asdict(config), **adapters)
 
 
 def adapters_of(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -38,10 +38,6 @@ class Pair:
         """Tokens that both models can read."""
         return min(self.student_config.block_size, self.teacher_config.block_size)
 
-    def name_shorter_context(self) -> str:
-        """Whose context length it is that bounds the pair, for a message."""
-        return "student" if self.student_config.block_size <= self.teacher_config.block_size else "teacher"
-
 
 def check_pair(student_dir: Path, teacher_dir: Path, access_token: str | None = None) -> Pair:
     """Read both models' configurations and tokenizers and see that they fit.

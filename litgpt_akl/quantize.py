@@ -15,14 +15,18 @@ from litgpt_akl.head_loss import DistillationLoss
 from litgpt_akl.models import build_model, hidden_states
 
 
-def check_quantization(kind: str, processes: int) -> None:
-    """Refuse what cannot be had before anything is loaded; raises UserError."""
+def check_quantization(kind: str, processes: int, needed: bool) -> None:
+    """Refuse what cannot be had before anything is loaded; bitsandbytes must be there if it is ``needed``.
+
+    Raises:
+        UserError: there is more than one process, or no bitsandbytes.
+    """
     if processes > 1:
         raise UserError(
             f"--teacher.quantize {kind} is for one device, and this run has {processes}: there a sharded teacher takes"
             " less. Leave it out."
         )
-    if find_spec("bitsandbytes") is None:
+    if needed and find_spec("bitsandbytes") is None:
         raise UserError(f"--teacher.quantize {kind} needs bitsandbytes: pip install 'litgpt-akl[quantize]'")
 
 

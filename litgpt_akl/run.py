@@ -16,6 +16,7 @@ from litgpt_akl.checkpoint import load_training_state, read_training_state
 from litgpt_akl.data.stores import Store
 from litgpt_akl.errors import UserError
 from litgpt_akl.lora import lora_config, with_new_adapters
+from litgpt_akl.memory_plan import MemoryPlan
 from litgpt_akl.models import build_model, checkpoint_activations, compile_blocks, is_tied, set_up_teacher
 from litgpt_akl.pair import Pair
 from litgpt_akl.quantize import load_quantized
@@ -30,12 +31,16 @@ class Run:
     """One call of the command, checked."""
 
     pair: Pair
+    plan: MemoryPlan
+    """Its memory, with samples as long as they may be."""
+    device_memory: float | None
+    """GB, as told."""
+    options: list[str]
+    """Names of the command's options."""
     data: DataModule
     distill: DistillArgs
     lora: LoRAArgs
     teacher: TeacherArgs
-    shares_base: bool
-    """Whether the teacher is the base of the student's adapters, held in memory once."""
     activation_checkpointing: bool
     compile: bool
     train: TrainArgs
@@ -75,8 +80,8 @@ def make_state(fabric: L.Fabric, run: Run, store: Store) -> dict[str, Any]:
         weights = open_weights(pair.student_dir, pair.student_config)
         tied = is_tied(pair.student_dir, weights, run.train.tie_embeddings)
     tied = fabric.broadcast(tied)
-    teacher = None if run.shares_base else make_teacher(fabric, run)
-    config = pair.student_config if run.lora.r is None else lora_config(pair.student_dir, run.lora)
+    teacher = None if run.plan.shares_base else make_teacher(fabric, run)
+    config = pair.student_config if run.lora.r is None else lora_config(pair.student_config, run.lora)
     with fabric.init_module(empty_init=True):
         student = build_model(config, tied)
     if run.compile:

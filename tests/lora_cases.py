@@ -9,6 +9,7 @@ from litgpt.model import GPT
 
 from litgpt_akl.args import LoRAArgs
 from litgpt_akl.lora import ADAPTERS, lora_config
+from litgpt_akl.weights import read_config
 
 IDS = torch.arange(4, 132).view(2, 64)
 ALL = dict.fromkeys(("query", "key", "value", "projection", "mlp", "head"), True)
@@ -42,7 +43,7 @@ def litgpt_model(source: Path, weights: dict[str, torch.Tensor]) -> GPT:
 
 def litgpt_lora_model(source: Path, lora: LoRAArgs, adapters: dict[str, torch.Tensor]) -> litgpt_lora.GPT:
     """LitGPT's own, loaded as LitGPT does it."""
-    model = litgpt_lora.GPT(lora_config(source, lora))
+    model = litgpt_lora.GPT(lora_config(read_config(source), lora))
     litgpt_lora.mark_only_lora_as_trainable(model)
     missing, unexpected = model.load_state_dict(read(source) | adapters, strict=False)
     assert (missing, unexpected) == ([], [])

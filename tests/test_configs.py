@@ -1,5 +1,6 @@
 """The recipes in configs/: the command's parser takes them, what they say is what arrives, and it fits together."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from litgpt.utils import instantiate_torch_optimizer
 from test_recipe import make_parser, run_litgpt
 
 from litgpt_akl.args import check_training_args, choose_precision, optimizer_config
+from litgpt_akl.errors import UserError
+from litgpt_akl.finetune_akl import setup
 from litgpt_akl.parser import Parser
 from litgpt_akl.train import make_scheduler, total_steps, warmup_steps
 
@@ -27,9 +30,21 @@ DEPENDS_ON_DEFAULT = {
         "train.max_norm",
     },
     "llama-3.1-8b-to-3.2-1b.yaml": {"train.micro_batch_size", "train.max_norm"},
+    "llama-70b-to-8b-2-nodes.yaml": {"train.max_norm"},
+    "llama-70b-to-8b-8x80gb.yaml": {"train.max_norm"},
+    "llama-8b-to-1b-2x24gb.yaml": {"train.max_norm"},
     "qwen2.5-7b-to-0.5b.yaml": {"train.max_norm"},
 }
 """Options that a recipe sets although the command's default has the same value: the schedule it follows has them."""
+
+ON_GPUS = {
+    "llama-3.1-8b-to-3.2-1b.yaml": ("Llama-3.2-1B-Instruct", "Llama-3.1-8B-Instruct", 80),
+    "llama-70b-to-8b-2-nodes.yaml": ("Llama-3.1-8B-Instruct", "Llama-3.1-70B-Instruct", 80),
+    "llama-70b-to-8b-8x80gb.yaml": ("Llama-3.1-8B-Instruct", "Llama-3.1-70B-Instruct", 80),
+    "llama-8b-to-1b-2x24gb.yaml": ("Llama-3.2-1B-Instruct", "Llama-3.1-8B-Instruct", 24),
+    "qwen2.5-7b-to-0.5b.yaml": ("Qwen2.5-0.5B-Instruct", "Qwen2.5-7B-Instruct", 80),
+}
+"""Student, teacher, and GB of a GPU that a recipe is for."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:The `json_path` points to a single file")
 each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -69,6 +84,9 @@ def test_the_recipes_are_there():
         "gpt2-paper.yaml",
         "llama-3.1-8b-to-3.2-1b.yaml",
         "llama-3.2-1b-lora.yaml",
+        "llama-70b-to-8b-2-nodes.yaml",
+        "llama-70b-to-8b-8x80gb.yaml",
+        "llama-8b-to-1b-2x24gb.yaml",
         "qwen2.5-7b-to-0.5b.yaml",
         "smollm2.yaml",
     }
@@ -154,6 +172,27 @@ def test_values_before_the_recipe_lose(parser):
     recipe = RECIPES[0]
     given = parse(parser, *PATHS, "--train.max_seq_length", "77", "--config", recipe)
     assert given.train.max_seq_length == options_in(recipe)["train.max_seq_length"]
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_a_recipe_fits_into_the_gpus_that_it_is_for(parser, name, capsys, monkeypatch, tmp_path):
+    student, teacher, memory = ON_GPUS[name]
+    recipe = next(path for path in RECIPES if path.name == name)
+    words = ["--config", recipe, student, "--teacher_checkpoint_dir", teacher, "--device_memory", memory]
+    monkeypatch.chdir(tmp_path)
+
+    def plan(*more: str) -> str:
+        words_given = ["finetune_akl", *map(str, words), "--dry_run", "true", *more]
+        setup(**parser.instantiate_classes(parser.parse_args(words_given)).finetune_akl)
+        return capsys.readouterr().out
+
+    needed = re.search(rf"together +(\d+\.\d) of {memory}\.0", plan())[1]
+    # room for what the libraries take, and for what an allocator cannot use
+    assert float(needed) < 0.92 * memory
+    assert f"# - --dry_run: {needed} GB" in recipe.read_text(encoding="utf-8")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=f"This run needs {needed} GB .* there are 3.0 GB"):
+        plan("--device_memory", "3")
 
 
 def test_the_papers_numbers():

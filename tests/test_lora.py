@@ -20,6 +20,7 @@ from litgpt_akl.head_loss import DistillationLoss
 from litgpt_akl.lora import adapters_of, lora_config, with_new_adapters, without_adapters
 from litgpt_akl.models import build_model, distillation_loss, hidden_states, set_up_teacher
 from litgpt_akl.sharding import load_weights
+from litgpt_akl.weights import read_config
 
 SOURCES = ("student_dir", "untied_student_dir", "biased_dir")
 
@@ -44,7 +45,7 @@ def make(source: Path, lora: LoRAArgs, tied: bool = False, trained: bool = True)
     """A student as the command makes it; trained, its adapters are no longer what they were at the start."""
     fabric = L.Fabric(accelerator="cpu", devices=1)
     with fabric.init_module(empty_init=True):
-        student = build_model(lora_config(source, lora), tied)
+        student = build_model(lora_config(read_config(source), lora), tied)
     student = fabric.setup_module(student)
     load_weights(student, with_new_adapters(student, read(source), seed=0))
     if trained:

@@ -19,7 +19,7 @@ from test_consumers import GREEDY, QUESTION, litgpt, training_options
 from test_resume import assert_same
 from test_sharding import RATE, UNEVEN, anonymous, difference
 
-from litgpt_akl import finetune_akl
+from litgpt_akl import distil as run_module
 from litgpt_akl.args import LoRAArgs, TeacherArgs
 from litgpt_akl.errors import UserError
 from litgpt_akl.lora import adapters_of
@@ -36,14 +36,14 @@ def train(lora: LoRAArgs, student: Path, teacher_dir: Path | None, data, out_dir
 @pytest.fixture
 def states() -> list[dict]:
     """What the runs of a test have trained."""
-    found, make_state = [], finetune_akl.make_state
+    found, make_state = [], run_module.make_state
 
     def make_and_keep_state(*arguments) -> dict:
         found.append(make_state(*arguments))
         return found[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_akl, "make_state", make_and_keep_state)
+        patch.setattr(run_module, "make_state", make_and_keep_state)
         yield found
 
 
@@ -117,7 +117,7 @@ LARGE = replace(materials.STUDENT_CONFIG, n_layer=12, n_embd=512, head_size=64, 
 
 def measure(source: Path, teacher: Path | None, data: Path, out_dir: Path, devices: int) -> None:
     """Writes by how many bytes this process grows when it is given the models."""
-    make_state = finetune_akl.make_state
+    make_state = run_module.make_state
 
     def make_state_measured(fabric: L.Fabric, *arguments) -> dict:
         before = anonymous()
@@ -125,7 +125,7 @@ def measure(source: Path, teacher: Path | None, data: Path, out_dir: Path, devic
         out_dir.with_suffix(f".{fabric.global_rank}").write_text(str(anonymous() - before))
         return state
 
-    finetune_akl.make_state = make_state_measured
+    run_module.make_state = make_state_measured
     train(adapted("default"), source, teacher, data, out_dir, train={"max_steps": 1}, devices=devices)
 
 
