@@ -47,7 +47,8 @@ def measure_size(config: HashableConfig, tied: bool) -> ModelSize:
     config, model = config.config, _build_on_meta(config.config)
     head = config.padded_vocab_size * config.n_embd
     if tied:
-        model.transformer.wte.weight = model.lm_head.weight
+        # LitGPT's layers with adapters have their weights one level down
+        model.transformer.wte.weight = getattr(model.lm_head, "linear", model.lm_head).weight
     parameters = dict(model.named_parameters())
     blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.transformer.h]
     whole = sum(parameter.numel() for parameter in parameters.values())

@@ -88,8 +88,10 @@ def take_steps(plan: MemoryPlan, small: MemoryPlan, directory: Path) -> None:
 
 
 def _distil(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> None:
-    student = build_model(fabric, plan.student, plan.student_tied)
-    teacher = set_up_teacher(fabric, build_model(fabric, plan.teacher, plan.teacher_tied), plan.teacher_dtype)
+    with fabric.init_module(empty_init=True):
+        student = build_model(plan.student, plan.student_tied)
+        teacher = build_model(plan.teacher, plan.teacher_tied)
+    teacher = set_up_teacher(fabric, teacher, plan.teacher_dtype)
     student = fabric.setup_module(student)
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(student.parameters(), lr=1e-4))
     if directory is not None:

@@ -26,12 +26,12 @@ def eval_args(**changes) -> EvalArgs:
 
 
 def distil(
-    student: Path, teacher: Path | None, data: JSON | Path, out_dir: Path, /, **changes
+    student: Path, teacher_dir: Path | None, data: JSON | Path, out_dir: Path, **changes
 ) -> dict[str, torch.Tensor]:
     """Run and return the weights in ``final``; ``train``, ``eval`` and ``distill`` are given as dicts of changes."""
     setup(
         student,
-        teacher_checkpoint_dir=teacher,
+        teacher_checkpoint_dir=teacher_dir,
         data=alice(data) if isinstance(data, Path) else data,
         out_dir=out_dir,
         train=train_args(**changes.pop("train", {})),
