@@ -112,6 +112,22 @@ def test_the_base_teaches_as_a_copy_of_it_would(states, student_dir, alice_json,
     assert states[-1]["teacher"] is not states[-1]["student"]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_half_precision_follows_float32(student_dir, alice_json, tmp_path, precision, processes):
+    steps = {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 2}
+    run = partial(train, adapted("all"), student_dir, None, alice_json, train=steps, devices=processes)
+    for name in ("32-true", precision):
+        in_processes(processes, partial(run, tmp_path / name, precision=name))
+    expected, found = (
+        [row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in ("32-true", precision)
+    )
+    assert len(found) == 10 and found == pytest.approx(expected, rel=0.02)
+    assert found != expected
+    dtypes = {weight.dtype for weight in read(tmp_path / precision / "final").values()}
+    assert dtypes == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
+
+
 LARGE = replace(materials.STUDENT_CONFIG, n_layer=6, n_embd=768, head_size=64, n_head=12, intermediate_size=2048)
 """In float32 153 MB, in matrices of which even a half is a block of memory of its own."""
 
