@@ -23,6 +23,7 @@ from litgpt_akl import distil as run_module
 from litgpt_akl.args import LoRAArgs, TeacherArgs
 from litgpt_akl.errors import UserError
 from litgpt_akl.lora import adapters_of
+from litgpt_akl.sharding import return_freed_memory
 
 
 def train(lora: LoRAArgs, student: Path, teacher_dir: Path | None, data, out_dir: Path, **changes) -> None:
@@ -111,13 +112,30 @@ def test_the_base_teaches_as_a_copy_of_it_would(states, student_dir, alice_json,
     assert states[-1]["teacher"] is not states[-1]["student"]
 
 
-LARGE = replace(materials.STUDENT_CONFIG, n_layer=12, n_embd=512, head_size=64, n_head=8, intermediate_size=1408)
-"""In float32 150 MB."""
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_half_precision_follows_float32(student_dir, alice_json, tmp_path, precision, processes):
+    steps = {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 2}
+    run = partial(train, adapted("all"), student_dir, None, alice_json, train=steps, devices=processes)
+    for name in ("32-true", precision):
+        in_processes(processes, partial(run, tmp_path / name, precision=name))
+    expected, found = (
+        [row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in ("32-true", precision)
+    )
+    assert len(found) == 10 and found == pytest.approx(expected, rel=0.02)
+    assert found != expected
+    dtypes = {weight.dtype for weight in read(tmp_path / precision / "final").values()}
+    assert dtypes == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
+
+
+LARGE = replace(materials.STUDENT_CONFIG, n_layer=6, n_embd=768, head_size=64, n_head=12, intermediate_size=2048)
+"""In float32 153 MB, in matrices of which even a half is a block of memory of its own."""
 
 
 def measure(source: Path, teacher: Path | None, data: Path, out_dir: Path, devices: int) -> None:
     """Writes by how many bytes this process grows when it is given the models."""
     make_state = run_module.make_state
+    return_freed_memory()
 
     def make_state_measured(fabric: L.Fabric, *arguments) -> dict:
         before = anonymous()
@@ -126,12 +144,14 @@ def measure(source: Path, teacher: Path | None, data: Path, out_dir: Path, devic
         return state
 
     run_module.make_state = make_state_measured
-    train(adapted("default"), source, teacher, data, out_dir, train={"max_steps": 1}, devices=devices)
+    short = {"max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1}
+    unseen = {"initial_validation": False, "final_validation": False}
+    train(adapted("default"), source, teacher, data, out_dir, train=short, eval=unseen, devices=devices)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_base_and_teacher_are_held_in_memory_once(alice_json, tmp_path, processes):
-    source, size = tmp_path / "large", 0
+    source = tmp_path / "large"
     materials.write_checkpoint(source, LARGE, GPT(LARGE).state_dict(), tied=False)
     size = (source / "lit_model.pth").stat().st_size / processes
     copy = shutil.copytree(source, tmp_path / "copy")
