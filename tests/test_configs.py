@@ -1,6 +1,7 @@
 """The recipes in configs/: the command's parser takes them, what they say is what arrives, and it fits together."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,25 +175,46 @@ def test_values_before_the_recipe_lose(parser):
     assert given.train.max_seq_length == options_in(recipe)["train.max_seq_length"]
 
 
-@pytest.mark.parametrize("name", ON_GPUS)
-def test_a_recipe_fits_into_the_gpus_that_it_is_for(parser, name, capsys, monkeypatch, tmp_path):
-    student, teacher, memory = ON_GPUS[name]
-    recipe = next(path for path in RECIPES if path.name == name)
-    words = ["--config", recipe, student, "--teacher_checkpoint_dir", teacher, "--device_memory", memory]
+@pytest.fixture
+def dry_run(parser, capsys, monkeypatch, tmp_path) -> Callable[..., str]:
+    """From a recipe, a student, a teacher and options to what a dry run prints: the GB of each device."""
     monkeypatch.chdir(tmp_path)
 
-    def plan(*more: str) -> str:
-        words_given = ["finetune_akl", *map(str, words), "--dry_run", "true", *more]
-        setup(**parser.instantiate_classes(parser.parse_args(words_given)).finetune_akl)
-        return capsys.readouterr().out
+    def run(recipe: Path, student: str, teacher: str, memory: int | str, *options: str) -> str:
+        words = ["--config", recipe, student, "--teacher_checkpoint_dir", teacher, "--device_memory", memory, *options]
+        given = parser.parse_args(["finetune_akl", *map(str, words), "--dry_run", "true"])
+        given = vars(parser.instantiate_classes(given).finetune_akl)
+        setup(**{option: value for option, value in given.items() if option != "config"})
+        assert not list(tmp_path.iterdir())
+        return re.search(rf"together +(\d+\.\d) of {memory}\.0\n", capsys.readouterr().out)[1]
 
-    needed = re.search(rf"together +(\d+\.\d) of {memory}\.0", plan())[1]
+    return run
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_a_recipe_fits_into_the_gpus_that_it_is_for(dry_run, name):
+    student, teacher, memory = ON_GPUS[name]
+    recipe = next(path for path in RECIPES if path.name == name)
+    needed = dry_run(recipe, student, teacher, memory)
     # room for what the libraries take, and for what an allocator cannot use
     assert float(needed) < 0.92 * memory
     assert f"# - --dry_run: {needed} GB" in recipe.read_text(encoding="utf-8")
-    assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match=f"This run needs {needed} GB .* there are 3.0 GB"):
-        plan("--device_memory", "3")
+        dry_run(recipe, student, teacher, 3)
+
+
+def test_the_readme_says_what_the_tool_says(dry_run):
+    readme = (RECIPES[0].parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+) \| (\S+) \| ([\dx ]+) GB \| `(\S+\.yaml)(.*)` \| (.+) \|$", readme, re.MULTILINE)
+    assert len(rows) >= 9
+    for student, teacher, gpus, name, options, needed in rows:
+        *counts, memory = map(int, gpus.split(" x "))
+        recipe = next(path for path in RECIPES if path.name == name)
+        assert dry_run(recipe, student, teacher, memory, *options.split()) == needed
+        given = options_in(recipe)
+        named = dict(zip(*[iter(options.split())] * 2, strict=True))
+        found = [int(named.get(f"--{option}", given.get(option, 1))) for option in ("num_nodes", "devices")]
+        assert found == [1, *counts][-2:]
 
 
 def test_the_papers_numbers():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from litgpt import lora
 from litgpt.config import Config
 from litgpt.model import GPT
 from memory_runs import take_steps, write_weights
@@ -17,7 +18,7 @@ from runs import distil
 from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import DistillationLoss
 from litgpt_akl.memory import peak, predict
-from litgpt_akl.memory_plan import LOSS, OPTIMIZER, PARTS, STUDENT, TEACHER, MemoryPlan, states_per_parameter
+from litgpt_akl.memory_plan import GRADIENTS, LOSS, OPTIMIZER, PARTS, STUDENT, TEACHER, MemoryPlan, states_per_parameter
 from litgpt_akl.memory_report import GB, check_fit, describe_memory, ways_out, ways_out_together
 from litgpt_akl.planning import find_models
 from litgpt_akl.run import make_optimizer
@@ -173,6 +174,18 @@ def test_memory_falls_with_what_is_meant_to_save_it():
     ):
         assert peak(predict(replace(ON_GPUS, **changes))).total < need
     assert peak(predict(replace(ON_GPUS, teacher_dtype=torch.float32))).total > need
+
+
+def test_lora_takes_gradients_and_optimizer_for_its_own_parameters_only():
+    fields = {name: value for name, value in vars(LLAMA_8B).items() if name in Config.__dataclass_fields__}
+    student = lora.Config(**fields, lora_r=8, lora_query=True, lora_value=True)
+    moments = predict(replace(ON_GPUS, student=student))
+    # queries and values of 32 layers, of which the values are shared by four heads
+    trained = 32 * 8 * (2 * 4096 + 4096 + 1024)
+    assert moments[0].parts[GRADIENTS] == 4 * trained / 8
+    assert moments[0].parts[OPTIMIZER] == 8 * trained / 8
+    assert moments[0].parts[STUDENT] == 4 * (parameters(LLAMA_8B) + trained) / 8
+    assert peak(moments).total < peak(predict(ON_GPUS)).total - 8 * GB
 
 
 def test_smaller_blocks_take_less():
