@@ -35,8 +35,7 @@ _QUANTIZED = {"int8": 1, "nf4": 0.5 + 4 / 64}
 def predict(plan: MemoryPlan) -> list[Moment]:
     """What each device holds at the moments of a step, in their order."""
     step = _Step(plan)
-    moments = [step.building()] if step.makes_teacher_whole else []
-    moments += [
+    moments = [
         step.teacher_forward(),
         step.student_forward(),
         step.loss(),
@@ -91,18 +90,6 @@ class _Step:
     def _moment(self, name: str, parts: dict[str, float]) -> Moment:
         held = self.always | parts
         return Moment(name, {part: held.get(part, 0.0) for part in PARTS})
-
-    @property
-    def makes_teacher_whole(self) -> bool:
-        plan = self.plan
-        return plan.shards == 1 and plan.device == "cuda" and plan.quantize is None and not plan.shares_base
-
-    def building(self) -> Moment:
-        """In one process a teacher is made in the student's type before it gets its own."""
-        parts = {part: 0.0 for part in PARTS} | {part: self.always[part] for part in (STUDENT, TABLES)}
-        return Moment(
-            "making of the teacher", parts | {TEACHER: self.teacher.whole * max(self.width, self.teacher_width)}
-        )
 
     def teacher_forward(self) -> Moment:
         root, block = (size * self.teacher_width for size in (self.teacher.root, self.teacher.block))

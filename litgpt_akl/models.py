@@ -1,7 +1,8 @@
 """Student and teacher: LitGPT's GPT with an LM head that can also hand over hidden states or give the loss."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -91,14 +92,21 @@ def checkpoint_activations(model: GPT) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def set_up_teacher(fabric: L.Fabric, teacher: GPT, dtype: torch.dtype) -> GPT:
-    """Freeze a teacher, in a dtype that has nothing to do with what the student trains in, and shard it.
+@contextmanager
+def empty_weights(fabric: L.Fabric, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Models that are built have no weights yet; they have the student's dtype, or another one."""
+    previous = torch.get_default_dtype()
+    with fabric.init_module(empty_init=True):
+        torch.set_default_dtype(dtype or torch.get_default_dtype())
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(previous)
 
-    It is not wrapped by Fabric, whose precision is the student's.
-    """
+
+def set_up_teacher(fabric: L.Fabric, teacher: GPT) -> GPT:
+    """Freeze a teacher and shard it. It is not wrapped by Fabric, whose precision is the student's."""
     teacher.requires_grad_(False).eval()
-    for parameter in teacher.parameters():
-        parameter.data = parameter.data.to(dtype)
     teacher = fabric.strategy.setup_module(teacher)
     fabric.strategy.module_to_device(teacher)
     return teacher

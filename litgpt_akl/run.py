@@ -17,7 +17,14 @@ from litgpt_akl.data.stores import Store
 from litgpt_akl.errors import UserError
 from litgpt_akl.lora import lora_config, with_new_adapters
 from litgpt_akl.memory_plan import MemoryPlan
-from litgpt_akl.models import build_model, checkpoint_activations, compile_blocks, is_tied, set_up_teacher
+from litgpt_akl.models import (
+    build_model,
+    checkpoint_activations,
+    compile_blocks,
+    empty_weights,
+    is_tied,
+    set_up_teacher,
+)
 from litgpt_akl.pair import Pair
 from litgpt_akl.quantize import load_quantized
 from litgpt_akl.recipe import differences
@@ -82,13 +89,15 @@ def make_state(fabric: L.Fabric, run: Run, store: Store) -> dict[str, Any]:
     tied = fabric.broadcast(tied)
     teacher = None if run.plan.shares_base else make_teacher(fabric, run)
     config = pair.student_config if run.lora.r is None else lora_config(pair.student_config, run.lora)
-    with fabric.init_module(empty_init=True):
+    with empty_weights(fabric):
         student = build_model(config, tied)
     if run.compile:
         compile_blocks(student)
     if run.activation_checkpointing:
         checkpoint_activations(student)
     student = fabric.setup_module(student)
+    # Fabric makes the tables of positions as coarse as half-precision weights
+    student.module.reset_parameters()
     student.train()
     optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student))
     steps, warmup = total_steps(run.train, len(store)), warmup_steps(run.train, len(store))
@@ -130,13 +139,13 @@ def make_teacher(fabric: L.Fabric, run: Run) -> GPT:
         tied = is_tied(pair.teacher_dir, weights, None)
     tied, dtype = fabric.broadcast(tied), run.teacher.dtype(fabric.device.type)
     # a quantized one is never whole on the device
-    with torch.device("meta") if run.teacher.quantize else fabric.init_module(empty_init=True):
+    with torch.device("meta") if run.teacher.quantize else empty_weights(fabric, dtype):
         teacher = build_model(pair.teacher_config, tied)
     if run.compile:
         compile_blocks(teacher)
     if run.teacher.quantize:
         return load_quantized(teacher, weights, run.teacher.quantize, dtype, fabric.device)
-    teacher = set_up_teacher(fabric, teacher, dtype)
+    teacher = set_up_teacher(fabric, teacher)
     load_weights(teacher, weights)
     return teacher
 

@@ -15,7 +15,7 @@ from litgpt.model import GPT
 
 from litgpt_akl.data.windows import MicroBatch, Window
 from litgpt_akl.memory_plan import MemoryPlan
-from litgpt_akl.models import build_model, set_up_teacher
+from litgpt_akl.models import build_model, empty_weights, set_up_teacher
 from litgpt_akl.sharding import load_weights, make_strategy, return_freed_memory
 from litgpt_akl.train import take_step
 
@@ -88,10 +88,11 @@ def take_steps(plan: MemoryPlan, small: MemoryPlan, directory: Path) -> None:
 
 
 def _distil(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> None:
-    with fabric.init_module(empty_init=True):
+    with empty_weights(fabric):
         student = build_model(plan.student, plan.student_tied)
+    with empty_weights(fabric, plan.teacher_dtype):
         teacher = build_model(plan.teacher, plan.teacher_tied)
-    teacher = set_up_teacher(fabric, teacher, plan.teacher_dtype)
+    teacher = set_up_teacher(fabric, teacher)
     student = fabric.setup_module(student)
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(student.parameters(), lr=1e-4))
     if directory is not None:

@@ -40,6 +40,7 @@ DEPENDS_ON_DEFAULT = {
 
 ON_GPUS = {
     "llama-3.1-8b-to-3.2-1b.yaml": ("Llama-3.2-1B-Instruct", "Llama-3.1-8B-Instruct", 80),
+    "llama-3.2-1b-lora.yaml": ("Llama-3.2-1B-Instruct", "Llama-3.1-8B-Instruct", 40),
     "llama-70b-to-8b-2-nodes.yaml": ("Llama-3.1-8B-Instruct", "Llama-3.1-70B-Instruct", 80),
     "llama-70b-to-8b-8x80gb.yaml": ("Llama-3.1-8B-Instruct", "Llama-3.1-70B-Instruct", 80),
     "llama-8b-to-1b-2x24gb.yaml": ("Llama-3.2-1B-Instruct", "Llama-3.1-8B-Instruct", 24),
@@ -205,8 +206,10 @@ def test_a_recipe_fits_into_the_gpus_that_it_is_for(dry_run, name):
 
 def test_the_readme_says_what_the_tool_says(dry_run):
     readme = (RECIPES[0].parents[1] / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\S+) \| (\S+) \| ([\dx ]+) GB \| `(\S+\.yaml)(.*)` \| (.+) \|$", readme, re.MULTILINE)
-    assert len(rows) >= 9
+    rows = re.findall(
+        r"^\| (\S+?)(?:, LoRA)? \| (\S+) \| ([\dx ]+) GB \| `(\S+\.yaml)(.*)` \| (.+) \|$", readme, re.MULTILINE
+    )
+    assert len(rows) >= 10
     for student, teacher, gpus, name, options, needed in rows:
         *counts, memory = map(int, gpus.split(" x "))
         recipe = next(path for path in RECIPES if path.name == name)

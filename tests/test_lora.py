@@ -121,7 +121,7 @@ def test_the_gradients_are_those_of_the_dense_formula(request, teacher_dir, sour
 
     fabric = L.Fabric(accelerator="cpu", devices=1)
     frozen = build_model(Config.from_file(teacher_dir / "model_config.yaml"), tied=True)
-    frozen = set_up_teacher(fabric, frozen, torch.float32)
+    frozen = set_up_teacher(fabric, frozen)
     load_weights(frozen, read(teacher_dir))
     loss = DistillationLoss(kd_ratio=0.6, block_tokens=40, compile=False)
     result = distillation_loss(student, frozen, loss, IDS, positions, labels, 1024)

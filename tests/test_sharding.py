@@ -19,7 +19,7 @@ from runs import distil, metrics
 from test_resume import assert_same
 
 from litgpt_akl.data import StreamingSFT
-from litgpt_akl.models import build_model, hidden_states, set_up_teacher
+from litgpt_akl.models import build_model, empty_weights, hidden_states, set_up_teacher
 from litgpt_akl.sharding import load_weights, make_strategy, reshard, return_freed_memory
 from litgpt_akl.tensor_file import tensor_file
 
@@ -173,9 +173,9 @@ def measure_teacher(path: Path, devices: int) -> None:
 
     watch = threading.Thread(target=sample)
     watch.start()
-    with fabric.init_module(empty_init=True):
+    with empty_weights(fabric, torch.float32):
         teacher = build_model(LARGE, tied=False)
-    teacher = set_up_teacher(fabric, teacher, torch.float32)
+    teacher = set_up_teacher(fabric, teacher)
     weights = torch.load(path / "teacher.pth", mmap=True, weights_only=True) if fabric.is_global_zero else None
     load_weights(teacher, weights)
     hidden = hidden_states(teacher, torch.zeros(1, 8, dtype=torch.int64), torch.arange(8))
