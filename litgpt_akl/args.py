@@ -1,8 +1,10 @@
 """Arguments of distillation, and which of LitGPT's arguments this package honours."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from litgpt.args import EvalArgs, TrainArgs
 
@@ -12,6 +14,8 @@ from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import DistillationLoss
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+TARGETS = ("query", "key", "value", "projection", "mlp", "head")
+"""What LitGPT's LoRA adapts."""
 
 
 @dataclass
@@ -53,6 +57,103 @@ class DistillArgs:
         return DistillationLoss(**asdict(self))
 
 
+@dataclass
+class LoRAArgs:
+    """LoRA-related arguments"""
+
+    r: int | None = None
+    """Rank of LitGPT's LoRA adapters, which alone are trained; the student's own weights are frozen (default: no
+    adapters, the whole student is trained)"""
+    alpha: int = 16
+    """What the adapters give is multiplied by alpha / r"""
+    dropout: float = 0.05
+    """Share of an adapter's inputs that are dropped at random in training. Each process draws its own: only with 0 are
+    the steps the same for any number of them"""
+    query: bool = True
+    """Whether the queries in attention have an adapter"""
+    key: bool = False
+    """Whether the keys in attention have one"""
+    value: bool = True
+    """Whether the values in attention have one"""
+    projection: bool = False
+    """Whether the output projection in attention has one"""
+    mlp: bool = False
+    """Whether the MLP's layers have one each"""
+    head: bool = False
+    """Whether the LM head has one; the trained student's embeddings and head are two matrices then"""
+
+    def __post_init__(self) -> None:
+        if self.r is None:
+            changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+            if changed:
+                raise UserError(
+                    f"--lora.{changed[0]} {getattr(self, changed[0])} has no part in training the whole student."
+                    f" Give --lora.r, the adapters' rank, or leave {changed[0]} out."
+                )
+            return
+        if self.r < 1:
+            raise UserError(f"--lora.r must be at least 1, got {self.r}. Leave it out (null) for no adapters.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--lora.dropout must be at least 0 and below 1, got {self.dropout}.")
+        if not self.targets:
+            raise UserError(
+                f"--lora.r {self.r}, but there is nothing to adapt: set one of --lora.{', '.join(TARGETS)}."
+            )
+
+    @property
+    def targets(self) -> list[str]:
+        """What has adapters."""
+        return [name for name in TARGETS if getattr(self, name)]
+
+
+@dataclass
+class TeacherArgs:
+    """Teacher-related arguments"""
+
+    precision: Literal["32-true", "bf16-true"] | None = None
+    """What the teacher's weights are held in and computed with, whatever the student trains in (default: bf16-true on a
+    GPU, 32-true on a CPU; the student's, if the teacher is the base of a LoRA student)"""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Hold the weights of the teacher's blocks in 8 or 4 bits, by bitsandbytes; on one device"""
+    use_base: bool = False
+    """Whether the teacher is the student as it was before training: with --lora.r, in place of a teacher's directory"""
+
+    def dtype(self, device_type: str) -> torch.dtype:
+        """Of the teacher's weights, and of what a quantized one computes in."""
+        precision = self.precision or ("bf16-true" if device_type == "cuda" else "32-true")
+        return torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+
+def check_lora_args(
+    teacher_checkpoint_dir: Path | None, teacher: TeacherArgs, lora: LoRAArgs, train: TrainArgs
+) -> None:
+    """See that there is one teacher, and that adapters and other options agree.
+
+    Raises:
+        UserError: names the options and the way out.
+    """
+    if teacher.use_base and lora.r is None:
+        raise UserError(
+            "--teacher.use_base true without --lora.r: all of the student is trained, so no base is left to teach it.\n"
+            "Give --lora.r, or a --teacher_checkpoint_dir."
+        )
+    if teacher.use_base and teacher_checkpoint_dir is not None:
+        raise UserError(
+            f"--teacher.use_base true and --teacher_checkpoint_dir {teacher_checkpoint_dir} are two teachers."
+            " Leave one of them out."
+        )
+    if not teacher.use_base and teacher_checkpoint_dir is None:
+        raise UserError(
+            "--teacher_checkpoint_dir is missing. Only with --lora.r can the student's base be the teacher: ask for it"
+            " by --teacher.use_base true."
+        )
+    if lora.head and train.tie_embeddings:
+        raise UserError(
+            "--train.tie_embeddings true with --lora.head true: trained embeddings and head are not one matrix."
+            " Leave one of them out."
+        )
+
+
 def check_training_args(train: TrainArgs, eval: EvalArgs) -> None:
     """Refuse by name what this command does not do and what cannot be meant.
 
@@ -88,6 +189,17 @@ def check_training_args(train: TrainArgs, eval: EvalArgs) -> None:
     if example not in ("first", "random") and not example.isdigit():
         raise UserError(
             f"--eval.evaluate_example must be first, random or the number of a record, got {eval.evaluate_example!r}."
+        )
+
+
+def check_run_args(keep_last: int | None, devices: int, num_nodes: int, hybrid_sharding: bool) -> None:
+    """Refuse what cannot be meant among the options that stand in no group; raises UserError."""
+    if keep_last is not None and keep_last < 1:
+        raise UserError(f"--keep_last must be at least 1, got {keep_last}. Leave it out (null) to keep all.")
+    if hybrid_sharding and (num_nodes == 1 or devices == 1):
+        raise UserError(
+            f"--hybrid_sharding true with --num_nodes {num_nodes} --devices {devices}: it is for several nodes with"
+            " several devices each. Leave it out."
         )
 
 

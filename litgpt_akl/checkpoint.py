@@ -4,24 +4,28 @@ import math
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from litgpt.prompts import PromptStyle, save_prompt_style
-from torch import Tensor
+from torch import Tensor, nn
 
-from litgpt_akl.directories import (
-    clear_leftovers,
-    explain_failure,
-    restore_previous,
-    save_tensors,
-    write_directory,
-)
+from litgpt_akl.directories import clear_leftovers, explain_failure, restore_previous, write_directory
 from litgpt_akl.errors import UserError
+from litgpt_akl.lora import ADAPTERS, adapters_of, read_trained, store_adapters, store_merged
 from litgpt_akl.manifest import MANIFEST, STEPS, damage, newest_first, remove_old, step_of, write_manifest
 from litgpt_akl.model_files import copy_model_files, describe_to_hugging_face
+from litgpt_akl.sharding import (
+    from_each,
+    from_rank_zero,
+    load_optimizer_state,
+    load_weights,
+    rank,
+)
+from litgpt_akl.tensor_file import TensorFile, tensor_file
 
 POSITION = (
     "step_count",
@@ -39,8 +43,8 @@ IDENTITY = ("data", "models")
 
 
 def write_student(
-    directory: Path,
-    weights: dict[str, Tensor],
+    directory: Path | None,
+    student: nn.Module,
     source_dir: Path,
     *,
     tied: bool,
@@ -49,32 +53,40 @@ def write_student(
 ) -> None:
     """Write a LitGPT checkpoint that every consumer takes as it is: flat weights and what is read beside them.
 
+    The adapters of a LoRA student are merged into the weights, and lie beside them in a file of their own.
+
     Args:
-        directory: From :func:`~litgpt_akl.directories.write_directory`.
-        weights: Parameters by LitGPT's names; tied matrices may share their storage.
+        directory: From :func:`~litgpt_akl.directories.write_directory`; None in other processes than 0, which take part
+            in gathering the parameters.
+        student: Its parameters may be sharded; they are whole one at a time.
         source_dir: The student's original checkpoint directory.
-        tied: Whether embeddings and LM head are one matrix; written into config.json, since Hugging Face models throw
-            away the LM head of a model that is said to be tied.
+        tied: Whether embeddings and LM head are one matrix in the file; written into config.json, since Hugging Face
+            models throw away the LM head of a model that is said to be tied.
         prompt_style: What the prompts were made with, if the data module tells.
         recipe: The run's configuration, as YAML.
     """
-    copy_model_files(source_dir, directory)
-    if (directory / "config.json").is_file():
-        describe_to_hugging_face(directory / "config.json", tied, weights["lm_head.weight"].dtype)
-    if prompt_style is not None:
-        save_prompt_style(prompt_style, directory)
-    (directory / "hyperparameters.yaml").write_text(recipe, encoding="utf-8")
-    save_tensors(weights, directory / "lit_model.pth")
+    if directory is not None:
+        copy_model_files(source_dir, directory)
+        if (directory / "config.json").is_file():
+            describe_to_hugging_face(directory / "config.json", tied, student.lm_head.weight.dtype)
+        if prompt_style is not None:
+            save_prompt_style(prompt_style, directory)
+        (directory / "hyperparameters.yaml").write_text(recipe, encoding="utf-8")
+    with tensor_file(_in(directory, "lit_model.pth")) as file:
+        file.save(store_merged(student, file))
+    if adapters_of(student):
+        with tensor_file(_in(directory, ADAPTERS)) as file:
+            file.save(store_adapters(student, file))
 
 
 def save_student(directory: Path, state: dict, *, source_dir: Path, **options) -> None:
-    """Write the trained student; ``options`` are those of :func:`write_student`.
+    """Write the trained student; ``options`` are those of :func:`write_student`. All processes take part.
 
     Raises:
         UserError: ``directory`` cannot be written; it is as it was.
     """
-    with write_directory(directory) as partial, explain_failure(directory):
-        write_student(partial, state["student"].state_dict(), source_dir, **options)
+    with _write_in_one_process(directory) as partial, explain_failure(directory):
+        write_student(partial, state["student"], source_dir, **options)
 
 
 def save_training_state(
@@ -88,7 +100,7 @@ def save_training_state(
 ) -> None:
     """Write a ``step-...`` directory: the student, and what training goes on from; then delete older ones.
 
-    One process at a time may write ``step-...`` directories beside each other.
+    All processes of a run take part. One run at a time may write ``step-...`` directories beside each other.
 
     Args:
         directory: Where it is to appear.
@@ -101,24 +113,38 @@ def save_training_state(
     Raises:
         UserError: ``directory`` cannot be written; everything is as it was.
     """
-    with explain_failure(directory):
-        clear_leftovers(directory.parent, STEPS)
-    with write_directory(directory) as partial, explain_failure(directory):
-        write_student(partial, state["student"].state_dict(), source_dir, **options)
-        if metrics_file is not None and metrics_file.is_file():
-            shutil.copyfile(metrics_file, partial / "metrics.csv")
-        save_tensors(_training_state(state), partial / "training_state.pth")
-        validated = state.get("last_validation") == state["step_count"]
-        write_manifest(partial, state["step_count"], state.get("validation_loss") if validated else None)
-    if keep_last is not None:
+    if rank() == 0:
+        with explain_failure(directory):
+            clear_leftovers(directory.parent, STEPS)
+    with _write_in_one_process(directory) as partial, explain_failure(directory):
+        write_student(partial, state["student"], source_dir, **options)
+        with tensor_file(_in(partial, "training_state.pth")) as file:
+            file.save(_training_state(state, file))
+        if partial is not None:
+            if metrics_file is not None and metrics_file.is_file():
+                shutil.copyfile(metrics_file, partial / "metrics.csv")
+            validated = state.get("last_validation") == state["step_count"]
+            write_manifest(partial, state["step_count"], state.get("validation_loss") if validated else None)
+    if keep_last is not None and rank() == 0:
         remove_old(directory.parent, keep_last, directory)
 
 
-def _training_state(state: dict) -> dict[str, Any]:
+def _write_in_one_process(directory: Path) -> AbstractContextManager[Path | None]:
+    return write_directory(directory) if rank() == 0 else nullcontext()
+
+
+def _in(directory: Path | None, name: str) -> Path | None:
+    return None if directory is None else directory / name
+
+
+def _training_state(state: dict, file: TensorFile) -> dict[str, Any]:
     plain = {name: state[name] for name in (*POSITION, *IDENTITY) if name in state}
     stateful = {name: state[name].state_dict() for name in ("optimizer", "scheduler")}
-    # one entry per process
-    return {**plain, **stateful, "random": [random_state()]}
+    stateful["optimizer"]["state"] = {
+        number: {name: file.store(value) if isinstance(value, Tensor) else value for name, value in entries.items()}
+        for number, entries in stateful["optimizer"]["state"].items()
+    }
+    return {**plain, **stateful, "random": from_each(random_state())}
 
 
 def random_state() -> dict[str, Any]:
@@ -216,20 +242,23 @@ def read_training_state(directory: Path) -> dict[str, Any]:
     return torch.load(directory / "training_state.pth", map_location="cpu", mmap=True, weights_only=True)
 
 
-def load_training_state(directory: Path, state: dict, rank: int = 0) -> None:
+def load_training_state(directory: Path, state: dict) -> None:
     """Set student, optimizer, scheduler, position and random numbers to what :func:`save_training_state` saved.
 
-    The random numbers are those of process ``rank``. ``IDENTITY`` is the caller's to compare.
+    Process 0 reads, the others are told. ``IDENTITY`` is the caller's to compare. A LoRA student is given its adapters:
+    its base, which no training changes, it must have.
+
+    Raises:
+        UserError: what was trained is not what the student trains.
     """
-    weights = torch.load(directory / "lit_model.pth", map_location="cpu", mmap=True, weights_only=True)
-    state["student"].load_state_dict(weights)
-    saved = read_training_state(directory)
-    for name in ("optimizer", "scheduler"):
-        state[name].load_state_dict(saved[name])
-    for entries in state["optimizer"].state.values():
-        for name, value in entries.items():
-            if isinstance(value, Tensor) and value.device.type == "cpu":
-                # still a view of the file, which may be deleted while the run goes on
-                entries[name] = value.clone()
+    weights = optimizer = saved = None
+    if rank() == 0:
+        weights = read_trained(directory, state["student"])
+        saved = read_training_state(directory)
+        optimizer = saved.pop("optimizer")
+    load_weights(state["student"], weights, trained_only=True)
+    load_optimizer_state(state["optimizer"], optimizer)
+    saved = from_rank_zero(saved)
+    state["scheduler"].load_state_dict(saved["scheduler"])
     state.update({name: saved[name] for name in POSITION if name in saved})
-    set_random_state(saved["random"][rank % len(saved["random"])])
+    set_random_state(saved["random"][rank() % len(saved["random"])])

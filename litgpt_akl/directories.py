@@ -6,9 +6,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
 
 from litgpt_akl.errors import UserError
 
@@ -64,22 +61,6 @@ def explain_failure(out_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def save_tensors(content: dict[str, Any], path: Path) -> None:
-    """``torch.save`` that tells why it failed.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    with path.open("wb") as opened:
-        file = _File(opened)
-        try:
-            torch.save(content, file)
-        except RuntimeError:
-            if file.error is None:
-                raise
-            raise file.error from None
-
-
 def remove_directory(directory: Path) -> None:
     """Deletes a directory under a hidden name, so that no part of it is ever found under its own.
 
@@ -115,24 +96,6 @@ def restore_previous(parent: Path, pattern: str) -> None:
             # another process may do the same at this moment
             with suppress(FileNotFoundError):
                 previous.rename(directory)
-
-
-class _File:
-    """Hands on what torch.save writes and keeps the error of a failed write, which torch hides behind its own."""
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.error: BaseException | None = None
-
-    def write(self, data: memoryview) -> int:
-        try:
-            return self.file.write(data)
-        except BaseException as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 def _hidden(directory: Path, ending: str) -> Path:

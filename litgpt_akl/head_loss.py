@@ -166,8 +166,9 @@ class _BlockwiseLoss(torch.autograd.Function):
     def backward(ctx, grad_output, _):
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss were already handed out; call the loss again")
-        gradients, ctx.gradients = ctx.gradients, None
-        return *gradients.scaled(grad_output, ctx.inputs), None, None, None, None, None
+        # the loss may outlive its backward; what it was computed from need not
+        gradients, inputs, ctx.gradients, ctx.inputs = ctx.gradients, ctx.inputs, None, None
+        return *gradients.scaled(grad_output, inputs), None, None, None, None, None
 
 
 def _weighted(kd_ratio: float, divergence: Tensor, cross_entropy: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from litgpt.config import Config
 from litgpt.utils import save_config
 
-from litgpt_akl.directories import explain_failure, save_tensors, write_directory
+from litgpt_akl.directories import explain_failure, write_directory
 from litgpt_akl.errors import UserError
 from litgpt_akl.model_files import copy_model_files
+from litgpt_akl.tensor_file import save_tensors
 from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
 
 HF_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")

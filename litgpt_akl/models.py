@@ -1,59 +1,53 @@
-"""Student and teacher: LitGPT's GPT with an LM head that can also hand over hidden states or give the loss.
-
-GPT's forward ends in ``lm_head``, so what the head returns is what the model returns. The head is asked from outside,
-for one call at a time; its parameters keep their names, and they are read inside the model's own forward.
-"""
+"""Student and teacher: LitGPT's GPT with an LM head that can also hand over hidden states or give the loss."""
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
+from litgpt import lora
 from litgpt.config import Config
-from litgpt.model import GPT, do_softcapping
+from litgpt.model import GPT
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import DistillationLoss, HeadLoss
+from litgpt_akl.heads import DistillationHead, Head, LoRAHead
+from litgpt_akl.lora import without_adapters
+from litgpt_akl.sharding import reshard
 
 
-class DistillationHead(nn.Linear):
-    """An LM head that gives logits, softcap included, or for the length of a `giving` block something else."""
+def build_model(config: Config, tied: bool) -> GPT:
+    """A GPT with a :class:`Head`; tied, embeddings and head are one parameter.
 
-    softcap: float | None = None
-    _give: Callable[["DistillationHead", Tensor], Any] | None = None
-
-    def forward(self, hidden: Tensor) -> Any:
-        if self._give is not None:
-            return self._give(self, hidden)
-        logits = super().forward(hidden)
-        return logits if self.softcap is None else do_softcapping(logits, self.softcap)
-
-    @contextmanager
-    def giving(self, give: Callable[["DistillationHead", Tensor], Any]) -> Iterator[None]:
-        """The model returns ``give(head, hidden)`` with the final hidden states ``[batch, time, n_embd]``."""
-        self._give = give
-        try:
-            yield
-        finally:
-            self._give = None
-
-
-def build_model(fabric: L.Fabric, config: Config) -> GPT:
-    """A GPT with a :class:`DistillationHead`, its weights not yet set."""
-    with fabric.init_module(empty_init=True):
-        model = GPT(config)
-        head = DistillationHead(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
+    With LitGPT's configuration for LoRA it has adapters, and only they are trained.
+    """
+    with_lora = isinstance(config, lora.Config)
+    model = (lora.GPT if with_lora else GPT)(config)
+    head = _make_head(config)
     head.softcap = config.final_logit_softcapping
     model.lm_head = head
     # the softcap has moved into the head: GPT must not apply it to what the head gives
     model.config = copy(config)
     model.config.final_logit_softcapping = None
+    if tied:
+        model.transformer.wte.weight = head.weight
+    if with_lora:
+        lora.mark_only_lora_as_trainable(model)
     return model
+
+
+def _make_head(config: Config) -> Head:
+    sizes = config.n_embd, config.padded_vocab_size
+    if not getattr(config, "lora_head", False):
+        return DistillationHead(*sizes, bias=config.lm_head_bias)
+    adapter = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    return LoRAHead(*sizes, **adapter, bias=config.lm_head_bias)
 
 
 def is_tied(checkpoint_dir: Path, weights: dict[str, Tensor], wish: bool | None) -> bool:
@@ -78,16 +72,54 @@ def is_tied(checkpoint_dir: Path, weights: dict[str, Tensor], wish: bool | None)
     return equal and hf_config.get("tie_word_embeddings") is not False
 
 
-def tie(model: GPT) -> None:
-    """Make embeddings and LM head one parameter; before the model is set up and the optimizer built."""
-    model.transformer.wte.weight = model.lm_head.weight
+def compile_blocks(model: GPT) -> None:
+    """Let torch.compile fuse what is in a block; generation, where shapes change at each token, stays eager."""
+    for block in model.transformer.h:
+        block.forward = _unless_generating(block, torch.compile(block.forward), block.forward)
+
+
+def _unless_generating(block: nn.Module, compiled: Callable, eager: Callable) -> Callable:
+    def forward(*args, **kwargs):
+        return (eager if block.attn.kv_cache is not None else compiled)(*args, **kwargs)
+
+    return forward
+
+
+def checkpoint_activations(model: GPT) -> None:
+    """Keep only the input of each block for the backward, which runs the block once more."""
+    for block in model.transformer.h:
+        # a wrapper module would give the parameters other names
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+@contextmanager
+def empty_weights(fabric: L.Fabric, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Models that are built have no weights yet; they have the student's dtype, or another one."""
+    previous = torch.get_default_dtype()
+    with fabric.init_module(empty_init=True):
+        torch.set_default_dtype(dtype or torch.get_default_dtype())
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(previous)
+
+
+def set_up_teacher(fabric: L.Fabric, teacher: GPT) -> GPT:
+    """Freeze a teacher and shard it. It is not wrapped by Fabric, whose precision is the student's."""
+    teacher.requires_grad_(False).eval()
+    teacher = fabric.strategy.setup_module(teacher)
+    fabric.strategy.module_to_device(teacher)
+    return teacher
 
 
 def hidden_states(teacher: nn.Module, input_ids: Tensor, positions: Tensor) -> Tensor:
-    """The teacher's final hidden states ``[n, D]`` at flat ``positions`` ``[n]`` of ``input_ids`` ``[batch, time]``."""
-    with torch.no_grad(), teacher.lm_head.giving(lambda head, hidden: hidden.flatten(0, 1)[positions]):
-        # Fabric hands float32 to its caller whatever the model computes in
-        return teacher(input_ids).to(teacher.lm_head.weight.dtype)
+    """The teacher's final hidden states ``[n, D]`` at flat ``positions`` ``[n]`` of ``input_ids`` ``[batch, time]``.
+
+    A model with adapters teaches as its base, without them.
+    """
+    giving = teacher.lm_head.giving(lambda head, hidden: hidden.flatten(0, 1)[positions])
+    with torch.no_grad(), without_adapters(teacher), giving:
+        return teacher(input_ids)
 
 
 def distillation_loss(
@@ -102,8 +134,8 @@ def distillation_loss(
     """The loss of one micro-batch, computed inside the student's forward.
 
     Args:
-        student: the student as Fabric set it up.
-        teacher: the teacher as Fabric set it up.
+        student: as Fabric set it up.
+        teacher: from :func:`set_up_teacher`, or the student for its base without adapters.
         loss: what to compute.
         input_ids: ``[batch, time]``.
         positions: ``[n]``, flat positions in ``input_ids`` whose next token is a response token.
@@ -112,10 +144,9 @@ def distillation_loss(
     """
     teacher_hidden, teacher_head = hidden_states(teacher, input_ids, positions), teacher.lm_head
 
-    def give(head: DistillationHead, hidden: Tensor) -> HeadLoss:
+    def give(head: Head, hidden: Tensor) -> HeadLoss:
         return loss(
-            hidden.flatten(0, 1)[positions],
-            head.weight,
+            *head.factors(hidden.flatten(0, 1)[positions]),
             teacher_hidden,
             teacher_head.weight,
             labels,
@@ -127,4 +158,6 @@ def distillation_loss(
         )
 
     with student.lm_head.giving(give):
-        return student(input_ids)
+        result = student(input_ids)
+    reshard(teacher)
+    return result

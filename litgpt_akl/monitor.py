@@ -19,7 +19,12 @@ class Progress:
     def __init__(self, fabric: L.Fabric, total_steps: int, first_step: int) -> None:
         self.fabric = fabric
         self.bar = progress_bar(
-            total=total_steps, initial=first_step, desc="distilling", unit="step", dynamic_ncols=True
+            total=total_steps,
+            initial=first_step,
+            desc="distilling",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not fabric.is_global_zero,
         )
         self._start_counting()
 
@@ -29,8 +34,8 @@ class Progress:
     def step(self, window: Window) -> None:
         """One optimizer step was taken."""
         self.bar.update()
-        self._tokens += sum(batch.tokens for batch in window.micro_batches)
-        self._padded += sum(batch.input_ids.numel() for batch in window.micro_batches)
+        self._tokens += window.tokens
+        self._padded += window.padded_tokens
         self._response_tokens += window.response_tokens
         self._steps += 1
 
@@ -62,8 +67,9 @@ class Progress:
 
     def write(self, text: str) -> None:
         """Print a line above the progress line."""
-        self.bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        if self.fabric.is_global_zero:
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def close(self) -> None:
         self.bar.close()
@@ -80,3 +86,5 @@ def silence_known_noise() -> None:
     """Warnings of other libraries that say nothing to a user of this command, by its text."""
     # LitGPT's data modules' loaders are only asked for their datasets, their workers never start
     warnings.filterwarnings("ignore", message=r"This DataLoader will create .* worker processes")
+    # the random weights of a sharded model give way to those of a file
+    warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support on cpu")

@@ -29,13 +29,14 @@ class Pair:
         return {"student": self.student_dir, "teacher": self.teacher_dir}
 
     @property
+    def is_one_model(self) -> bool:
+        """Whether student and teacher are one directory."""
+        return self.student_dir.samefile(self.teacher_dir)
+
+    @property
     def context_length(self) -> int:
         """Tokens that both models can read."""
         return min(self.student_config.block_size, self.teacher_config.block_size)
-
-    def name_shorter_context(self) -> str:
-        """Whose context length it is that bounds the pair, for a message."""
-        return "student" if self.student_config.block_size <= self.teacher_config.block_size else "teacher"
 
 
 def check_pair(student_dir: Path, teacher_dir: Path, access_token: str | None = None) -> Pair:

@@ -8,18 +8,29 @@ import lightning as L
 import torch
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
+from litgpt.model import GPT
 from litgpt.utils import instantiate_torch_optimizer
-from torch import Tensor
 
-from litgpt_akl.args import DistillArgs
+from litgpt_akl.args import DistillArgs, LoRAArgs, TeacherArgs
 from litgpt_akl.checkpoint import load_training_state, read_training_state
 from litgpt_akl.data.stores import Store
 from litgpt_akl.errors import UserError
-from litgpt_akl.models import build_model, is_tied, tie
+from litgpt_akl.lora import lora_config, with_new_adapters
+from litgpt_akl.memory_plan import MemoryPlan
+from litgpt_akl.models import (
+    build_model,
+    checkpoint_activations,
+    compile_blocks,
+    empty_weights,
+    is_tied,
+    set_up_teacher,
+)
 from litgpt_akl.pair import Pair
+from litgpt_akl.quantize import load_quantized
 from litgpt_akl.recipe import differences
+from litgpt_akl.sharding import load_weights
 from litgpt_akl.train import make_scheduler, total_steps, warmup_steps
-from litgpt_akl.weights import fingerprint
+from litgpt_akl.weights import fingerprint, open_weights
 
 
 @dataclass
@@ -27,13 +38,24 @@ class Run:
     """One call of the command, checked."""
 
     pair: Pair
+    plan: MemoryPlan
+    """Its memory, with samples as long as they may be."""
+    device_memory: float | None
+    """GB, as told."""
+    options: list[str]
+    """Names of the command's options."""
     data: DataModule
     distill: DistillArgs
+    lora: LoRAArgs
+    teacher: TeacherArgs
+    activation_checkpointing: bool
+    compile: bool
     train: TrainArgs
     eval: EvalArgs
     optimizer: str | dict
     seed: int
-    resume: Path | None
+    resume: bool | Literal["auto"] | Path | None
+    """What was asked for, and in :func:`make_state` the directory that it means."""
     accept_changes: bool
     keep_last: int | None
     on_nonfinite: Literal["stop", "skip"]
@@ -44,7 +66,7 @@ class Run:
 def make_optimizer(optimizer: str | dict, student: torch.nn.Module) -> torch.optim.Optimizer:
     """LitGPT's way from a name or a config to an optimizer; raises UserError if there is none such."""
     try:
-        return instantiate_torch_optimizer(optimizer, student.parameters())
+        return instantiate_torch_optimizer(optimizer, [p for p in student.parameters() if p.requires_grad])
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"--optimizer {optimizer!r} cannot be made: {error}.\nGive a class of torch.optim, such as AdamW, or its"
@@ -52,28 +74,42 @@ def make_optimizer(optimizer: str | dict, student: torch.nn.Module) -> torch.opt
         ) from error
 
 
-def make_state(fabric: L.Fabric, run: Run, weights: dict[str, dict[str, Tensor]], store: Store) -> dict[str, Any]:
-    """Models, optimizer, scheduler and counters; with ``run.resume``, as they were when it was saved."""
-    pair, models = run.pair, {}
-    for role, config in (("student", pair.student_config), ("teacher", pair.teacher_config)):
-        models[role] = build_model(fabric, config)
-    tied = is_tied(pair.student_dir, weights["student"], run.train.tie_embeddings)
-    if tied:
-        tie(models["student"])
-    if is_tied(pair.teacher_dir, weights["teacher"], None):
-        tie(models["teacher"])
-    models["teacher"].requires_grad_(False).eval()
-    models = {role: fabric.setup_module(model) for role, model in models.items()}
-    models["student"].train()
-    optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, models["student"]))
+def make_state(fabric: L.Fabric, run: Run, store: Store) -> dict[str, Any]:
+    """Models, optimizer, scheduler and counters; with ``run.resume``, as they were when it was saved.
+
+    Only process 0 reads weights.
+
+    Raises:
+        UserError: a checkpoint that cannot be read or does not fit, or one of another run.
+    """
+    pair, weights, tied = run.pair, None, None
+    if fabric.is_global_zero:
+        weights = open_weights(pair.student_dir, pair.student_config)
+        tied = is_tied(pair.student_dir, weights, run.train.tie_embeddings)
+    tied = fabric.broadcast(tied)
+    teacher = None if run.plan.shares_base else make_teacher(fabric, run)
+    config = pair.student_config if run.lora.r is None else lora_config(pair.student_config, run.lora)
+    with empty_weights(fabric):
+        student = build_model(config, tied)
+    if run.compile:
+        compile_blocks(student)
+    if run.activation_checkpointing:
+        checkpoint_activations(student)
+    student = fabric.setup_module(student)
+    # Fabric makes the tables of positions as coarse as half-precision weights
+    student.module.reset_parameters()
+    student.train()
+    optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student))
     steps, warmup = total_steps(run.train, len(store)), warmup_steps(run.train, len(store))
     state = {
-        **models,
+        "student": student,
+        "teacher": student if teacher is None else teacher,
         "optimizer": optimizer,
         "scheduler": make_scheduler(optimizer, warmup, steps, run.train.min_lr),
         "loss": run.distill.loss(),
         "vocab_size": pair.vocab_size,
-        "tied": tied,
+        # merged into the head alone, its adapter makes two matrices of one
+        "tied": tied and not run.lora.head,
         "data": {"samples": len(store), "fingerprint": store.fingerprint},
         "models": {role: fingerprint(directory) for role, directory in pair.directories.items()},
         "step_count": 0,
@@ -82,33 +118,46 @@ def make_state(fabric: L.Fabric, run: Run, weights: dict[str, dict[str, Tensor]]
         "nonfinite_in_a_row": 0,
         "last_validation": -1,
     }
-    models["teacher"].load_state_dict(weights["teacher"])
-    if run.resume is None:
-        models["student"].load_state_dict(weights["student"])
-    else:
-        resume(run, state)
+    if run.lora.r is not None and weights is not None:
+        weights = with_new_adapters(student, weights, run.seed)
+    if run.resume is None or run.lora.r is not None:
+        load_weights(student, weights)
+    if run.resume is not None:
+        resume(fabric, run, state)
     return state
 
 
-def resume(run: Run, state: dict) -> None:
+def make_teacher(fabric: L.Fabric, run: Run) -> GPT:
+    """The frozen teacher, sharded or quantized, with its weights, which only process 0 reads.
+
+    Raises:
+        UserError: they cannot be read or do not fit.
+    """
+    pair, weights, tied = run.pair, None, None
+    if fabric.is_global_zero:
+        weights = open_weights(pair.teacher_dir, pair.teacher_config)
+        tied = is_tied(pair.teacher_dir, weights, None)
+    tied, dtype = fabric.broadcast(tied), run.teacher.dtype(fabric.device.type)
+    # a quantized one is never whole on the device
+    with torch.device("meta") if run.teacher.quantize else empty_weights(fabric, dtype):
+        teacher = build_model(pair.teacher_config, tied)
+    if run.compile:
+        compile_blocks(teacher)
+    if run.teacher.quantize:
+        return load_quantized(teacher, weights, run.teacher.quantize, dtype, fabric.device)
+    teacher = set_up_teacher(fabric, teacher)
+    load_weights(teacher, weights)
+    return teacher
+
+
+def resume(fabric: L.Fabric, run: Run, state: dict) -> None:
     """Set ``state`` to what was saved, if it is of the same run; an optimizer's settings are those of the recipe.
 
     Raises:
         UserError: the run differs in what changes its result, and that was not accepted.
     """
-    saved = read_training_state(run.resume)
-    changes = differences((run.resume / "hyperparameters.yaml").read_text(encoding="utf-8"), run.recipe)
-    for role, identity in state["models"].items():
-        if saved["models"][role] != identity:
-            changes.append(f"the {role} has other weights")
-    if saved["data"] != state["data"]:
-        samples = [f"{data['samples']:,}" for data in (saved["data"], state["data"])]
-        changes.append(f"other training samples ({samples[0]} -> {samples[1]})")
-    if changes and not run.accept_changes:
-        raise UserError(
-            f"--resume: {run.resume} is of a run with another result: {'; '.join(changes)}.\n"
-            "Give what it was started with, start anew without --resume, or accept this with --accept_changes true."
-        )
+    if fabric.is_global_zero and not run.accept_changes:
+        _refuse_changes(run, state)
     optimizer, scheduler = state["optimizer"], state["scheduler"]
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     base_rates = scheduler.base_lrs
@@ -118,6 +167,22 @@ def resume(run: Run, state: dict) -> None:
         optimizer.param_groups, settings, base_rates, scheduler.lr_lambdas, strict=True
     ):
         group.update(values, lr=rate * factor(scheduler.last_epoch))
+
+
+def _refuse_changes(run: Run, state: dict) -> None:
+    saved = read_training_state(run.resume)
+    changes = differences((run.resume / "hyperparameters.yaml").read_text(encoding="utf-8"), run.recipe)
+    for role, identity in state["models"].items():
+        if saved["models"][role] != identity:
+            changes.append(f"the {role} has other weights")
+    if saved["data"] != state["data"]:
+        samples = [f"{data['samples']:,}" for data in (saved["data"], state["data"])]
+        changes.append(f"other training samples ({samples[0]} -> {samples[1]})")
+    if changes:
+        raise UserError(
+            f"--resume: {run.resume} is of a run with another result: {'; '.join(changes)}.\n"
+            "Give what it was started with, start anew without --resume, or accept this with --accept_changes true."
+        )
 
 
 def export_options(run: Run, state: dict) -> dict[str, Any]:

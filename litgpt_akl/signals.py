@@ -5,13 +5,25 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+import lightning as L
+
+from litgpt_akl.sharding import highest
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """While entered, notes the first stop signal and lets a second one act at once."""
+    """While entered, notes the first stop signal and lets a second one act at once; says so, unless it is quiet."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
 
     received: signal.Signals | None = None
+
+    def agreed(self, fabric: L.Fabric) -> signal.Signals | None:
+        """The signal that any process has received; all processes must ask together."""
+        number = highest(fabric, self.received or 0)
+        return signal.Signals(number) if number else None
 
     def __enter__(self) -> "StopSignals":
         # Python takes handlers in the main thread only
@@ -31,6 +43,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self._restore()
+        if self.quiet:
+            return
         # print is not safe here: the interrupted code may be in the middle of one
         message = f"\n{self.received.name}: finishing this step and saving; a second signal stops at once.\n"
         os.write(2, message.encode())

@@ -17,6 +17,7 @@ from litgpt_akl.errors import UserError
 from litgpt_akl.models import distillation_loss
 from litgpt_akl.monitor import Progress
 from litgpt_akl.scoring import STATISTICS
+from litgpt_akl.sharding import highest, whole
 from litgpt_akl.signals import StopSignals
 
 NONFINITE_LIMIT = 3
@@ -91,24 +92,33 @@ def take_step(fabric: L.Fabric, state: dict, window: Window, max_norm: float | N
     goes on.
     """
     student, teacher, optimizer = state["student"], state["teacher"], state["optimizer"]
-    sums = torch.zeros(len(STATISTICS), device=fabric.device)
-    loss = torch.zeros((), device=fabric.device)
+    sums = torch.zeros(1 + len(STATISTICS), device=fabric.device)
     for batch in window.micro_batches:
         batch = batch.to(fabric.device)
         result = distillation_loss(
             student, teacher, state["loss"], batch.input_ids, batch.positions, batch.labels, state["vocab_size"]
         )
-        fabric.backward(result.loss / window.response_tokens)
-        sums += torch.stack(list(result.stats.values()))
-        loss += result.loss.detach() / window.response_tokens
-    norm = fabric.clip_gradients(student, optimizer, max_norm=max_norm or math.inf, error_if_nonfinite=False)
-    result = StepResult(loss.item(), sums, float(norm))
+        # sharding averages gradients over the processes
+        fabric.backward(result.loss * fabric.world_size / window.response_tokens)
+        sums += torch.stack([result.loss.detach(), *result.stats.values()])
+    norm = clip_gradients(student, max_norm or math.inf)
+    loss, *sums = fabric.all_reduce(sums, reduce_op="sum").unbind()
+    result = StepResult(loss.item() / window.response_tokens, torch.stack(sums), norm)
     if result.finite:
         optimizer.step()
     optimizer.zero_grad()
     state["learning_rate"] = optimizer.param_groups[0]["lr"]
     state["scheduler"].step()
     return result
+
+
+def clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
+    """Scale gradients down to ``max_norm`` together; returns the norm that they had, in float32 whatever they are."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norms = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32) for parameter in parameters]
+    norm = whole(torch.linalg.vector_norm(torch.stack(norms)))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm.item()
 
 
 def fit(
@@ -150,8 +160,8 @@ def fit(
                 progress.log(state, result.sums, result.loss, result.gradient_norm, window.response_tokens)
             if validation_due(state, eval, steps):
                 validate(progress)
-            over = train.max_time is not None and time.perf_counter() - start >= train.max_time
-            stopping = over or stop.received is not None
+            over = bool(highest(fabric, time.perf_counter() - start >= (train.max_time or math.inf)))
+            stopping = stop.agreed(fabric) is not None or over
             if stopping or (train.save_interval is not None and step % train.save_interval == 0):
                 progress.write(f"Step {step}: saved {save()}")
             if over:
@@ -165,7 +175,7 @@ def fit(
 def advance(state: dict, window: Window) -> None:
     """Count a step that was taken or dropped."""
     state.update(epoch=window.epoch, step_count=state["step_count"] + 1)
-    state["tokens"] += sum(batch.tokens for batch in window.micro_batches)
+    state["tokens"] += window.tokens
 
 
 def validation_due(state: dict, eval: EvalArgs, steps: int) -> bool:

@@ -18,6 +18,7 @@ from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import in_order
 from litgpt_akl.models import distillation_loss
 from litgpt_akl.scoring import STATISTICS
+from litgpt_akl.sharding import reshard
 from litgpt_akl.signals import StopSignals
 
 
@@ -36,26 +37,25 @@ def validate(
     """
     student, teacher = state["student"], state["teacher"]
     records = range(min(len(store), max_iters * micro_batch_size))
-    tokens = 0
-    sums = torch.zeros(len(STATISTICS), device=fabric.device, dtype=torch.float64)
-    loss = torch.zeros((), device=fabric.device, dtype=torch.float64)
+    # loss, response tokens, statistics
+    sums = torch.zeros(2 + len(STATISTICS), device=fabric.device, dtype=torch.float64)
     student.eval()
-    for batch in in_order(store, records, micro_batch_size):
-        if stop.received is not None:
+    for batch in in_order(store, records, micro_batch_size, fabric.global_rank, fabric.world_size):
+        if stopped := stop.agreed(fabric) is not None:
             break
         batch = batch.to(fabric.device)
         result = distillation_loss(
             student, teacher, state["loss"], batch.input_ids, batch.positions, batch.labels, state["vocab_size"]
         )
-        sums += torch.stack(list(result.stats.values()))
-        loss += result.loss
-        tokens += len(batch.labels)
+        sums += torch.stack([result.loss, result.loss.new_tensor(result.tokens), *result.stats.values()])
     student.train()
-    if stop.received is not None:
+    reshard(student.module)
+    if stopped:
         return None
-    means = dict(zip(STATISTICS, (sums / tokens).tolist(), strict=True))
+    loss, tokens, *sums = fabric.all_reduce(sums, reduce_op="sum").tolist()
+    means = {name: value / tokens for name, value in zip(STATISTICS, sums, strict=True)}
     cross_entropy, teacher_cross_entropy = means["cross_entropy"], means["teacher_cross_entropy"]
-    state.update(last_validation=state["step_count"], validation_loss=loss.item() / tokens)
+    state.update(last_validation=state["step_count"], validation_loss=loss / tokens)
     if state["step_count"] == 0:
         state["start_cross_entropy"] = cross_entropy
     start = state.get("start_cross_entropy", math.nan)
@@ -103,7 +103,7 @@ def example_answer(
 ) -> str | None:
     """A prompt ``[time]`` and the model's answer to it, or None if the prompt fills the model's context.
 
-    Training's random numbers are left as they were.
+    Training's random numbers are left as they were. All processes must ask together.
     """
     context_length = model.config.block_size
     longest = min(len(input_ids) + max_new_tokens, context_length)
@@ -114,8 +114,13 @@ def example_answer(
     with torch.random.fork_rng(), fabric.init_tensor():
         model.max_seq_length = longest
         model.set_kv_cache(batch_size=1)
-        output = generate(model, input_ids, max_returned_tokens=longest, temperature=0.8, eos_id=tokenizer.eos_id)
+        # sharded models only run together: no process may come to an end before the others
+        eos_id = tokenizer.eos_id if fabric.world_size == 1 else None
+        output = generate(model, input_ids, max_returned_tokens=longest, temperature=0.8, eos_id=eos_id)
     model.clear_kv_cache()
     model.max_seq_length = context_length
     model.train()
-    return tokenizer.decode(output)
+    reshard(model.module)
+    answer = output[len(input_ids) :].tolist()
+    end = answer.index(tokenizer.eos_id) if tokenizer.eos_id in answer else len(answer)
+    return tokenizer.decode(output[: len(input_ids) + end])

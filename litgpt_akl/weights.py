@@ -8,9 +8,11 @@ import xxhash
 from litgpt.config import Config, configs
 from litgpt.model import GPT
 from litgpt.utils import auto_download_checkpoint, extend_checkpoint_dir
+from safetensors import SafetensorError
 from torch import Tensor
 
-from litgpt_akl.errors import UserError
+from litgpt_akl import hf_weights
+from litgpt_akl.errors import UserError, reason
 
 
 def find_checkpoint_dir(path: Path, role: str, access_token: str | None = None) -> Path:
@@ -34,6 +36,9 @@ def find_checkpoint_dir(path: Path, role: str, access_token: str | None = None) 
             " or a model id from `litgpt download list`."
         )
     files = {name: (directory / name).is_file() for name in ("lit_model.pth", "model_config.yaml")}
+    if role == "teacher" and not files["lit_model.pth"] and hf_weights.files_in(directory):
+        # of a student more is needed: what it was made from is copied to what it becomes
+        files = {"model_config.yaml (or the name of a LitGPT configuration)": _has_config(directory)}
     files["tokenizer_config.json"] = (directory / "tokenizer_config.json").is_file()
     files["tokenizer.json or tokenizer.model"] = any(
         (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
@@ -47,10 +52,14 @@ def find_checkpoint_dir(path: Path, role: str, access_token: str | None = None) 
     return directory
 
 
+def _has_config(directory: Path) -> bool:
+    return (directory / "model_config.yaml").is_file() or any(config["name"] == directory.name for config in configs)
+
+
 def read_config(checkpoint_dir: Path) -> Config:
     """The model's configuration; raises UserError if model_config.yaml is none."""
     try:
-        return Config.from_file(checkpoint_dir / "model_config.yaml")
+        return Config.from_checkpoint(checkpoint_dir)
     except Exception as error:
         raise UserError(f"{checkpoint_dir / 'model_config.yaml'} is not a model configuration: {error}") from error
 
@@ -58,10 +67,14 @@ def read_config(checkpoint_dir: Path) -> Config:
 def open_weights(checkpoint_dir: Path, config: Config) -> dict[str, Tensor]:
     """Tensors by name, memory-mapped from a flat file or from the ``model`` entry of one; nothing is read yet.
 
+    Without such a file, those of Hugging Face's safetensors files.
+
     Raises:
-        UserError: the file is truncated, holds something else, or does not fit ``config``.
+        UserError: a file is truncated, holds something else, or does not fit ``config``.
     """
     path = checkpoint_dir / "lit_model.pth"
+    if not path.is_file():
+        return _open_hf_weights(checkpoint_dir, config)
     try:
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
@@ -75,16 +88,30 @@ def open_weights(checkpoint_dir: Path, config: Config) -> dict[str, Tensor]:
     return weights
 
 
+def _open_hf_weights(checkpoint_dir: Path, config: Config) -> dict[str, Tensor]:
+    try:
+        weights = hf_weights.read(checkpoint_dir, config)
+    except (SafetensorError, KeyError, NotImplementedError) as error:
+        raise UserError(
+            f"The safetensors files in {checkpoint_dir} cannot be read as {config.name}: {type(error).__name__}:"
+            f" {reason(error)}.\nDownload them again, or convert them: litgpt convert_to_litgpt {checkpoint_dir}"
+        ) from error
+    _check_fit(weights, config, checkpoint_dir)
+    return weights
+
+
 def fingerprint(checkpoint_dir: Path) -> str:
-    """Tells two checkpoints apart, wherever they lie: by their configuration, and by the weights file's size and 64
-    samples of its bytes, since reading all of a large model would take minutes."""
-    path = checkpoint_dir / "lit_model.pth"
-    size, block = path.stat().st_size, 2**16
-    digest = xxhash.xxh3_128((checkpoint_dir / "model_config.yaml").read_bytes() + str(size).encode())
-    with path.open("rb") as file:
-        for start in range(0, size, max(block, size // 64)):
-            file.seek(start)
-            digest.update(file.read(block))
+    """Tells two checkpoints apart, wherever they lie: by their configuration, and by the size of each weights file and
+    64 samples of its bytes, since reading all of a large model would take minutes."""
+    flat = checkpoint_dir / "lit_model.pth"
+    digest, block = xxhash.xxh3_128(repr(read_config(checkpoint_dir)).encode()), 2**16
+    for path in [flat] if flat.is_file() else hf_weights.files_in(checkpoint_dir):
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(block, size // 64)):
+                file.seek(start)
+                digest.update(file.read(block))
     return digest.hexdigest()
 
 

@@ -134,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="how often to kill each run")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader workers, a run for each")
+    parser.add_argument("--devices", type=int, default=1, help="processes of the run")
     parser.add_argument("--noise", choices=("with", "without", "both"), default="both", help="random numbers in steps")
     parser.add_argument("--steps", type=int, default=800, help="of the tiny pair's run")
     parser.add_argument("--patience", type=float, default=1.0, help="seconds of training before a kill, at most")
@@ -148,18 +149,20 @@ def main() -> None:
             continue
         optimizer = ["--optimizer.class_path", "torture.NoisyAdamW" if noise == "with" else "AdamW"]
         for workers in args.workers:
-            directory = args.work_dir / f"{noise}-noise-{workers}-workers"
+            directory = args.work_dir / f"{noise}-noise-{workers}-workers-{args.devices}-devices"
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
             options = [*recipe, *optimizer, "--optimizer.lr", "3e-3", "--data.num_workers", str(workers)]
+            options += ["--devices", str(args.devices)]
             began = time.monotonic()
             if start(options, directory / "undisturbed", directory / "undisturbed.log").wait() != 0:
                 raise SystemExit(f"The undisturbed run failed; see {directory / 'undisturbed.log'}")
             counts = torture(options, directory / "disturbed", args.kills, args.patience)
             compare(directory / "undisturbed", directory / "disturbed")
             print(
-                f"{noise} noise, {workers} workers: {sum(counts.values())} kills, {counts['in a save']} in a save: the"
-                f" same weights, every step once in the metrics ({time.monotonic() - began:.0f} s)"
+                f"{noise} noise, {workers} workers, {args.devices} processes: {sum(counts.values())} kills,"
+                f" {counts['in a save']} in a save: the same weights, every step once in the metrics"
+                f" ({time.monotonic() - began:.0f} s)"
             )
 
 

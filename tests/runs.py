@@ -25,11 +25,13 @@ def eval_args(**changes) -> EvalArgs:
     return EvalArgs(**{"interval": 1000, "max_iters": 4, "max_new_tokens": None, "initial_validation": True, **changes})
 
 
-def distil(student: Path, teacher: Path, data: JSON | Path, out_dir: Path, **changes) -> dict[str, torch.Tensor]:
+def distil(
+    student: Path, teacher_dir: Path | None, data: JSON | Path, out_dir: Path, **changes
+) -> dict[str, torch.Tensor]:
     """Run and return the weights in ``final``; ``train``, ``eval`` and ``distill`` are given as dicts of changes."""
     setup(
         student,
-        teacher_checkpoint_dir=teacher,
+        teacher_checkpoint_dir=teacher_dir,
         data=alice(data) if isinstance(data, Path) else data,
         out_dir=out_dir,
         train=train_args(**changes.pop("train", {})),

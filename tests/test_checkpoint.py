@@ -6,12 +6,11 @@ import random
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from checkpoints import IDENTITY, draw, find, make_state, names, save, save_steps, train
 
-from litgpt_akl.checkpoint import load_training_state, random_state, read_training_state
+from litgpt_akl.checkpoint import load_training_state, read_training_state
 from litgpt_akl.errors import UserError
 from litgpt_akl.manifest import MANIFEST, damage, read_manifest
 
@@ -49,23 +48,6 @@ def test_going_on_is_as_if_never_stopped(student_dir, tmp_path):
     assert (manifest["step"], manifest["validation_loss"]) == (3, 1.25)
     assert {*manifest["files"], MANIFEST} == set(names(directory)) >= {"tokenizer.json", "hyperparameters.yaml"}
     assert read_manifest(save(tmp_path, state, student_dir))["validation_loss"] is None
-
-
-def test_every_rank_gets_its_own_random_numbers(saved):
-    path = saved / "step-000001" / "training_state.pth"
-    content = torch.load(path, weights_only=True)
-    expected = []
-    content["random"] = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        content["random"].append(random_state())
-        expected.append(draw())
-    torch.save(content, path)
-    for rank in range(5):
-        load_training_state(path.parent, make_state(), rank)
-        assert draw() == expected[rank % 2]
 
 
 def truncate(path: Path) -> str:

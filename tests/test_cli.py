@@ -77,7 +77,6 @@ WRONG = {
     f"{AKL} --config unknown_data_key.yaml": f"{NO_OPTION}--data.jsonpath; did you mean --data.json_path?",
     "finetune_alk student": "error: there is no command finetune_alk; did you mean finetune_akl?",
     # missing or too many
-    "finetune_akl student": "error: --teacher_checkpoint_dir is missing",
     "finetune_akl --teacher_checkpoint_dir teacher": (
         "error: checkpoint_dir is missing; give it right after the command"
     ),
@@ -121,6 +120,7 @@ def ended(tmp_path_factory) -> dict[str, Ended]:
         f"{AKL} --config broken.yaml",
         "make_student missing student --layers 2",
         f"{AKL} --data JSON --data.json_path records.json --print_config",
+        "finetune_akl student",
         "finetune_lora student --trian.epochs 1",
         "finetune_fulll student",
     ]
@@ -167,6 +167,9 @@ def test_a_users_mistake_found_by_the_command_exits_1(ended):
     code, out, err = ended["make_student missing student --layers 2"]
     assert (code, out) == (1, "")
     assert err.startswith("error: ") and "missing" in err and "Traceback" not in err
+    code, out, err = ended["finetune_akl student"]
+    assert (code, out) == (1, "")
+    assert err.startswith("error: --teacher_checkpoint_dir is missing. ") and err.count("\n") == 1
 
 
 def test_a_right_command_line_is_left_alone(ended):

@@ -1,5 +1,7 @@
 """The recipes in configs/: the command's parser takes them, what they say is what arrives, and it fits together."""
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from litgpt.utils import instantiate_torch_optimizer
 from test_recipe import make_parser, run_litgpt
 
 from litgpt_akl.args import check_training_args, choose_precision, optimizer_config
+from litgpt_akl.errors import UserError
+from litgpt_akl.finetune_akl import setup
 from litgpt_akl.parser import Parser
 from litgpt_akl.train import make_scheduler, total_steps, warmup_steps
 
@@ -27,9 +31,22 @@ DEPENDS_ON_DEFAULT = {
         "train.max_norm",
     },
     "llama-3.1-8b-to-3.2-1b.yaml": {"train.micro_batch_size", "train.max_norm"},
+    "llama-70b-to-8b-2-nodes.yaml": {"train.max_norm"},
+    "llama-70b-to-8b-8x80gb.yaml": {"train.max_norm"},
+    "llama-8b-to-1b-2x24gb.yaml": {"train.max_norm"},
     "qwen2.5-7b-to-0.5b.yaml": {"train.max_norm"},
 }
 """Options that a recipe sets although the command's default has the same value: the schedule it follows has them."""
+
+ON_GPUS = {
+    "llama-3.1-8b-to-3.2-1b.yaml": ("Llama-3.2-1B-Instruct", "Llama-3.1-8B-Instruct", 80),
+    "llama-3.2-1b-lora.yaml": ("Llama-3.2-1B-Instruct", "Llama-3.1-8B-Instruct", 40),
+    "llama-70b-to-8b-2-nodes.yaml": ("Llama-3.1-8B-Instruct", "Llama-3.1-70B-Instruct", 80),
+    "llama-70b-to-8b-8x80gb.yaml": ("Llama-3.1-8B-Instruct", "Llama-3.1-70B-Instruct", 80),
+    "llama-8b-to-1b-2x24gb.yaml": ("Llama-3.2-1B-Instruct", "Llama-3.1-8B-Instruct", 24),
+    "qwen2.5-7b-to-0.5b.yaml": ("Qwen2.5-0.5B-Instruct", "Qwen2.5-7B-Instruct", 80),
+}
+"""Student, teacher, and GB of a GPU that a recipe is for."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:The `json_path` points to a single file")
 each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -68,6 +85,10 @@ def test_the_recipes_are_there():
         "cpu-smoke.yaml",
         "gpt2-paper.yaml",
         "llama-3.1-8b-to-3.2-1b.yaml",
+        "llama-3.2-1b-lora.yaml",
+        "llama-70b-to-8b-2-nodes.yaml",
+        "llama-70b-to-8b-8x80gb.yaml",
+        "llama-8b-to-1b-2x24gb.yaml",
         "qwen2.5-7b-to-0.5b.yaml",
         "smollm2.yaml",
     }
@@ -153,6 +174,50 @@ def test_values_before_the_recipe_lose(parser):
     recipe = RECIPES[0]
     given = parse(parser, *PATHS, "--train.max_seq_length", "77", "--config", recipe)
     assert given.train.max_seq_length == options_in(recipe)["train.max_seq_length"]
+
+
+@pytest.fixture
+def dry_run(parser, capsys, monkeypatch, tmp_path) -> Callable[..., str]:
+    """From a recipe, a student, a teacher and options to what a dry run prints: the GB of each device."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(recipe: Path, student: str, teacher: str, memory: int | str, *options: str) -> str:
+        words = ["--config", recipe, student, "--teacher_checkpoint_dir", teacher, "--device_memory", memory, *options]
+        given = parser.parse_args(["finetune_akl", *map(str, words), "--dry_run", "true"])
+        given = vars(parser.instantiate_classes(given).finetune_akl)
+        setup(**{option: value for option, value in given.items() if option != "config"})
+        assert not list(tmp_path.iterdir())
+        return re.search(rf"together +(\d+\.\d) of {memory}\.0\n", capsys.readouterr().out)[1]
+
+    return run
+
+
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_a_recipe_fits_into_the_gpus_that_it_is_for(dry_run, name):
+    student, teacher, memory = ON_GPUS[name]
+    recipe = next(path for path in RECIPES if path.name == name)
+    needed = dry_run(recipe, student, teacher, memory)
+    # room for what the libraries take, and for what an allocator cannot use
+    assert float(needed) < 0.92 * memory
+    assert f"# - --dry_run: {needed} GB" in recipe.read_text(encoding="utf-8")
+    with pytest.raises(UserError, match=f"This run needs {needed} GB .* there are 3.0 GB"):
+        dry_run(recipe, student, teacher, 3)
+
+
+def test_the_readme_says_what_the_tool_says(dry_run):
+    readme = (RECIPES[0].parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (\S+?)(?:, LoRA)? \| (\S+) \| ([\dx ]+) GB \| `(\S+\.yaml)(.*)` \| (.+) \|$", readme, re.MULTILINE
+    )
+    assert len(rows) >= 10
+    for student, teacher, gpus, name, options, needed in rows:
+        *counts, memory = map(int, gpus.split(" x "))
+        recipe = next(path for path in RECIPES if path.name == name)
+        assert dry_run(recipe, student, teacher, memory, *options.split()) == needed
+        given = options_in(recipe)
+        named = dict(zip(*[iter(options.split())] * 2, strict=True))
+        found = [int(named.get(f"--{option}", given.get(option, 1))) for option in ("num_nodes", "devices")]
+        assert found == [1, *counts][-2:]
 
 
 def test_the_papers_numbers():

@@ -19,7 +19,7 @@ from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
 from litgpt.tokenizer import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from litgpt_akl import finetune_akl
+from litgpt_akl import distil as run_module
 from litgpt_akl.errors import UserError
 
 HEAD, EMBEDDINGS = "lm_head.weight", "transformer.wte.weight"
@@ -76,9 +76,9 @@ def distilled(request, teacher_dir, alice_json, tmp_path_factory) -> Distilled:
         states.append(make_state_of_the_command(*arguments))
         return states[0]
 
-    make_state_of_the_command = finetune_akl.make_state
+    make_state_of_the_command = run_module.make_state
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_akl, "make_state", make_state)
+        patch.setattr(run_module, "make_state", make_state)
         distil(source, teacher, data, base / "out", case.tie_option)
     return Distilled(case, source, base / "out" / "final", states[0]["student"].cpu(), data)
 

@@ -111,7 +111,7 @@ def test_runs_that_cannot_be(teacher_dir, student_dir, alice_json, tmp_path):
     message = r"max_seq_length 101 is more than the 100 tokens that the teacher reads"
     refused(message, student_dir, short, alice_json, out_dir, train={"max_seq_length": 101})
     refused("precision 16-mixed is not supported", student_dir, teacher_dir, alice_json, out_dir, precision="16-mixed")
-    refused("this version trains on one device", student_dir, teacher_dir, alice_json, out_dir, devices=2)
+    refused("several nodes with several", student_dir, teacher_dir, alice_json, out_dir, hybrid_sharding=True)
     refused("min_lr 0.1 is above", student_dir, teacher_dir, alice_json, out_dir, train={"min_lr": 0.1})
     refused("--optimizer 'AdamWW' cannot be made", student_dir, teacher_dir, alice_json, out_dir, optimizer="AdamWW")
     refused("needs a package", student_dir, teacher_dir, alice_json, out_dir, logger_name="litlogger")

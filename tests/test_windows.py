@@ -6,7 +6,7 @@ import torch
 
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.stores import MemoryStore
-from litgpt_akl.data.windows import Windows, group, in_order, load
+from litgpt_akl.data.windows import Windows, cut, in_order, load
 
 
 def make_store(samples: int, longest: int = 60) -> MemoryStore:
@@ -25,7 +25,7 @@ def windows_of(store: MemoryStore, global_batch_size: int, **options) -> Windows
 
 
 def samples_in(window) -> list[int]:
-    return [int(row[0]) for batch in window.micro_batches for row in batch.input_ids]
+    return [int(row[0]) for batch in window.micro_batches if len(batch.labels) for row in batch.input_ids]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -71,7 +71,8 @@ def test_a_micro_batch_pairs_each_response_token_with_the_position_before_it():
     samples = store.read(window.numbers)
     expected = [label for sample in samples for label in sample["labels"][1:].tolist() if label != -100]
     assert sorted(found) == sorted(expected) and len(expected) == window.response_tokens
-    assert sum(batch.tokens for batch in window.micro_batches) == store.lengths(window.numbers).sum()
+    assert window.tokens == store.lengths(window.numbers).sum()
+    assert window.padded_tokens == sum(batch.input_ids.numel() for batch in window.micro_batches)
 
 
 def test_windows_go_on_from_any_position():
@@ -96,24 +97,32 @@ def test_a_loader_leaves_trainings_random_numbers_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_groups_by_padded_tokens():
+def test_cuts_by_padded_tokens():
     numbers, lengths = np.arange(7), np.array([2, 3, 3, 5, 9, 10, 10])
-    groups = group(numbers, lengths, 1, micro_batch_tokens=10)
-    assert [part.tolist() for part in groups] == [[0, 1, 2], [3], [4], [5], [6]]
+    assert [numbers[part].tolist() for part in cut(lengths, 1, 10)] == [[0, 1, 2], [3], [4], [5], [6]]
     for cap in range(10, 80):
-        groups = group(numbers, lengths, 1, micro_batch_tokens=cap)
-        assert np.concatenate(groups).tolist() == numbers.tolist()
-        assert all(len(part) * lengths[part].max() <= cap for part in groups)
-    assert [part.tolist() for part in group(numbers, lengths, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+        parts = cut(lengths, 1, cap)
+        assert np.concatenate([numbers[part] for part in parts]).tolist() == numbers.tolist()
+        assert all(len(lengths[part]) * lengths[part].max() <= cap for part in parts)
+    assert [numbers[part].tolist() for part in cut(lengths, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_every_rank_has_as_many_micro_batches(ranks):
+    store = make_store(100)
+    shares = [windows_of(store, 14, rank=rank, world_size=ranks)[2] for rank in range(ranks)]
+    assert {len(window.micro_batches) for window in shares} == {-(-4 // ranks)}
+    assert len({(window.tokens, window.padded_tokens, window.response_tokens) for window in shares}) == 1
+    empty = [batch for window in shares for batch in window.micro_batches if len(batch.labels) == 0]
+    assert len(empty) == -4 % ranks and all(batch.input_ids.shape == (1, 1) for batch in empty)
 
 
 def test_little_is_padding():
     store = make_store(5000, longest=400)
     for options in ({"micro_batch_size": 8}, {"micro_batch_tokens": 3000}):
         windows = windows_of(store, 16, **options)
-        batches = [batch for window in load(windows, 0, 300, 0) for batch in window.micro_batches]
-        padded = sum(batch.input_ids.numel() for batch in batches)
-        assert 1 - sum(batch.tokens for batch in batches) / padded < 0.04
+        loaded = list(load(windows, 0, 300, 0))
+        assert 1 - sum(window.tokens for window in loaded) / sum(window.padded_tokens for window in loaded) < 0.04
 
 
 def test_validation_reads_like_lengths_together():

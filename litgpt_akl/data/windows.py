@@ -1,7 +1,9 @@
 """Windows: the micro-batches of one optimizer step, and the loader that fetches them ahead."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,12 +26,10 @@ class MicroBatch:
     """``[n]``: flat positions in ``input_ids`` whose next token counts."""
     labels: Tensor
     """``[n]``: those next tokens."""
-    tokens: int
-    """Tokens that are not padding."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         move = {"device": device, "non_blocking": True}
-        return MicroBatch(self.input_ids.to(**move), self.positions.to(**move), self.labels.to(**move), self.tokens)
+        return MicroBatch(self.input_ids.to(**move), self.positions.to(**move), self.labels.to(**move))
 
 
 @dataclass
@@ -43,8 +43,12 @@ class Window:
     """The samples of all ranks."""
     response_tokens: int
     """Of all ranks: what the sums of this step are divided by."""
+    tokens: int
+    """Of all ranks, without padding."""
+    padded_tokens: int
+    """Of all ranks, with padding."""
     micro_batches: list[MicroBatch]
-    """Of this rank."""
+    """Of this rank; every rank has as many, of which the last may be empty."""
 
 
 @dataclass
@@ -62,27 +66,40 @@ class Windows(Dataset):
     def __getitem__(self, number: int) -> Window:
         epoch, step = divmod(number, self.plan.steps_per_epoch)
         numbers = self.plan.step(epoch, step)
-        groups = group(numbers, self.store.lengths(numbers), self.micro_batch_size, self.micro_batch_tokens)
-        micro_batches = [collate(self.store.read(numbers)) for numbers in groups[self.rank :: self.world_size]]
-        return Window(epoch, step, numbers, int(self.store.response_tokens(numbers).sum()), micro_batches)
+        lengths = self.store.lengths(numbers)
+        cuts = cut(lengths, self.micro_batch_size, self.micro_batch_tokens)
+        return Window(
+            epoch,
+            step,
+            numbers,
+            response_tokens=int(self.store.response_tokens(numbers).sum()),
+            tokens=int(lengths.sum()),
+            padded_tokens=int(sum(lengths[part].max() * len(lengths[part]) for part in cuts)),
+            micro_batches=list(_share(self.store, numbers, cuts, self.rank, self.world_size)),
+        )
 
 
-def group(
-    numbers: np.ndarray, lengths: np.ndarray, micro_batch_size: int, micro_batch_tokens: int | None = None
-) -> list[np.ndarray]:
-    """Cuts samples, ordered by length, into micro-batches."""
-    if micro_batch_tokens is None:
-        return np.split(numbers, range(micro_batch_size, len(numbers), micro_batch_size))
-    cuts, start = [], 0
+def cut(lengths: np.ndarray, micro_batch_size: int, micro_batch_tokens: int | None = None) -> list[slice]:
+    """Where to cut samples, ordered by length, into micro-batches."""
+    starts = [0]
     for end, longest in enumerate(lengths.tolist(), start=1):
-        if (end - start) * longest > micro_batch_tokens:
-            start = end - 1
-            cuts.append(start)
-    return np.split(numbers, cuts)
+        samples = end - starts[-1]
+        if samples > micro_batch_size if micro_batch_tokens is None else samples * longest > micro_batch_tokens:
+            starts.append(end - 1)
+    return [slice(start, end) for start, end in pairwise([*starts, len(lengths)])]
+
+
+def _share(store: Store, numbers: np.ndarray, cuts: list[slice], rank: int, world_size: int) -> Iterator[MicroBatch]:
+    """A rank's micro-batches; as many as any other rank's, since sharded models only run together."""
+    for turn in range(rank, math.ceil(len(cuts) / world_size) * world_size, world_size):
+        yield collate(store.read(numbers[cuts[turn]]) if turn < len(cuts) else [])
 
 
 def collate(samples: list[dict[str, Tensor]]) -> MicroBatch:
-    """Pads samples of a store to the longest and finds the positions that count."""
+    """Pads samples of a store to the longest and finds the positions that count; one padding token stands for none."""
+    if not samples:
+        none = torch.empty(0, dtype=torch.int64)
+        return MicroBatch(torch.zeros(1, 1, dtype=torch.int64), none, none)
 
     def pad(name: str, value: int) -> Tensor:
         columns = [sample[name] for sample in samples]
@@ -92,17 +109,17 @@ def collate(samples: list[dict[str, Tensor]]) -> MicroBatch:
     # the hidden state at a position belongs to the label that follows it
     next_labels = torch.nn.functional.pad(pad("labels", IGNORE_INDEX)[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     positions = (next_labels != IGNORE_INDEX).nonzero()[:, 0]
-    tokens = sum(len(sample["input_ids"]) for sample in samples)
-    return MicroBatch(input_ids, positions, next_labels[positions], tokens)
+    return MicroBatch(input_ids, positions, next_labels[positions])
 
 
-def in_order(store: Store, numbers: Sequence[int], micro_batch_size: int) -> Iterator[MicroBatch]:
-    """Micro-batches of given samples, those of like length together; for validation."""
+def in_order(
+    store: Store, numbers: Sequence[int], micro_batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[MicroBatch]:
+    """A rank's micro-batches of given samples, those of like length together; for validation."""
     numbers = np.asarray(numbers)
     lengths = store.lengths(numbers)
     order = np.argsort(lengths, kind="stable")
-    for group_numbers in group(numbers[order], lengths[order], micro_batch_size):
-        yield collate(store.read(group_numbers))
+    yield from _share(store, numbers[order], cut(lengths[order], micro_batch_size), rank, world_size)
 
 
 def load(windows: Windows, first: int, last: int, num_workers: int) -> Iterator[Window]:

@@ -48,6 +48,11 @@ def _depend_on_the_main_process(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     # if the main process is killed, a worker may be in the middle of a message that nobody else ends
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """From now on this process ends when the one that started it does, whatever it is waiting for."""
     threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
 
 

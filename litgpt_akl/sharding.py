@@ -1,0 +1,159 @@
+"""Models spread over processes by FSDP2, through the strategy of Fabric that serves CPU and CUDA alike.
+
+With one process everything here is what its name says, without any communication.
+"""
+
+import ctypes
+import sys
+from contextlib import suppress
+from functools import lru_cache, partial
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.strategies import ModelParallelStrategy
+from lightning.fabric.strategies.strategy import Strategy
+from lightning.fabric.wrappers import is_wrapped
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+_M_MMAP_THRESHOLD = -3
+"""A parameter of glibc's mallopt: blocks from that size on are the system's own."""
+
+
+def make_strategy(devices: int, num_nodes: int, hybrid_sharding: bool) -> Strategy | str:
+    """Fabric's strategy for that many processes.
+
+    Args:
+        devices: processes on each node.
+        num_nodes: nodes.
+        hybrid_sharding: whether every node holds whole models, sharded over its own devices only.
+    """
+    if devices * num_nodes == 1:
+        return "auto"
+    return ModelParallelStrategy(
+        partial(parallelize, replicas=num_nodes if hybrid_sharding else 1),
+        data_parallel_size=devices * num_nodes,
+        tensor_parallel_size=1,
+        save_distributed_checkpoint=False,
+    )
+
+
+def return_freed_memory() -> None:
+    """Let glibc give freed blocks back to the system, on a CPU.
+
+    It would keep them, and cut new ones from the end of its heap: a model of which one block at a time is whole would
+    take more memory than if it were not sharded.
+    """
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh, replicas: int) -> nn.Module:
+    """Shard a GPT: each block is gathered when it runs; what is left, the LM head among it, when the model runs."""
+    mesh = _replicated(mesh.device_type, replicas, mesh.size() // replicas) if replicas > 1 else mesh["data_parallel"]
+    # positions are float32 whatever the blocks compute in, and so are sums over processes
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # the loss reads the LM head inside of the forward, and the student's loss reads the teacher's after its forward
+    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
+@lru_cache
+def _replicated(device_type: str, replicas: int, shards: int) -> DeviceMesh:
+    return init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the parameters that a forward without a backward has left gathered."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: dict[str, Tensor] | None, trained_only: bool = False) -> None:
+    """Give a model its parameters, or those that are not frozen; only process 0 has ``weights``.
+
+    They are sent one at a time: PyTorch's ``set_model_state_dict`` has them all in memory at once.
+    """
+    for name, parameter in bare(model).named_parameters():
+        if parameter.requires_grad or not trained_only:
+            parameter.copy_(_share_out(None if weights is None else weights[name], parameter))
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any] | None) -> None:
+    """Give an optimizer the ``state_dict()`` of one whose tensors were whole; only process 0 has it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    described, tensors = saved, {}
+    if saved is not None:
+        for number, entries in saved["state"].items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor) and value.shape == parameters[number].shape:
+                    tensors[number, name] = value
+        rest = {
+            number: {name: None if (number, name) in tensors else value for name, value in entries.items()}
+            for number, entries in saved["state"].items()
+        }
+        described = saved | {"state": rest}
+    described = from_rank_zero(described)
+    for number, entries in described["state"].items():
+        for name, value in entries.items():
+            if value is None:
+                entries[name] = _share_out(tensors.get((number, name)), parameters[number])
+    optimizer.load_state_dict(described)
+
+
+def _share_out(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """A tensor of process 0, on the device, in the dtype and with the sharding of ``like``, which has its shape."""
+    if not isinstance(like, DTensor):
+        # a view of a file may not outlive it
+        return tensor.to(like.device, like.dtype, copy=True)
+    if tensor is None:
+        tensor = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return distribute_tensor(tensor.to(like.device, like.dtype), like.device_mesh, like.placements)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """A model without Fabric's wrapper, which PyTorch's functions for states do not know."""
+    return model.module if is_wrapped(model) else model
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter, or what has its shape, as one tensor on the CPU; all processes must ask for it together."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def rank() -> int:
+    """Of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def highest(fabric: L.Fabric, value: int) -> int:
+    """The highest of all processes' values."""
+    return int(fabric.all_reduce(torch.tensor(value, device=fabric.device), reduce_op="max"))
+
+
+def from_each(value: Any) -> list[Any]:
+    """Every process's value, in the order of their ranks."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Process 0's value."""
+    values = [value]
+    if world_size() > 1:
+        distributed.broadcast_object_list(values)
+    return values[0]

@@ -1,0 +1,108 @@
+"""Files for ``torch.load``, written one tensor at a time, so that sharded tensors are never whole all at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from litgpt.utils import SavingProxyForTensor, incremental_save
+from torch import Tensor
+
+from litgpt_akl.sharding import whole
+
+
+class TensorFile:
+    """Takes tensors, then the object that holds them. In a process that has no file it takes part in gathering them."""
+
+    def __init__(self, writer: "_Writer | None"):
+        self._writer = writer
+        self._stored: dict[int, tuple[Tensor, SavingProxyForTensor | None]] = {}
+
+    def store(self, tensor: Tensor) -> SavingProxyForTensor | None:
+        """Write a tensor, of which a process may hold a part only; the same one again is written once.
+
+        Returns:
+            What stands for it in the object that is saved.
+        """
+        if id(tensor) not in self._stored:
+            # the tensor is kept, for its id to stay its own
+            self._stored[id(tensor)] = tensor, self.write(whole(tensor))
+        return self._stored[id(tensor)][1]
+
+    def write(self, complete: Tensor) -> SavingProxyForTensor | None:
+        """Write a whole tensor, and keep nothing of it; what :meth:`store` returns."""
+        return self._writer.store_early(complete) if self._writer else None
+
+    def save(self, content: Any) -> None:
+        """Write the object, which may hold tensors, too; once."""
+        if self._writer:
+            self._writer.save(content)
+
+
+@contextmanager
+def tensor_file(path: Path | None) -> Iterator[TensorFile]:
+    """A file to be written; None in processes other than the one that writes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path is None:
+        yield TensorFile(None)
+        return
+    with path.open("wb") as opened:
+        file = _File(opened)
+        writer = _Writer(file)
+        try:
+            yield TensorFile(writer)
+            writer.finish()
+        except RuntimeError:
+            if file.error is None:
+                raise
+            raise file.error from None
+        finally:
+            # what torch leaves open it would end itself, with an error that nobody can catch
+            with suppress(RuntimeError):
+                writer.finish()
+
+
+def save_tensors(content: Any, path: Path) -> None:
+    """``torch.save`` that tells why it failed.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with tensor_file(path) as file:
+        file.save(content)
+
+
+class _Writer(incremental_save):
+    """LitGPT's, with an open file in place of a name."""
+
+    def __init__(self, file: "_File"):
+        self.zipfile = torch._C.PyTorchFileWriter(file)
+        self.has_saved, self.next_key, self.protocol_version = False, 0, 2
+        self._finished = False
+
+    def finish(self) -> None:
+        if not self._finished:
+            self._finished = True
+            self.zipfile.write_end_of_file()
+
+
+class _File:
+    """Hands on what torch writes and keeps the error of a failed write, which torch hides behind its own."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.error: BaseException | None = None
+
+    def write(self, data: memoryview) -> int:
+        try:
+            return self.file.write(data)
+        except BaseException as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()

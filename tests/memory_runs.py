@@ -1,0 +1,110 @@
+"""Steps of models of any size on made-up tokens, with the memory of a process watched."""
+
+import ctypes
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from litgpt.config import Config
+from litgpt.model import GPT
+
+from litgpt_akl.data.windows import MicroBatch, Window
+from litgpt_akl.memory_plan import MemoryPlan
+from litgpt_akl.models import build_model, empty_weights, set_up_teacher
+from litgpt_akl.sharding import load_weights, make_strategy, return_freed_memory
+from litgpt_akl.train import take_step
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, int]]:
+    """Yields a dictionary that afterwards holds by how many bytes this process had grown at most: ``growth``."""
+    # what was freed before would be used again, and not be seen
+    ctypes.CDLL(None).malloc_trim(0)
+    start, done, result = anonymous(), threading.Event(), {}
+    samples = [start]
+
+    def sample() -> None:
+        while not done.wait(0.001):
+            samples.append(anonymous())
+
+    watch = threading.Thread(target=sample)
+    watch.start()
+    try:
+        yield result
+    finally:
+        done.set()
+        watch.join()
+        result["growth"] = max(samples) - start
+
+
+def write_weights(path: Path, config: Config, tied: bool) -> None:
+    """Random weights whose logits are so far apart that a few ids have nearly all of the mass, as a real model's."""
+    weights = GPT(config).state_dict()
+    torch.nn.init.normal_(weights["lm_head.weight"])
+    if tied:
+        del weights["transformer.wte.weight"]
+    torch.save(weights, path)
+
+
+def micro_batch(plan: MemoryPlan) -> MicroBatch:
+    input_ids = torch.randint(plan.vocab_size, (plan.samples, plan.sequence_length))
+    return MicroBatch(input_ids, torch.arange(input_ids.numel()), input_ids.flatten())
+
+
+def take_steps(plan: MemoryPlan, small: MemoryPlan, directory: Path) -> None:
+    """Two steps of a run of that plan in this process; writes its growth in bytes to ``growth-RANK.pth``.
+
+    Args:
+        plan: on a CPU.
+        small: like it, with models so small that a step only loads what the libraries load when they are first used.
+        directory: with ``student.pth`` and ``teacher.pth``.
+    """
+    torch.set_num_threads(1)
+    return_freed_memory()
+    strategy = make_strategy(plan.devices, plan.num_nodes, plan.hybrid_sharding)
+    fabric = L.Fabric(
+        accelerator="cpu",
+        devices=plan.devices,
+        num_nodes=plan.num_nodes,
+        strategy=strategy,
+        precision=plan.precision,
+    )
+    fabric.launch()
+    _distil(fabric, small, None)
+    with watched() as result:
+        _distil(fabric, plan, directory)
+    torch.save(result["growth"], directory / f"growth-{fabric.global_rank}.pth")
+
+
+def _distil(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> None:
+    with empty_weights(fabric):
+        student = build_model(plan.student, plan.student_tied)
+    with empty_weights(fabric, plan.teacher_dtype):
+        teacher = build_model(plan.teacher, plan.teacher_tied)
+    teacher = set_up_teacher(fabric, teacher)
+    student = fabric.setup_module(student)
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(student.parameters(), lr=1e-4))
+    if directory is not None:
+        for model, name in ((teacher, "teacher"), (student, "student")):
+            path = directory / f"{name}.pth"
+            load_weights(model, torch.load(path, mmap=True, weights_only=True) if fabric.is_global_zero else None)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    state = {"student": student, "teacher": teacher, "optimizer": optimizer, "scheduler": scheduler}
+    state |= {"loss": plan.loss, "vocab_size": plan.vocab_size}
+    micro_batches = plan.global_batch_size // plan.samples // plan.processes
+    tokens = plan.samples * plan.sequence_length * micro_batches * plan.processes
+    for step in range(2):
+        batches = [micro_batch(plan) for _ in range(micro_batches)]
+        window = Window(0, step, np.arange(plan.global_batch_size), tokens, tokens, tokens, batches)
+        take_step(fabric, state, window, max_norm=1.0)

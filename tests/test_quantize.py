@@ -1,0 +1,62 @@
+"""A teacher in 8 or 4 bits: near its full weights, as near as is said, and only on one device."""
+
+import re
+
+import pytest
+import torch
+from litgpt.config import Config
+from litgpt.model import GPT
+from runs import distil, metrics
+
+from litgpt_akl.args import TeacherArgs
+from litgpt_akl.data.windows import MicroBatch
+from litgpt_akl.errors import UserError
+from litgpt_akl.models import build_model
+from litgpt_akl.quantize import load_quantized, loss_of_quantization
+
+FORWARD_KL = {"int8": 2e-3, "nf4": 0.15}
+"""At most, in nats per token."""
+
+
+def open_teacher(directory):
+    return Config.from_file(directory / "model_config.yaml"), torch.load(directory / "lit_model.pth", mmap=True)
+
+
+@pytest.mark.parametrize("kind", FORWARD_KL)
+def test_it_is_near_its_full_weights_and_as_near_as_is_said(teacher_dir, kind):
+    config, weights = open_teacher(teacher_dir)
+    with torch.device("meta"):
+        teacher = build_model(config, tied=True)
+    teacher = load_quantized(teacher, weights, kind, torch.float32, torch.device("cpu"))
+    assert teacher.transformer.wte.weight is teacher.lm_head.weight
+    # the MLP of this model has a width of 341
+    for block, name in ((block, name) for block in teacher.transformer.h for name in ("qkv", "proj")):
+        layer = block.attn.get_submodule(name)
+        assert layer.weight.nbytes == layer.in_features * layer.out_features / (1 if kind == "int8" else 2)
+
+    ids = torch.randint(4, config.vocab_size, (2, 30))
+    positions = torch.tensor([0, 3, 29, 31, 50])
+    batch = MicroBatch(ids, positions, ids.flatten()[positions])
+    full = GPT(config)
+    full.load_state_dict(weights)
+    with torch.no_grad():
+        expected, found = (torch.log_softmax(model(ids).flatten(0, 1)[positions], -1) for model in (full, teacher))
+    kl = (expected.exp() * (expected - found)).sum().item()
+    stats, tokens = loss_of_quantization(teacher, config, weights, batch, config.vocab_size)
+    assert tokens == 5 and stats["forward_kl"] == pytest.approx(kl, rel=1e-2)
+    assert 0 < kl / tokens < FORWARD_KL[kind]
+
+
+@pytest.mark.parametrize("kind", FORWARD_KL)
+def test_a_run_tells_what_it_costs_and_learns(student_dir, teacher_dir, alice_json, tmp_path, capsys, kind):
+    distil(student_dir, teacher_dir, alice_json, tmp_path / "run", teacher=TeacherArgs(quantize=kind))
+    said = re.search(rf"The teacher in {kind}: forward KL .* (\d\.\d+) nats per token", capsys.readouterr().out)
+    assert float(said[1]) < FORWARD_KL[kind]
+    distil(student_dir, teacher_dir, alice_json, tmp_path / "full")
+    losses = [[row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in ("run", "full")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+
+
+def test_it_is_refused_on_many_devices(student_dir, teacher_dir, alice_json, tmp_path):
+    with pytest.raises(UserError, match="nf4 is for one device, and this run has 2"):
+        distil(student_dir, teacher_dir, alice_json, tmp_path, devices=2, teacher=TeacherArgs(quantize="nf4"))
