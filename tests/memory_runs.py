@@ -37,6 +37,7 @@ def watched() -> Iterator[dict[str, int]]:
     def sample() -> None:
         while not done.wait(0.001):
             samples.append(anonymous())
+        samples.append(anonymous())
 
     watch = threading.Thread(target=sample)
     watch.start()

@@ -10,8 +10,10 @@ import torch.multiprocessing as multiprocessing
 TIMEOUT = 240
 
 
-def in_processes(processes: int, function: Callable, *arguments, nodes: int = 1) -> None:
+def in_processes(processes: int, function: Callable, *arguments, nodes: int = 1, fresh: bool = False) -> None:
     """Calls ``function(*arguments)`` in each of the processes that torchrun would have started.
+
+    They are copies of this process, which is quick, or ``fresh``: without the memory that it has used and freed.
 
     Raises:
         multiprocessing.ProcessException: one of them has failed; the others are ended.
@@ -21,7 +23,11 @@ def in_processes(processes: int, function: Callable, *arguments, nodes: int = 1)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.start_processes(
-        _work, (processes, nodes, port, function, arguments), nprocs=processes, join=False, start_method="fork"
+        _work,
+        (processes, nodes, port, function, arguments),
+        nprocs=processes,
+        join=False,
+        start_method="spawn" if fresh else "fork",
     )
     deadline = time.monotonic() + TIMEOUT
     while not context.join(1, grace_period=5):

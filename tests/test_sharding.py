@@ -3,8 +3,6 @@
 import json
 import math
 import random
-import re
-import threading
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from litgpt.config import Config
 from litgpt.model import GPT
+from memory_runs import watched
 from ranks import in_processes
 from runs import distil, metrics
 from test_resume import assert_same
@@ -152,46 +151,30 @@ LARGE = Config(
 """As a teacher 311 MB in float32, 13 MB a block."""
 
 
-def anonymous() -> int:
-    """Bytes of this process that no file backs."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
-
-
 def measure_teacher(path: Path, devices: int) -> None:
     """Writes by how many bytes a process grows while it loads a teacher, asks it for hidden states and saves it."""
     torch.set_num_threads(1)
     fabric = L.Fabric(accelerator="cpu", devices=devices, strategy=make_strategy(devices, 1, False))
     fabric.launch()
     return_freed_memory()
-    start, samples, done = anonymous(), [], threading.Event()
-
-    def sample() -> None:
-        while not done.wait(0.001):
-            samples.append(anonymous())
-        samples.append(anonymous())
-
-    watch = threading.Thread(target=sample)
-    watch.start()
-    with empty_weights(fabric, torch.float32):
-        teacher = build_model(LARGE, tied=False)
-    teacher = set_up_teacher(fabric, teacher)
-    weights = torch.load(path / "teacher.pth", mmap=True, weights_only=True) if fabric.is_global_zero else None
-    load_weights(teacher, weights)
-    hidden = hidden_states(teacher, torch.zeros(1, 8, dtype=torch.int64), torch.arange(8))
-    reshard(teacher)
-    with tensor_file(path / "saved.pth" if fabric.is_global_zero else None) as file:
-        file.save({name: file.store(parameter) for name, parameter in teacher.named_parameters()})
-    done.set()
-    watch.join()
-    torch.save({"growth": max(samples) - start, "hidden": hidden}, path / f"{devices}-{fabric.global_rank}.pth")
+    with watched() as result:
+        with empty_weights(fabric, torch.float32):
+            teacher = build_model(LARGE, tied=False)
+        teacher = set_up_teacher(fabric, teacher)
+        weights = torch.load(path / "teacher.pth", mmap=True, weights_only=True) if fabric.is_global_zero else None
+        load_weights(teacher, weights)
+        hidden = hidden_states(teacher, torch.zeros(1, 8, dtype=torch.int64), torch.arange(8))
+        reshard(teacher)
+        with tensor_file(path / "saved.pth" if fabric.is_global_zero else None) as file:
+            file.save({name: file.store(parameter) for name, parameter in teacher.named_parameters()})
+    torch.save(result | {"hidden": hidden}, path / f"{devices}-{fabric.global_rank}.pth")
 
 
 def test_no_process_ever_holds_the_whole_teacher(tmp_path):
     weights = {name: torch.randn(weight.shape) * 0.02 for name, weight in GPT(LARGE).state_dict().items()}
     torch.save(weights, tmp_path / "teacher.pth")
     for devices in (1, 4):
-        in_processes(devices, partial(measure_teacher, tmp_path, devices))
+        in_processes(devices, partial(measure_teacher, tmp_path, devices), fresh=True)
     alone = torch.load(tmp_path / "1-0.pth")
     assert alone["growth"] > 0.9 * sum(weight.nbytes for weight in weights.values())
     for rank in range(4):
