@@ -13,11 +13,12 @@ import torch
 from litgpt.model import GPT
 from litgpt.scripts.merge_lora import merge_lora
 from lora_cases import IDS, TARGETS, adapted, litgpt_lora_model, litgpt_model, read, read_adapters
+from memory_runs import anonymous
 from ranks import in_processes
 from runs import distil, metrics
 from test_consumers import GREEDY, QUESTION, litgpt, training_options
 from test_resume import assert_same
-from test_sharding import RATE, UNEVEN, anonymous, difference
+from test_sharding import RATE, UNEVEN, difference, losses_in
 
 from litgpt_akl import distil as run_module
 from litgpt_akl.args import LoRAArgs, TeacherArgs
@@ -117,11 +118,7 @@ def test_the_base_teaches_as_a_copy_of_it_would(states, student_dir, alice_json,
 def test_half_precision_follows_float32(student_dir, alice_json, tmp_path, precision, processes):
     steps = {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 2}
     run = partial(train, adapted("all"), student_dir, None, alice_json, train=steps, devices=processes)
-    for name in ("32-true", precision):
-        in_processes(processes, partial(run, tmp_path / name, precision=name))
-    expected, found = (
-        [row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in ("32-true", precision)
-    )
+    expected, found = (losses_in(name, run, tmp_path / name, processes) for name in ("32-true", precision))
     assert len(found) == 10 and found == pytest.approx(expected, rel=0.02)
     assert found != expected
     dtypes = {weight.dtype for weight in read(tmp_path / precision / "final").values()}

@@ -122,16 +122,18 @@ def test_uneven_data_never_blocks(student_dir, teacher_dir, alice_json, tmp_path
     assert all(math.isfinite(row["loss"]) for row in rows)
 
 
+def losses_in(precision, run, out_dir, processes):
+    """Of each step of a run in that precision."""
+    in_processes(processes, partial(run, out_dir, precision=precision))
+    return [row["loss"] for row in metrics(out_dir) if "loss" in row]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_half_precision_follows_float32(student_dir, teacher_dir, alice_json, tmp_path, precision, processes):
     steps = {"max_steps": 20, "global_batch_size": 8, "micro_batch_size": 2}
     run = partial(train, student_dir, teacher_dir, alice_json, train=steps, devices=processes)
-    for name in ("32-true", precision):
-        in_processes(processes, partial(run, tmp_path / name, precision=name))
-    expected, found = (
-        [row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in ("32-true", precision)
-    )
+    expected, found = (losses_in(name, run, tmp_path / name, processes) for name in ("32-true", precision))
     assert len(found) == 20 and found == pytest.approx(expected, rel=0.02)
     assert found != expected
 
