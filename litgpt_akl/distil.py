@@ -18,7 +18,7 @@ from litgpt_akl.errors import UserError
 from litgpt_akl.loggers import continue_metrics, flushed_metrics
 from litgpt_akl.memory_report import report_memory
 from litgpt_akl.monitor import Progress
-from litgpt_akl.planning import device_bytes, longest_sample
+from litgpt_akl.planning import device_bytes
 from litgpt_akl.processes import ending_together
 from litgpt_akl.quantize import loss_of_quantization
 from litgpt_akl.run import Run, export_options, make_state
@@ -42,7 +42,7 @@ def main(fabric: L.Fabric, run: Run) -> None:
     with fabric.rank_zero_first():
         stores = prepare_stores(run.data, pair.tokenizer, train, pair.context_length, pair.student_dir)
     if fabric.is_global_zero:
-        plan = replace(run.plan, sequence_length=longest_sample(stores[0]))
+        plan = replace(run.plan, sequence_length=stores[0].longest)
         limit = device_bytes(run.device_memory, plan.device == "cuda", plan.devices)
         report_memory(plan, limit, run.options)
     # no other process goes on if that is too much

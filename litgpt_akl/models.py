@@ -1,6 +1,5 @@
 """Student and teacher: LitGPT's GPT with an LM head that can also hand over hidden states or give the loss."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -20,6 +19,7 @@ from litgpt_akl.head_loss import DistillationLoss, HeadLoss
 from litgpt_akl.heads import DistillationHead, Head, LoRAHead
 from litgpt_akl.lora import without_adapters
 from litgpt_akl.sharding import reshard
+from litgpt_akl.weights import is_said_to_be_tied
 
 
 def build_model(config: Config, tied: bool) -> GPT:
@@ -67,9 +67,7 @@ def is_tied(checkpoint_dir: Path, weights: dict[str, Tensor], wish: bool | None)
         )
     if wish is not None:
         return wish
-    config_path = checkpoint_dir / "config.json"
-    hf_config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
-    return equal and hf_config.get("tie_word_embeddings") is not False
+    return equal and is_said_to_be_tied(checkpoint_dir) is not False
 
 
 def compile_blocks(model: GPT) -> None:

@@ -1,12 +1,10 @@
 """From what the command is asked for to a plan of its memory, with or without the models' files."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 from litgpt.args import TrainArgs
@@ -15,13 +13,12 @@ from litgpt.utils import extend_checkpoint_dir
 from torch import nn
 
 from litgpt_akl.args import DistillArgs, LoRAArgs, TeacherArgs
-from litgpt_akl.data.stores import Store
 from litgpt_akl.errors import UserError
 from litgpt_akl.lora import lora_config
 from litgpt_akl.memory_plan import MemoryPlan, states_per_parameter
 from litgpt_akl.memory_report import GB
 from litgpt_akl.pair import Pair, check_pair
-from litgpt_akl.weights import read_config
+from litgpt_akl.weights import is_said_to_be_tied, read_config
 
 
 @dataclass(frozen=True)
@@ -65,8 +62,8 @@ def find_models(checkpoint_dir: Path, teacher_checkpoint_dir: Path) -> Models:
         student=found["student"],
         teacher=found["teacher"],
         vocab_size=min(config.padded_vocab_size for config in found.values()),
-        student_tied=_is_said_to_be_tied(directories["student"]),
-        teacher_tied=_is_said_to_be_tied(directories["teacher"]),
+        student_tied=is_said_to_be_tied(directories["student"]) is True,
+        teacher_tied=is_said_to_be_tied(directories["teacher"]) is True,
         is_one=directories["student"] == directories["teacher"],
     )
 
@@ -77,16 +74,10 @@ def models_of(pair: Pair) -> Models:
         student=pair.student_config,
         teacher=pair.teacher_config,
         vocab_size=pair.vocab_size,
-        student_tied=_is_said_to_be_tied(pair.student_dir),
-        teacher_tied=_is_said_to_be_tied(pair.teacher_dir),
+        student_tied=is_said_to_be_tied(pair.student_dir) is True,
+        teacher_tied=is_said_to_be_tied(pair.teacher_dir) is True,
         is_one=pair.is_one_model,
     )
-
-
-def _is_said_to_be_tied(directory: Path) -> bool:
-    """Whether a checkpoint's config.json says so; the weights, which decide, are not read."""
-    path = directory / "config.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("tie_word_embeddings") is True
 
 
 def make_plan(
@@ -145,12 +136,6 @@ def make_plan(
         sequence_length=train.max_seq_length or models.context_length,
         **options,
     )
-
-
-def longest_sample(store: Store) -> int:
-    """Tokens of a store's longest sample."""
-    numbers = range(0, len(store), 100_000)
-    return max(int(store.lengths(np.arange(n, min(n + 100_000, len(store)))).max()) for n in numbers)
 
 
 def device_bytes(device_memory: float | None, cuda: bool, processes: int) -> float | None:

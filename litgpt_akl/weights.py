@@ -1,5 +1,6 @@
 """A LitGPT checkpoint directory as it is read: is it there, is it whole, does it fit its own configuration?"""
 
+import json
 import pickle
 from pathlib import Path
 
@@ -62,6 +63,12 @@ def read_config(checkpoint_dir: Path) -> Config:
         return Config.from_checkpoint(checkpoint_dir)
     except Exception as error:
         raise UserError(f"{checkpoint_dir / 'model_config.yaml'} is not a model configuration: {error}") from error
+
+
+def is_said_to_be_tied(checkpoint_dir: Path) -> bool | None:
+    """What config.json says of embeddings and LM head, if it does; the weights decide."""
+    path = checkpoint_dir / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("tie_word_embeddings") if path.is_file() else None
 
 
 def open_weights(checkpoint_dir: Path, config: Config) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ def test_every_token_is_that_of_the_source(chunks, kind, block_size, remote):
     counts = [len(blocks) for blocks in expected]
     assert len(set(counts)) > 1 and (0 in counts) == (block_size == 450)
     assert store.chunk_ends.tolist() == np.cumsum(counts).tolist() and len(store) == sum(counts)
-    assert store.tokens == len(store) * block_size
+    assert store.tokens == len(store) * block_size and store.longest == block_size
     numbers = np.random.default_rng(1).permutation(len(store))
     assert store.lengths(numbers).tolist() == [block_size] * len(store)
     assert store.response_tokens(numbers).tolist() == [block_size - 1] * len(store)

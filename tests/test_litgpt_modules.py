@@ -46,7 +46,7 @@ def test_the_store_holds_what_litgpts_dataset_gives(alice_json, teacher_dir, ali
         for sample, read in zip(samples, store.read(numbers), strict=True):
             assert all(torch.equal(read[name], sample[name]) for name in ("input_ids", "labels"))
         assert store.lengths(numbers).tolist() == [len(sample["input_ids"]) for sample in samples]
-        assert store.tokens == store.lengths(numbers).sum()
+        assert store.tokens == store.lengths(numbers).sum() and store.longest == store.lengths(numbers).max()
         counted = [int((sample["labels"][1:] != -100).sum()) for sample in samples]
         assert store.response_tokens(numbers).tolist() == counted
         assert store.fingerprint == stores(alice(alice_json), teacher_dir)[store is alice_stores[1]].fingerprint

@@ -47,7 +47,7 @@ class ChunkStore:
         # no id is negative, so it does not matter whether the type has a sign
         self._dtype = np.dtype(f"u{int(*token_sizes)}")
         self.chunk_ends = np.cumsum([chunk["dim"] // block_size for chunk in self._chunks])
-        self.tokens = len(self) * block_size
+        self.tokens, self.longest = len(self) * block_size, block_size
         if len(self) == 0:
             raise UserError(f"{input_dir} has no chunk of {block_size} tokens. Lower --train.max_seq_length.")
         self.fingerprint = xxhash.xxh3_128_hexdigest(content + str(block_size).encode())

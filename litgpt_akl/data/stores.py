@@ -18,6 +18,8 @@ class Store(Protocol):
     """Equal for equal samples."""
     tokens: int
     """Of all samples together."""
+    longest: int
+    """Tokens of the longest sample."""
     chunk_ends: np.ndarray | None
     """``[chunks]``: where each chunk ends, if reading a sample means fetching the chunk that it lies in."""
 
@@ -46,7 +48,7 @@ class MemoryStore:
     ) -> None:
         self._input_ids, self._labels, self._ends, self.place = input_ids, labels, ends, place
         self._lengths = np.diff(ends, prepend=0)
-        self.tokens = int(self._lengths.sum())
+        self.tokens, self.longest = int(self._lengths.sum()), int(self._lengths.max(initial=0))
         counted = labels != IGNORE_INDEX
         # no token comes before the first of a sample, so nothing predicts it
         counted[(ends - self._lengths)] = False
