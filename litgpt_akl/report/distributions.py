@@ -1,0 +1,66 @@
+"""The teacher's and the student's distributions at one position, as figures."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from bokeh.models import BoxAnnotation, PlainText
+from bokeh.plotting import figure
+
+from litgpt_akl.report.plots import COLOURS, Drawing, Key, add_dots, add_hover, add_line, empty_figure
+from litgpt_akl.report.text import one_line, printable
+
+LOWEST = 1e-9
+"""Probabilities below are drawn as if they were this."""
+
+
+def draw_distribution(position: dict[str, Any], students: Sequence[tuple[str, dict[str, Any]]]) -> Drawing:
+    """Probabilities of the tokens that the teacher holds most probable, and of all others together; its head is shaded.
+
+    Args:
+        position: from ``examples.json``, for what it says of the teacher.
+        students: names, and the same position as each of them sees it.
+    """
+    curves = [("teacher", [*position["p"], position["p_others"]])]
+    curves += [(name, [*of["q"], of["q_others"]]) for name, of in students]
+    names = [*position["tokens"], f"{position['others']:,} others"]
+    plot = empty_figure("probability", "log", height=330, y_range=_range([values for _, values in curves]))
+    _name_tokens(plot, names)
+    head = min(position["head"], len(names))
+    plot.add_layout(BoxAnnotation(left=-0.5, right=head - 0.5, fill_color=COLOURS[5], fill_alpha=0.2, line_color=None))
+    drawing = Drawing(_title(position), _about(position, students), plot)
+    tokens = [one_line(token, 40) for token in names]
+    for number, (name, values) in enumerate(curves):
+        colour, dash = COLOURS[number % len(COLOURS)], "dotted" if len(curves) == 3 and number == 1 else "solid"
+        x, y = np.arange(len(names)), np.maximum(values, LOWEST).astype(np.float32)
+        add_line(plot, x, y, None, line_color=colour, line_dash=dash, line_width=1.5)
+        add_dots(plot, x, y, name, colour, token=tokens)
+        drawing.keys.append(Key(name, colour, dash, marker=True))
+    add_hover(plot, "@y{0.000000}", "@token")
+    return drawing
+
+
+def _range(curves: list[list[float]]) -> tuple[float, float]:
+    lowest = max(LOWEST, min(min(values) for values in curves))
+    return float(10 ** np.floor(np.log10(lowest))), 1.5
+
+
+def _name_tokens(plot: figure, names: list[str]) -> None:
+    plot.xaxis.ticker = list(range(len(names)))
+    # as they are: text between dollars would be taken for a formula
+    plot.xaxis.major_label_overrides = {
+        place: PlainText(text=one_line(name, 14)) for place, name in enumerate(names)
+    }
+    plot.xaxis.major_label_orientation = "vertical"
+    plot.x_range.range_padding = 0.02
+
+
+def _title(position: dict[str, Any]) -> str:
+    context = printable(position["context"]).replace("\n", " \u21b5 ")
+    return f"\u2026 {context} [{one_line(position['next'], 40)}]"
+
+
+def _about(position: dict[str, Any], students: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    tokens = "1 token" if position["head"] == 1 else f"{position['head']:,} tokens"
+    gaps = (f"{name}: head gap {of['head_gap']:.3f}, tail gap {of['tail_gap']:.3f}" for name, of in students)
+    return f"Head (shaded): {tokens} with {position['head_mass']:.1%} of the teacher's mass. {'; '.join(gaps)}."

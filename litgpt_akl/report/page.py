@@ -1,0 +1,162 @@
+"""The page itself: one HTML file with all that it needs in it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bokeh.embed import json_item
+from bokeh.resources import INLINE
+from jinja2 import Environment, PackageLoader
+
+from litgpt_akl.directories import write_file
+from litgpt_akl.report.distributions import draw_distribution
+from litgpt_akl.report.history import History
+from litgpt_akl.report.plots import COLOURS, Drawing, draw_panels
+from litgpt_akl.report.text import printable
+
+VALUES = (
+    ("loss", "Loss", "nats per token", "{:.3f}"),
+    ("divergence", "Divergence", "nats per token", "{:.3f}"),
+    ("cross_entropy", "Cross-entropy", "nats per token", "{:.3f}"),
+    ("teacher_cross_entropy", "Teacher's cross-entropy", "nats per token", "{:.3f}"),
+    ("ppl", "Perplexity", "", "{:,.2f}"),
+    ("forward_kl", "Forward KL", "nats per token", "{:.3f}"),
+    ("reverse_kl", "Reverse KL", "nats per token", "{:.3f}"),
+    ("agreement", "Agreement on the top token", "", "{:.1%}"),
+    ("gap_closed", "Gap closed", "", "{:.1%}"),
+)
+"""Rows of the table of validations: name in the log, name on the page, unit, how it is written."""
+
+
+@dataclass
+class Shown:
+    """A run as the page shows it."""
+
+    history: History
+    examples: dict[str, Any] | None = None
+    """What :mod:`litgpt_akl.report.examples` has kept."""
+
+
+def write_page(path: Path, runs: Sequence[Shown]) -> None:
+    """Write the page of a run, or of several over each other; it appears whole or not at all.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    write_file(path, make_page(runs).encode("utf-8"))
+
+
+def make_page(runs: Sequence[Shown]) -> str:
+    """The page's HTML, with the plotting library and all data inside."""
+    histories = [run.history for run in runs]
+    environment = Environment(loader=PackageLoader("litgpt_akl", "report"), autoescape=True, trim_blocks=True)
+    environment.filters["printable"] = printable
+    panels, distributions = draw_panels(histories), _draw_distributions(runs)
+    figures = [json_item(drawing.figure) for drawing in (*panels, *distributions)]
+    for number, item in enumerate(figures):
+        item["target_id"] = f"figure-{number}"
+    return environment.get_template("page.html").render(
+        title=", ".join(history.name for history in histories),
+        facts=[_facts(history) for history in histories],
+        names=[history.name for history in histories],
+        colours=COLOURS,
+        refreshed=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
+        table=_table(histories),
+        panels=panels,
+        distributions=distributions,
+        answers=_answers(runs),
+        notes=_notes(runs),
+        # within a script only these end it, or its JSON
+        figures=[json.dumps(item).replace("<", "\\u003c") for item in figures],
+        bokeh=INLINE.js_raw[0],
+    )
+
+
+def _facts(history: History) -> dict[str, str]:
+    """What a run is, from its recipe and how far it has come."""
+    recipe = history.recipe
+    distill, train, data = (recipe.get(name) or {} for name in ("distill", "train", "data"))
+    source = data.get("init_args") or {}
+    path = next((source[name] for name in ("json_path", "path", "data_path", "download_dir") if source.get(name)), "")
+    steps = np.concatenate([history.training["step"], history.validation["step"]])
+    facts = {
+        "Student": recipe.get("checkpoint_dir"),
+        "Teacher": recipe.get("teacher_checkpoint_dir") or recipe.get("checkpoint_dir"),
+        "Objective": f"{distill.get('kd_ratio')} x {distill.get('divergence')}, the rest cross-entropy",
+        "Data": f"{str(data.get('class_path', '')).rpartition('.')[2]} {path}",
+        "Steps": f"{int(steps.max()):,}, {train.get('global_batch_size')} records each" if len(steps) else None,
+    }
+    tokens = history.training.get("tokens", np.empty(0))
+    if len(tokens):
+        facts["Tokens"] = f"{int(tokens[-1]):,}"
+    return {name: str(value) for name, value in facts.items() if value} if recipe else {}
+
+
+def _table(histories: Sequence[History]) -> dict[str, Any] | None:
+    """Validations: of one run its first and its last, of several the last of each."""
+    columns = [(history, -1) for history in histories if len(history.validation["step"])]
+    if len(histories) == 1 and columns and len(histories[0].validation["step"]) > 1:
+        columns = [(histories[0], 0), *columns]
+    if not columns:
+        return None
+    steps = [f"step {int(history.validation['step'][place]):,}" for history, place in columns]
+    names = [step if len(histories) == 1 else f"{h.name}, {step}" for (h, _), step in zip(columns, steps, strict=True)]
+    rows = []
+    for name, title, unit, written in VALUES:
+        values = [history.validation.get(name, np.full(1, np.nan))[place] for history, place in columns]
+        if np.isfinite(values).any():
+            cells = [written.format(value) if np.isfinite(value) else "-" for value in values]
+            rows.append((title, unit, cells))
+    return {"columns": names, "rows": rows}
+
+
+def _snapshots(runs: Sequence[Shown]) -> list[tuple[str, dict[str, Any]]]:
+    """Named moments with examples: of one run its first and its latest, of several the latest of each."""
+    found = [(run.history.name, run.examples) for run in runs if run.examples]
+    if len(runs) > 1:
+        return [(name, examples["latest"]) for name, examples in found]
+    moments = [examples[when] for _, examples in found for when in ("first", "latest")]
+    if moments and moments[0]["step"] == moments[1]["step"]:
+        moments = moments[1:]
+    return [(f"student, step {moment['step']:,}", moment) for moment in moments]
+
+
+def _draw_distributions(runs: Sequence[Shown]) -> list[Drawing]:
+    """A drawing for each position of the last snapshot, with those that have the same position."""
+    snapshots = _snapshots(runs)
+    if not snapshots:
+        return []
+    drawings = []
+    for position in snapshots[-1][1]["positions"]:
+        same = [
+            (name, of)
+            for name, snapshot in snapshots
+            for of in snapshot["positions"]
+            if (of["context"], of["tokens"]) == (position["context"], position["tokens"])
+        ]
+        drawings.append(draw_distribution(position, same))
+    return drawings
+
+
+def _answers(runs: Sequence[Shown]) -> list[dict[str, Any]]:
+    """Prompts of the last snapshot, each with the answers that there are to it, the teacher's first."""
+    snapshots = _snapshots(runs)
+    if not snapshots:
+        return []
+    last = snapshots[-1][1]
+    shown = []
+    for number, prompt in enumerate(last["prompts"]):
+        answers = [("teacher", last["teacher_answers"][number])] if last["teacher_answers"] else []
+        for name, snapshot in snapshots:
+            if prompt in snapshot["prompts"]:
+                answers.append((name, snapshot["answers"][snapshot["prompts"].index(prompt)]))
+        shown.append({"prompt": prompt, "answers": answers})
+    return shown
+
+
+def _notes(runs: Sequence[Shown]) -> list[str]:
+    return sorted({run.examples["latest"]["note"] for run in runs if run.examples and run.examples["latest"]["note"]})
