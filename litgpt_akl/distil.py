@@ -113,10 +113,10 @@ def report(
     write(f"Step {state['step_count']}: {describe(metrics)}")
     if progress is None or run.eval.max_new_tokens is None:
         return
-    tokenizer = run.pair.tokenizer
-    prompt = example_prompt(run.data, store, tokenizer, run.eval)
+    prompt = example_prompt(run.data, store, run.pair.tokenizer, run.eval)
     if prompt is not None:
-        answer = example_answer(fabric, state["student"], tokenizer, prompt, run.eval.max_new_tokens)
+        options = run.eval.max_new_tokens, state["step_count"]
+        answer = example_answer(fabric, state["student"], run.pair, prompt, *options)
         if answer is not None:
             write(f"{answer}\n")
 

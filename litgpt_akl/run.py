@@ -21,6 +21,7 @@ from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import Memory, Windows, load
 from litgpt_akl.data.workers import Fetched
 from litgpt_akl.errors import UserError
+from litgpt_akl.frozen import load_frozen
 from litgpt_akl.lora import lora_config, with_new_adapters
 from litgpt_akl.memory_plan import MemoryPlan
 from litgpt_akl.models import (
@@ -32,7 +33,6 @@ from litgpt_akl.models import (
     set_up_teacher,
 )
 from litgpt_akl.pair import Pair
-from litgpt_akl.quantize import load_quantized
 from litgpt_akl.recipe import differences
 from litgpt_akl.sharding import load_weights
 from litgpt_akl.teacher import LoneHead, Teacher
@@ -195,30 +195,18 @@ def load_head(fabric: L.Fabric, run: Run, caches: Caches) -> LoneHead | None:
 
 
 def load_teacher(fabric: L.Fabric, run: Run, caches: Caches) -> GPT:
-    """The frozen teacher, sharded or quantized, with its weights, which only process 0 reads; its head goes into a
-    cache that is being filled.
+    """The frozen teacher; its head goes into a cache that is being filled.
 
     Raises:
         UserError: they cannot be read or do not fit.
     """
-    pair, weights, tied = run.pair, None, None
-    if fabric.is_global_zero:
-        weights = open_weights(pair.teacher_dir, pair.teacher_config)
-        tied = is_tied(pair.teacher_dir, weights, None)
-    tied, dtype = fabric.broadcast(tied), run.teacher.dtype(fabric.device.type)
+    directory, config = run.pair.teacher_dir, run.pair.teacher_config
+    dtype = run.teacher.dtype(fabric.device.type)
     if fabric.is_global_zero and caches.writable:
+        weights = open_weights(directory, config)
         names = [name for name in ("lm_head.weight", "lm_head.bias") if name in weights]
         write_head(caches.directory, {name: weights[name].to(dtype) for name in names})
-    # a quantized one is never whole on the device
-    with torch.device("meta") if run.teacher.quantize else empty_weights(fabric, dtype):
-        teacher = build_model(pair.teacher_config, tied)
-    if run.compile:
-        compile_blocks(teacher)
-    if run.teacher.quantize:
-        return load_quantized(teacher, weights, run.teacher.quantize, dtype, fabric.device)
-    teacher = set_up_teacher(fabric, teacher)
-    load_weights(teacher, weights)
-    return teacher
+    return load_frozen(fabric, directory, config, dtype, quantize=run.teacher.quantize, compile=run.compile)
 
 
 def resume(fabric: L.Fabric, run: Run, state: dict) -> None:
