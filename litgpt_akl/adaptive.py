@@ -63,16 +63,19 @@ def _head_among_top(
     p = torch.exp(top - teacher_log_sum[:, None])
     q = torch.exp(student_logits.gather(-1, ids) - student_log_sum[:, None])
     mass = p.cumsum(dim=-1)
-    if head_rule == "paper":
-        in_head = torch.nn.functional.pad(mass[:, :-1], (1, 0)) < mu
-        whole = mass[:, -1] >= mu
-    else:
-        in_head = mass <= mu
-        in_head[:, 0] = True
-        whole = mass[:, -1] > mu
+    whole = mass[:, -1] >= mu if head_rule == "paper" else mass[:, -1] > mu
     if size == teacher_logits.size(-1):
         whole = torch.ones_like(whole)
-    return Head(((p - q).abs() * in_head).sum(dim=-1), ids[:, 0]), whole
+    return Head(((p - q).abs() * in_head(mass, mu, head_rule)).sum(dim=-1), ids[:, 0]), whole
+
+
+def in_head(mass: Tensor, mu: float, head_rule: HeadRule) -> Tensor:
+    """Which ids belong to the head, given the cumulative mass ``[..., ids]`` of the most probable ones, falling."""
+    if head_rule == "paper":
+        return torch.nn.functional.pad(mass[..., :-1], (1, 0)) < mu
+    inside = mass <= mu
+    inside[..., 0] = True
+    return inside
 
 
 def _head_of_everything(

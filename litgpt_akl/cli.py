@@ -14,6 +14,7 @@ COMMANDS = {
     "finetune_akl": "litgpt_akl.finetune_akl:setup",
     "make_student": "litgpt_akl.make_student:make_student",
     "export_hf": "litgpt_akl.export_hf:export_hf",
+    "report_akl": "litgpt_akl.report_akl:report_akl",
 }
 
 

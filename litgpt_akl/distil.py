@@ -1,6 +1,7 @@
 """A run in one of its processes: load, train, validate, export; and what is said meanwhile."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -15,6 +16,8 @@ from litgpt_akl.export_hf import write_export
 from litgpt_akl.loggers import continue_metrics, flushed_metrics
 from litgpt_akl.monitor import Progress
 from litgpt_akl.processes import ending_together
+from litgpt_akl.report.examples import forget, remember
+from litgpt_akl.report.keeping import refresh_page
 from litgpt_akl.run import Run, export_options, load_windows, make_state
 from litgpt_akl.signals import StopSignals, leave_if_stopped
 from litgpt_akl.teacher import LoneHead
@@ -34,7 +37,9 @@ def main(fabric: L.Fabric, run: Run) -> None:
     report_accuracy(fabric, run, state["teacher"].model, stores[0], caches)
     if fabric.is_global_zero:
         (run.out_dir / "hyperparameters.yaml").write_text(run.recipe, encoding="utf-8")
-        if run.resume is not None:
+        if run.resume is None:
+            forget(run.out_dir)
+        else:
             continue_metrics(fabric, run.resume / "metrics.csv")
     with StopSignals(quiet=not fabric.is_global_zero) as stop:
         if run.eval.initial_validation and state["step_count"] == 0:
@@ -44,6 +49,8 @@ def main(fabric: L.Fabric, run: Run) -> None:
         leave_if_stopped(fabric, stop, WAY_ON)
     if run.eval.final_validation:
         report(fabric, run, state, stores[1], stop)
+    else:
+        refresh_page(fabric, run, fabric.print)
     state["caches"].flush()
     save_student(run.out_dir / "final", state, **export_options(run, state))
     if run.export_hf and fabric.is_global_zero:
@@ -101,24 +108,29 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
 def report(
     fabric: L.Fabric, run: Run, state: dict, store: Store, stop: StopSignals, progress: Progress | None = None
 ) -> None:
-    """Validate, log and print; during training also an example answer."""
-    if len(store) == 0:
-        return
-    metrics = validate(fabric, state, store, run.eval.max_iters, run.train.micro_batch_size, stop)
-    state["caches"].flush()
-    if metrics is None:
-        return
-    fabric.log_dict(metrics, step=state["step_count"])
-    write = progress.write if progress else fabric.print
-    write(f"Step {state['step_count']}: {describe(metrics)}")
-    if progress is None or run.eval.max_new_tokens is None:
-        return
+    """Validate, log, print and refresh the page; during training also print an example answer."""
+    tell = progress.write if progress else fabric.print
+    if len(store) > 0:
+        metrics = validate(fabric, state, store, run.eval.max_iters, run.train.micro_batch_size, stop)
+        state["caches"].flush()
+        if metrics is None:
+            return
+        fabric.log_dict(metrics, step=state["step_count"])
+        tell(f"Step {state['step_count']}: {describe(metrics)}")
+        if progress is not None and run.eval.max_new_tokens is not None:
+            tell_example(fabric, run, state, store, tell)
+        remember(fabric, run, state, store, tell)
+    refresh_page(fabric, run, tell)
+
+
+def tell_example(fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Callable[[str], None]) -> None:
+    """Print the student's answer to the prompt that was asked for, if there is one that it can read."""
     prompt = example_prompt(run.data, store, run.pair.tokenizer, run.eval)
     if prompt is not None:
         options = run.eval.max_new_tokens, state["step_count"]
         answer = example_answer(fabric, state["student"], run.pair, prompt, *options)
         if answer is not None:
-            write(f"{answer}\n")
+            tell(f"{answer}\n")
 
 
 def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store]) -> None:

@@ -27,7 +27,7 @@ from litgpt_akl.checks import (
 from litgpt_akl.distil import main
 from litgpt_akl.export_hf import check_export
 from litgpt_akl.fill import fill
-from litgpt_akl.loggers import make_logger
+from litgpt_akl.loggers import make_loggers
 from litgpt_akl.memory_report import report_memory
 from litgpt_akl.monitor import silence_known_noise
 from litgpt_akl.pair import check_pair
@@ -118,7 +118,7 @@ def setup(
             ``max_iters`` micro-batches, so that they can be compared.
         log: Logging-related arguments. See ``litgpt.args.LogArgs`` for details.
         optimizer: An optimizer name (such as "AdamW") or config.
-        logger_name: The name of the logger to send metrics to.
+        logger_name: The name of the logger to send metrics to. A CSV file has them in any case.
         seed: The random seed to use for reproducibility.
         access_token: Optional API token to access models with restrictions.
         dry_run: Whether to check the options, print how much memory the run would take on each device, and end. Nothing
@@ -196,7 +196,7 @@ def setup(
         fabric = L.Fabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
         fabric.launch(fill, run)
         return
-    logger = make_logger(
+    loggers = make_loggers(
         logger_name,
         run.out_dir,
         name=f"distill-{pair.student_config.name}",
@@ -204,5 +204,5 @@ def setup(
         log_interval=train.log_interval,
         log=log,
     )
-    fabric = L.Fabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision, loggers=logger)
+    fabric = L.Fabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision, loggers=loggers)
     fabric.launch(main, run)

@@ -1,4 +1,4 @@
-"""The logger that a run was asked for; its CSV file goes on where an interrupted run was saved."""
+"""The logger that a run was asked for, and a CSV file, which goes on where an interrupted run was saved."""
 
 import csv
 import dataclasses
@@ -14,25 +14,23 @@ from litgpt.utils import choose_logger
 from litgpt_akl.errors import UserError
 
 
-def make_logger(
+def make_loggers(
     logger_name: LoggerChoice, out_dir: Path, *, name: str, resume: bool, log_interval: int, log: LogArgs
-) -> Logger:
-    """LitGPT's logger of that name; raises UserError if its package is not installed."""
+) -> list[Logger]:
+    """LitGPT's logger of that name, and its CSV logger if that is another one: the report reads the CSV file.
+
+    Raises:
+        UserError: a package that it needs is not installed.
+    """
+    options = {"name": name, "resume": resume, "log_interval": log_interval, "log_args": dataclasses.asdict(log)}
     try:
-        return choose_logger(
-            logger_name,
-            out_dir,
-            name=name,
-            resume=resume,
-            log_interval=log_interval,
-            log_args=dataclasses.asdict(log),
-        )
+        return [choose_logger(choice, out_dir, **options) for choice in dict.fromkeys((logger_name, "csv"))]
     except ModuleNotFoundError as error:
         raise UserError(f"--logger_name {logger_name} needs a package that is not installed: {error}") from error
 
 
 def flushed_metrics(fabric: L.Fabric) -> Path | None:
-    """The CSV file with all metrics so far, or None if they go elsewhere."""
+    """The CSV file with all metrics so far, or None in a process that has none."""
     for logger in fabric.loggers:
         if isinstance(logger, CSVLogger):
             logger.save()

@@ -30,6 +30,15 @@ BAD_VALUE = re.compile(r"Expected an? |Does not validate|Not a valid subclass|Ca
 class Parser(ArgumentParser):
     """A parser with short messages; with ``JSONARGPARSE_DEBUG`` set, errors keep their whole text and traceback."""
 
+    def add_argument(self, *args, **kwargs):
+        """A list without a name takes as many words as there are, where jsonargparse wants one word in brackets."""
+        accepted = getattr(kwargs.get("action"), "_typehint", None)
+        if not args[0].startswith("-") and get_origin(accepted) is list:
+            del kwargs["action"]
+            (kwargs["type"],) = get_args(accepted)
+            kwargs["nargs"] = "+"
+        return super().add_argument(*args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if self._leaves_errors_alone():
             super().error(message, ex)

@@ -48,9 +48,7 @@ def _range(curves: list[list[float]]) -> tuple[float, float]:
 def _name_tokens(plot: figure, names: list[str]) -> None:
     plot.xaxis.ticker = list(range(len(names)))
     # as they are: text between dollars would be taken for a formula
-    plot.xaxis.major_label_overrides = {
-        place: PlainText(text=one_line(name, 14)) for place, name in enumerate(names)
-    }
+    plot.xaxis.major_label_overrides = {place: PlainText(text=one_line(name, 14)) for place, name in enumerate(names)}
     plot.xaxis.major_label_orientation = "vertical"
     plot.x_range.range_padding = 0.02
 

@@ -48,7 +48,10 @@ def read_history(run_dir: Path) -> History:
     recipe_file, recipe = run_dir / "hyperparameters.yaml", {}
     if recipe_file.is_file():
         recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
-    validated = ~np.isnan(columns.get("val_loss", np.full(len(columns["step"]), np.nan)))
+    validated = np.zeros(len(columns["step"]), dtype=bool)
+    for name, column in columns.items():
+        if name.startswith("val_"):
+            validated |= np.isfinite(column)
     validation = {name.removeprefix("val_"): c[validated] for name, c in columns.items() if name.startswith("val_")}
     training = {name: column[~validated] for name, column in columns.items() if not name.startswith("val_")}
     validation["step"] = columns["step"][validated]
@@ -61,7 +64,7 @@ def _read_columns(path: Path) -> dict[str, np.ndarray]:
     numbers = csv.ConvertOptions(null_values=["", "None"])
     try:
         table = csv.read_csv(path, parse_options=options, convert_options=numbers)
-        columns = {name: column.cast(pa.float64()).to_numpy() for name, column in zip(table.column_names, table.columns)}
+        columns = {name: table[name].cast(pa.float64()).to_numpy() for name in table.column_names}
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} cannot be read: {reason(error)}. Name another run, or mend the file.") from error
     if "step" not in columns:

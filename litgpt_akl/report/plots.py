@@ -1,4 +1,4 @@
-"""The figures of the report, by Bokeh. Colours of text, axes and grids come from the page's CSS, which knows dark mode."""
+"""The figures of the report, by Bokeh; colours of text, axes and grids are the page's CSS, which knows dark mode."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,0 +1,179 @@
+"""Answers and distributions of a run, first and latest, which its page shows beside those of the teacher."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from litgpt.tokenizer import Tokenizer
+from torch import Tensor
+
+from litgpt_akl.adaptive import in_head
+from litgpt_akl.data.stores import Store
+from litgpt_akl.data.windows import in_order
+from litgpt_akl.directories import write_file
+from litgpt_akl.errors import reason
+from litgpt_akl.generation import generate, longest_prompt, stop_sequences, without_end
+from litgpt_akl.head_loss import IGNORE_INDEX
+from litgpt_akl.lora import without_adapters
+from litgpt_akl.run import Run
+from litgpt_akl.sharding import from_rank_zero, reshard
+from litgpt_akl.teacher import LoneHead
+
+FILE = "examples.json"
+RECORDS = 3
+"""Of the validation data, from its first on."""
+POSITIONS = 2
+"""In each record's responses."""
+TOKENS = 24
+"""Shown of a distribution, the teacher's most probable first."""
+CONTEXT = 20
+"""Tokens shown before a position."""
+
+
+def read_examples(run_dir: Path) -> dict[str, Any] | None:
+    """The snapshots ``first`` and ``latest`` of a run; None if there are none, or not any more."""
+    try:
+        return json.loads((run_dir / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def forget(run_dir: Path) -> None:
+    """Delete what a run before this one has left."""
+    (run_dir / FILE).unlink(missing_ok=True)
+
+
+def remember(fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Callable[[str], None]) -> None:
+    """Keep what teacher and student say now as the latest snapshot, and as the first one if there is none.
+
+    All processes must ask together; process 0 writes, and only tells if the disk does not take it. Training's random
+    numbers are left as they were.
+    """
+    before = from_rank_zero(read_examples(run.out_dir) if fabric.is_global_zero else None)
+    records = range(min(len(store), RECORDS, run.eval.max_iters * run.train.micro_batch_size))
+    latest = {"step": state["step_count"], **_answers(fabric, run, state, store.read(records), before)}
+    latest["positions"] = [
+        position
+        for start in range(0, len(records), run.train.micro_batch_size)
+        for position in _positions(fabric, run, state, store, records[start : start + run.train.micro_batch_size])
+    ]
+    if fabric.is_global_zero:
+        content = {"first": before["first"] if before else latest, "latest": latest}
+        try:
+            write_file(run.out_dir / FILE, json.dumps(content, indent=1).encode("utf-8"))
+        except OSError as error:
+            tell(f"{run.out_dir / FILE} cannot be written ({reason(error)})")
+
+
+def _answers(
+    fabric: L.Fabric, run: Run, state: dict, samples: list[dict[str, Tensor]], before: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Prompts, the teacher's answers, if it is there as a whole, and the student's."""
+    if run.eval.max_new_tokens is None:
+        return _no_answers("There are no example answers: --eval.max_new_tokens is null.")
+    student, teacher, decode = state["student"], state["teacher"].model, run.pair.tokenizer.decode
+    longest = min(longest_prompt(model.config) for model in (student, teacher))
+    prompts = [prompt for prompt in map(_prompt, samples) if 0 < len(prompt) <= longest]
+    if not prompts:
+        return _no_answers("There are no example answers: the data masks no prompts, or they are too long.")
+    answers = {"prompts": [decode(prompt) for prompt in prompts], "teacher_answers": None, "note": ""}
+    known = before and before["latest"]["teacher_answers"]
+    if known and before["latest"]["prompts"] == answers["prompts"]:
+        answers["teacher_answers"] = known
+    elif isinstance(teacher, LoneHead):
+        answers["note"] = "The teacher's answers are missing: only its LM head is loaded, the rest is remembered."
+    else:
+        with without_adapters(teacher):
+            answers["teacher_answers"] = _generate(fabric, run, teacher, prompts)
+    answers["answers"] = _generate(fabric, run, student, prompts)
+    return answers
+
+
+def _no_answers(note: str) -> dict[str, Any]:
+    return {"prompts": [], "teacher_answers": None, "answers": [], "note": note}
+
+
+def _prompt(sample: dict[str, Tensor]) -> Tensor:
+    """The ids before the first that counts."""
+    counted = (sample["labels"] != IGNORE_INDEX).nonzero()
+    return sample["input_ids"][: int(counted[0])] if len(counted) else sample["input_ids"]
+
+
+def _generate(fabric: L.Fabric, run: Run, model: torch.nn.Module, prompts: list[Tensor]) -> list[str]:
+    """What a model holds most probable, token by token."""
+    tokenizer, stop = run.pair.tokenizer, stop_sequences(run.pair.tokenizer, getattr(run.data, "prompt_style", None))
+    options = {"max_new_tokens": run.eval.max_new_tokens, "stop": stop, "vocab_size": run.pair.vocab_size}
+    answers = generate(fabric, model, prompts, **options)
+    return [tokenizer.decode(torch.tensor(without_end(answer, stop))) for answer in answers]
+
+
+@torch.no_grad()
+def _positions(fabric: L.Fabric, run: Run, state: dict, store: Store, records: range) -> list[dict[str, Any]]:
+    """Both models' distributions at positions spread over the responses of those records, which are one micro-batch."""
+    student, teacher, cache = state["student"], state["teacher"], state["caches"].validation
+    student.eval()
+    positions = []
+    for batch, hidden in teacher.answers(list(in_order(store, records, len(records), memory=cache)), cache):
+        chosen = torch.tensor(_spread(batch.counts), device=fabric.device)
+        places = batch.positions[chosen]
+        with without_adapters(teacher.model):
+            teacher_logits = teacher.model.lm_head.logits(hidden[chosen])
+        with student.lm_head.giving(lambda head, hidden, at=places: head.logits(hidden.flatten(0, 1)[at])):
+            student_logits = student(batch.input_ids)
+        reshard(teacher.model)
+        teacher_p, student_p = (
+            torch.softmax(logits[:, : run.pair.vocab_size].double().cpu() / run.distill.temperature, dim=-1)
+            for logits in (teacher_logits, student_logits)
+        )
+        for place, label, p, q in zip(places.tolist(), batch.labels[chosen], teacher_p, student_p, strict=True):
+            row, column = divmod(place, batch.input_ids.size(1))
+            before = batch.input_ids[row, max(0, column + 1 - CONTEXT) : column + 1].cpu()
+            positions.append(_describe(run, before, int(label), p, q))
+    student.train()
+    reshard(student.module)
+    return positions
+
+
+def _spread(counts: list[int]) -> list[int]:
+    """Indices of ``POSITIONS`` positions of each record, spread over those that it has."""
+    chosen, start = set(), 0
+    for count in counts:
+        chosen |= {start + count * (2 * n + 1) // (2 * POSITIONS) for n in range(POSITIONS if count else 0)}
+        start += count
+    return sorted(chosen)
+
+
+def _describe(run: Run, before: Tensor, label: int, p: Tensor, q: Tensor) -> dict[str, Any]:
+    """A position as it is kept, after the ids ``before``; ``p`` and ``q`` are the distributions there, ``[vocab]``."""
+    tokenizer, distill = run.pair.tokenizer, run.distill
+    p, ids = p.sort(descending=True, stable=True)
+    q = q[ids]
+    head = in_head(p.cumsum(dim=-1), distill.mu, distill.head_rule)
+    gaps, shown = (p - q).abs(), ids[:TOKENS]
+    return {
+        "context": tokenizer.decode(before),
+        "next": _token_text(tokenizer, before, label),
+        "tokens": [_token_text(tokenizer, before, id) for id in shown.tolist()],
+        "p": p[:TOKENS].tolist(),
+        "q": q[:TOKENS].tolist(),
+        "others": len(p) - len(shown),
+        "p_others": p[TOKENS:].sum().item(),
+        "q_others": q[TOKENS:].sum().item(),
+        "head": int(head.sum()),
+        "head_mass": p[head].sum().item(),
+        "head_gap": gaps[head].sum().item(),
+        "tail_gap": gaps[~head].sum().item(),
+    }
+
+
+def _token_text(tokenizer: Tokenizer, before: Tensor, id: int) -> str:
+    """What a token adds to the text before it: by itself it may lose the space that it begins with."""
+    if id == tokenizer.eos_id:
+        return "<end>"
+    left = tokenizer.decode(before)
+    longer = tokenizer.decode(torch.cat((before, torch.tensor([id]))))
+    text = longer.removeprefix(left) if longer.startswith(left) else tokenizer.decode(torch.tensor([id]))
+    return text or f"<{id}>"

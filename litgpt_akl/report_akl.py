@@ -1,0 +1,34 @@
+"""`litgpt report_akl`: the report page of a run, or of several over each other."""
+
+from pathlib import Path
+
+from litgpt_akl.directories import explain_failure
+from litgpt_akl.errors import UserError
+
+
+def report_akl(runs: list[Path], *, out: Path = Path("report.html")) -> None:
+    """Lay runs over each other in one page: what they logged, their answers, their distributions.
+
+    The page is one file that any browser opens without network access. A run by itself keeps such a page in its
+    ``out_dir``.
+
+    Example: ``litgpt report_akl out/akl out/fkl --out compared.html``.
+
+    Args:
+        runs: The ``out_dir`` of each run, one after the other.
+        out: The page to write; what is there is replaced.
+    """
+    # Bokeh takes half a second to import, which litgpt's other commands are not to wait for
+    from litgpt_akl.report.examples import read_examples
+    from litgpt_akl.report.history import read_history, unique_names
+    from litgpt_akl.report.page import Shown, write_page
+
+    runs = list(dict.fromkeys(Path(run).resolve() for run in runs))
+    shown = [Shown(read_history(run), read_examples(run)) for run in runs]
+    for run, name in zip(shown, unique_names(runs), strict=True):
+        run.history.name = name
+    if out.is_dir():
+        raise UserError(f"--out {out} is a directory. Give the name of a file, such as {out / 'report.html'}.")
+    with explain_failure(out):
+        write_page(out, shown)
+    print(f"{out.resolve()}: {', '.join(run.history.name for run in shown)}")
