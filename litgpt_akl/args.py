@@ -1,5 +1,6 @@
 """Arguments of distillation, each with what it means: they are the help text."""
 
+import dataclasses
 import re
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
@@ -183,3 +184,33 @@ class TeacherArgs:
         """Of the teacher's weights, and of what a quantized one computes in."""
         precision = self.precision or ("bf16-true" if device_type == "cuda" else "32-true")
         return torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+
+@dataclass
+class GenerationArgs:
+    """Arguments of the answers that are rated"""
+
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [10, 20, 30, 40, 50])
+    """Each prompt is answered once for each of these seeds; none ([]) leaves answers out"""
+    max_new_tokens: int = 256
+    """Tokens of an answer at most"""
+    temperature: float = 1.0
+    """Divides the logits before an id is drawn; with 0 the most probable id is taken, and seeds make no difference"""
+    no_repeat_ngram: int | None = 6
+    """No sequence of so many ids comes twice in prompt and answer together; null for no such rule"""
+    batch_size: int = 16
+    """Prompts that are answered together. Changes speed and memory, not the answers, up to rounding"""
+    max_prompts: int | None = None
+    """How many prompts are answered (default: those of all records that are evaluated)"""
+    teacher: bool = True
+    """Whether the teacher's answers are rated, too"""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "no_repeat_ngram", "batch_size", "max_prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--generation.{name} must be at least 1, got {value}.")
+        if self.temperature < 0:
+            raise UserError(f"--generation.temperature must not be negative, got {self.temperature}.")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0:
+            raise UserError(f"--generation.seeds must be different numbers from 0 on, got {self.seeds}.")

@@ -1,9 +1,7 @@
 """What a run does in each of its processes before a model is loaded: its directory, its data, its cache, its memory."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -15,6 +13,7 @@ from litgpt_akl.checkpoint import find_training_state
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.workers import end_with_parent
+from litgpt_akl.directories import make_writable
 from litgpt_akl.errors import UserError
 from litgpt_akl.memory_report import report_memory
 from litgpt_akl.planning import device_bytes
@@ -109,15 +108,6 @@ def _report_cache(
 def _open_out_dir(fabric: L.Fabric, run: Run) -> None:
     """Make ``out_dir`` and find what to resume, in one process for all."""
     if fabric.is_global_zero:
-        _make_writable(run.out_dir)
+        make_writable(run.out_dir)
         run.resume = find_training_state(run.resume, run.out_dir, warn=print)
     run.resume = fabric.broadcast(run.resume)
-
-
-def _make_writable(out_dir: Path) -> None:
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out_dir {out_dir} cannot be made ({error.strerror}). Give another directory.") from error
-    if not os.access(out_dir, os.W_OK | os.X_OK):
-        raise UserError(f"--out_dir {out_dir} is not writable. Give another directory.")
