@@ -56,6 +56,7 @@ def generate(
     seeds: Sequence[Seed] | None = None,
     temperature: float = 1.0,
     no_repeat_ngram: int | None = None,
+    max_length: int | None = None,
 ) -> list[list[int]]:
     """One batch of answers, each with the sequence that ended it, if one did.
 
@@ -65,12 +66,13 @@ def generate(
         fabric: of the run.
         model: a GPT with a :class:`~litgpt_akl.heads.Head`.
         prompts: the ids of each, ``[time]``.
-        max_new_tokens: an answer ends after so many, or where the model's context does.
+        max_new_tokens: an answer ends after so many, or where ``max_length`` is reached.
         stop: sequences of ids that end an answer, from :func:`stop_sequences`.
         vocab_size: ids from here on are padding, and never drawn.
         seeds: one for each prompt; None takes the most probable id each time.
         temperature: divides the logits; above 0.
         no_repeat_ngram: no sequence of so many ids comes twice in prompt and answer together.
+        max_length: tokens of prompt and answer together, at most (default: what the model reads).
 
     Raises:
         UserError: a prompt is longer than :func:`longest_prompt`.
@@ -82,8 +84,9 @@ def generate(
                 f"A prompt has {len(prompt):,} tokens, but the longest that {config.name} can answer has"
                 f" {longest_prompt(config):,}. Lower --train.max_seq_length, or leave such records out."
             )
+    longest = config.block_size if max_length is None else max_length
     answers = [
-        _Answer(prompt.tolist(), min(max_new_tokens, config.block_size - len(prompt)), stop, no_repeat_ngram)
+        _Answer(prompt.tolist(), min(max_new_tokens, longest - len(prompt)), stop, no_repeat_ngram)
         for prompt in prompts
     ]
     generators = None if seeds is None else [_generator(seed, fabric.device) for seed in seeds]
