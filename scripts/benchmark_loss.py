@@ -148,7 +148,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=SHAPES, help="measure this shape only")
     parser.add_argument("--peers", action="store_true", help="add liger-kernel and torchtune")
     parser.add_argument(
-        "--divergences", nargs="+", metavar="NAME", help="names or import paths; or all, which are the names and an own function"
+        "--divergences",
+        nargs="+",
+        metavar="NAME",
+        help="names or import paths; or all, which are the names and an own function",
     )
     parser.add_argument("--compiled", action="store_true", help="time --divergences with torch.compile")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
