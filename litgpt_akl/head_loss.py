@@ -28,8 +28,13 @@ class HeadLoss(NamedTuple):
     """Sum over tokens of ``(1 - kd_ratio) * cross-entropy + kd_ratio * divergence`` in nats, with gradients."""
     tokens: int
     """How many labels were not -100."""
-    stats: dict[str, Tensor]
-    """The sums of :data:`STATISTICS`, scalars without gradients."""
+    values: Tensor
+    """``[len(STATISTICS), tokens]``: the :data:`STATISTICS` of each token, without gradients."""
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """The sums of :data:`STATISTICS` over tokens, scalars."""
+        return dict(zip(STATISTICS, self.values.sum(dim=1).unbind(), strict=True))
 
 
 class _Head(NamedTuple):
@@ -117,8 +122,8 @@ class DistillationLoss(Objective):
         )
         wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
         with torch.autocast(student_hidden.device.type, enabled=False):
-            loss, sums = _BlockwiseLoss.apply(*student, teacher, student_softcap, labels, wanted, self)
-        return HeadLoss(loss, len(labels), dict(zip(STATISTICS, sums.unbind(), strict=True)))
+            loss, values = _BlockwiseLoss.apply(*student, teacher, student_softcap, labels, wanted, self)
+        return HeadLoss(loss, len(labels), values)
 
     def tokens_per_block(self, vocab_size: int, device_type: str) -> int:
         """How many tokens go through the heads at a time."""
@@ -161,10 +166,9 @@ class _BlockwiseLoss(torch.autograd.Function):
             score(teacher_logits, student_logits, labels[rows], stats[:, rows])
             gradients.add(student_logits, student, rows)
         ctx.gradients, ctx.inputs = gradients, (hidden, weight, bias)
-        sums = stats.sum(dim=1)
-        divergence, cross_entropy = sums[STATISTICS.index("divergence")], sums[STATISTICS.index("cross_entropy")]
-        ctx.mark_non_differentiable(sums)
-        return _weighted(options.kd_ratio, divergence, cross_entropy), sums
+        divergence, cross_entropy = (stats[STATISTICS.index(name)].sum() for name in ("divergence", "cross_entropy"))
+        ctx.mark_non_differentiable(stats)
+        return _weighted(options.kd_ratio, divergence, cross_entropy), stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -24,11 +24,18 @@ STATISTICS = (
     "cross_entropy",
     "teacher_cross_entropy",
     "h",
+    "h_squared",
     "head_gap",
     "tail_gap",
     "agreement",
+    "confidence",
+    "accuracy",
+    "teacher_confidence",
+    "teacher_accuracy",
 )
-"""Names of the sums over tokens beside the loss: nats, except ``h``, the gaps and ``agreement`` (of top-1 ids)."""
+"""What is known of each token beside the loss. Those up to ``teacher_cross_entropy`` are in nats; ``agreement`` is of
+the two top-1 ids; ``confidence`` is the probability of a model's top-1 id at temperature 1, ``accuracy`` whether it is
+the label."""
 
 # less than 1 MB in float32, so that what a tile needs fits into a core's cache
 _TILE_ELEMENTS = 200_000
@@ -80,7 +87,7 @@ class Scorer:
     def __call__(self, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, stats: Tensor) -> None:
         """Fill the rows of ``stats`` ``[len(STATISTICS), block]`` for blocks of logits ``[block, vocab]``."""
         objective, temperature = self.objective, self.objective.temperature
-        labels, teacher, student = labels[:, None], teacher_logits, student_logits
+        teacher, student = teacher_logits, student_logits
         if temperature != 1.0:
             teacher, student = teacher / temperature, student / temperature
         tiles = self._tiles(len(labels))
@@ -95,12 +102,17 @@ class Scorer:
         values = (
             comparison.forward_kl,
             comparison.reverse_kl,
-            log_sum - student_logits.gather(-1, labels)[:, 0],
-            teacher_log_sum - teacher_logits.gather(-1, labels)[:, 0],
+            log_sum - _of_each(student_logits, labels),
+            teacher_log_sum - _of_each(teacher_logits, labels),
             h,
+            h.square(),
             head.gap,
             comparison.gap - head.gap,
-            student.gather(-1, head.top_id[:, None])[:, 0] >= comparison.student_max,
+            _of_each(student, head.top_id) >= comparison.student_max,
+            torch.exp(temperature * comparison.student_max - log_sum),
+            _of_each(student, labels) >= comparison.student_max,
+            torch.exp(_of_each(teacher_logits, head.top_id) - teacher_log_sum),
+            _of_each(teacher, labels) >= _of_each(teacher, head.top_id),
         )
         divergence, *others = stats
         for row, value in zip(others, values, strict=True):
@@ -122,7 +134,7 @@ class Scorer:
                     of_rows,
                     tile_share,
                     log_sum[rows],
-                    labels[rows],
+                    labels[rows, None],
                     slope,
                     scratch=scratch,
                 )
@@ -131,6 +143,11 @@ class Scorer:
         """Slices of a block's rows, and memory to work on each in."""
         slices = [slice(start, min(start + self.tile, rows)) for start in range(0, rows, self.tile)]
         return [(s, [x if x is None else x[: s.stop - s.start] for x in self.scratch]) for s in slices]
+
+
+def _of_each(logits: Tensor, ids: Tensor) -> Tensor:
+    """The logit ``[n]`` of one id of each row."""
+    return logits.gather(-1, ids[:, None])[:, 0]
 
 
 def _replace_by_gradient(

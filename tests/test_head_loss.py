@@ -66,9 +66,14 @@ def dense(inputs, loss, student_softcap=None, teacher_softcap=None, vocab_size=N
         "cross_entropy": cross_entropy,
         "teacher_cross_entropy": torch.nn.functional.cross_entropy(teacher, labels, reduction="none"),
         "h": h,
+        "h_squared": h**2,
         "head_gap": h * gap,
         "tail_gap": (1 - h) * gap,
         "agreement": (teacher.argmax(-1) == student.argmax(-1)).double(),
+        "confidence": student.softmax(-1).amax(-1),
+        "accuracy": (student.argmax(-1) == labels).double(),
+        "teacher_confidence": teacher.softmax(-1).amax(-1),
+        "teacher_accuracy": (teacher.argmax(-1) == labels).double(),
     }
     total = (1 - loss.kd_ratio) * cross_entropy.sum() + loss.kd_ratio * divergence.sum()
     return total, {name: value.sum().detach() for name, value in sums.items()}
