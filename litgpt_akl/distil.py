@@ -15,8 +15,9 @@ from litgpt_akl.export_hf import write_export
 from litgpt_akl.loggers import continue_metrics, flushed_metrics
 from litgpt_akl.monitor import Progress
 from litgpt_akl.processes import ending_together
-from litgpt_akl.run import Run, export_options, load_windows, make_state, make_windows
+from litgpt_akl.run import Run, export_options, load_windows, make_windows
 from litgpt_akl.signals import StopSignals, leave_if_stopped
+from litgpt_akl.state import make_state
 from litgpt_akl.teacher import LoneHead
 from litgpt_akl.train import StepResult, check_nonfinite, fit, total_steps
 from litgpt_akl.validation import describe, example_answer, example_prompt, validate

@@ -12,8 +12,9 @@ from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import MicroBatch, in_order
 from litgpt_akl.processes import ending_together
 from litgpt_akl.progress import progress_bar
-from litgpt_akl.run import Run, load_windows, make_teacher, make_windows, step_plan
+from litgpt_akl.run import Run, load_windows, make_windows, step_plan
 from litgpt_akl.signals import StopSignals, leave_if_stopped
+from litgpt_akl.state import make_teacher
 from litgpt_akl.teacher import Teacher
 
 

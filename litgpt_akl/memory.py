@@ -1,8 +1,9 @@
 """How much memory a run will take on each device, from its options alone.
 
-A step has moments at which most is in memory: the teacher's forward, the loss, the begin and the end of the backward,
-the optimizer's step. Each is the sum of what is held then, in bytes of one device; the highest of them is what a run
-needs. Not counted are what the libraries take for themselves and what an allocator cannot use between its blocks.
+A step has moments at which most is in memory: the student's own answers, the teacher's forward, the loss, the begin and
+the end of the backward, the optimizer's step. Each is the sum of what is held then, in bytes of one device; the highest
+of them is what a run needs. Not counted are what the libraries take for themselves and what an allocator cannot use
+between its blocks.
 """
 
 import math
@@ -37,7 +38,8 @@ def predict(plan: MemoryPlan) -> list[Moment]:
     step = _Step(plan)
     if plan.teacher_role == "alone":
         return [step.teacher_forward()]
-    moments = [] if plan.teacher_role == "remembered" else [step.teacher_forward()]
+    answers = [step.own_answers()] if plan.own_prompts else []
+    moments = answers if plan.teacher_role == "remembered" else [*answers, step.teacher_forward()]
     moments += [
         step.student_forward(),
         step.loss(),
@@ -97,6 +99,24 @@ class _Step:
     def _moment(self, name: str, parts: dict[str, float]) -> Moment:
         held = self.always | parts
         return Moment(name, {part: held.get(part, 0.0) for part in PARTS})
+
+    def own_answers(self) -> Moment:
+        """The last block reads the prompts, which may be nearly as long as samples; no gradients are there yet."""
+        plan, config = self.plan, self.plan.student
+        shape = plan.own_prompts, plan.sequence_length
+        tokens = plan.own_prompts * plan.sequence_length
+        keys_and_values = 2 * tokens * config.n_query_groups * config.head_size * config.n_layer
+        running = max(memory.alone for memory, _ in _measure_blocks(config, *shape, plan.student_dtype, False))
+        root, block = self.student.root * self.width, self.student.block * self.width
+        return self._moment(
+            "student's own answers",
+            {
+                GATHERED: _gathered(root, block) if self.sharded else 0,
+                ACTIVATIONS: (keys_and_values + tokens * config.n_embd) * self.width + running,
+                # logits, probabilities, and what is drawn from them
+                LOSS: 4 * plan.own_prompts * plan.vocab_size * _FLOAT32,
+            },
+        )
 
     def teacher_forward(self) -> Moment:
         root, block = (size * self.teacher_width for size in (self.teacher.root, self.teacher.block))

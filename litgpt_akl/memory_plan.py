@@ -57,6 +57,8 @@ class MemoryPlan:
     teacher_role: Literal["live", "remembered", "alone"] = "live"
     """Whether it computes hidden states for the student, is not loaded since a cache has them, or computes them for a
     cache without a student."""
+    own_prompts: int = 0
+    """That the student answers together in a process."""
 
     @property
     def processes(self) -> int:

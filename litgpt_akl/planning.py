@@ -1,5 +1,6 @@
 """From what the command is asked for to a plan of its memory, with or without the models' files."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from litgpt_akl.errors import UserError
 from litgpt_akl.lora import lora_config
 from litgpt_akl.memory_plan import MemoryPlan, try_optimizer
 from litgpt_akl.memory_report import GB
+from litgpt_akl.on_policy import BATCH
 from litgpt_akl.pair import Pair, check_pair
 from litgpt_akl.weights import is_said_to_be_tied, read_config
 
@@ -135,6 +137,7 @@ def make_plan(
         shares_base=shares_base,
         cpu_offload=teacher.cpu_offload,
         teacher_role=_role(teacher, distill),
+        own_prompts=_own_prompts(train, distill, options["devices"] * options["num_nodes"]),
         vocab_size=models.vocab_size,
         loss=distill.loss(),
         device="cuda" if cuda else "cpu",
@@ -154,6 +157,10 @@ def _role(teacher: TeacherArgs, distill: DistillArgs) -> str:
         return "alone"
     # no cache has what a student is about to answer
     return "remembered" if teacher.cache_mode == "read" and distill.on_policy == 0 else "live"
+
+
+def _own_prompts(train: TrainArgs, distill: DistillArgs, processes: int) -> int:
+    return min(BATCH, math.ceil(train.global_batch_size / processes)) if distill.on_policy > 0 else 0
 
 
 def device_bytes(device_memory: float | None, cuda: bool, processes: int) -> float | None:

@@ -1,8 +1,7 @@
-"""One run of the command: what it was asked for, and what it trains, from the start or from a checkpoint."""
+"""One run of the command: what it was asked for, and which samples, optimizer and export follow from that."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,36 +9,16 @@ import lightning as L
 import torch
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
-from litgpt.model import GPT
 from litgpt.utils import instantiate_torch_optimizer
 
 from litgpt_akl.args import DistillArgs, LoRAArgs, TeacherArgs
-from litgpt_akl.cache.caches import Caches, read_head, write_head
-from litgpt_akl.checkpoint import load_training_state, read_training_state
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import Memory, Windows, load
 from litgpt_akl.data.workers import Fetched
 from litgpt_akl.errors import UserError
-from litgpt_akl.frozen import load_frozen
-from litgpt_akl.generation import stop_sequences
-from litgpt_akl.lora import lora_config, with_new_adapters
 from litgpt_akl.memory_plan import MemoryPlan
-from litgpt_akl.models import (
-    build_model,
-    checkpoint_activations,
-    compile_blocks,
-    empty_weights,
-    is_tied,
-    set_up_teacher,
-)
-from litgpt_akl.on_policy import OwnAnswers
 from litgpt_akl.pair import Pair
-from litgpt_akl.recipe import differences
-from litgpt_akl.sharding import load_weights
-from litgpt_akl.teacher import LoneHead, Teacher
-from litgpt_akl.train import make_scheduler, total_steps, warmup_steps
-from litgpt_akl.weights import fingerprint, open_weights
 
 
 @dataclass
@@ -64,7 +43,7 @@ class Run:
     optimizer: str | dict
     seed: int
     resume: bool | Literal["auto"] | Path | None
-    """What was asked for, and in :func:`make_state` the directory that it means."""
+    """What was asked for, and in :func:`~litgpt_akl.state.make_state` the directory that it means."""
     accept_changes: bool
     keep_last: int | None
     export_hf: bool
@@ -115,160 +94,6 @@ def longest_sample(run: Run) -> int:
     """Tokens that a prompt with the student's own answer may have."""
     limits = (run.pair.context_length, run.train.max_seq_length, getattr(run.data, "micro_batch_tokens", None))
     return min(limit for limit in limits if limit is not None)
-
-
-def make_own_answers(fabric: L.Fabric, run: Run, student: torch.nn.Module) -> OwnAnswers | None:
-    """What lets the student answer; None if all is taken as it was recorded."""
-    if run.distill.on_policy == 0:
-        return None
-    return OwnAnswers(
-        fabric,
-        student,
-        run.distill,
-        stop=stop_sequences(run.pair.tokenizer, getattr(run.data, "prompt_style", None)),
-        vocab_size=run.pair.vocab_size,
-        longest=longest_sample(run),
-        seed=run.seed,
-    )
-
-
-def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict[str, Any]:
-    """Models, optimizer, scheduler and counters; with ``run.resume``, as they were when it was saved.
-
-    Only process 0 reads weights.
-
-    Raises:
-        UserError: a checkpoint that cannot be read or does not fit, or one of another run.
-    """
-    pair, weights, tied = run.pair, None, None
-    if fabric.is_global_zero:
-        weights = open_weights(pair.student_dir, pair.student_config)
-        tied = is_tied(pair.student_dir, weights, run.train.tie_embeddings)
-    tied = fabric.broadcast(tied)
-    teacher = None if run.plan.shares_base else make_teacher(fabric, run, caches)
-    config = pair.student_config if run.lora.r is None else lora_config(pair.student_config, run.lora)
-    with empty_weights(fabric):
-        student = build_model(config, tied)
-    if run.compile:
-        compile_blocks(student)
-    if run.activation_checkpointing:
-        checkpoint_activations(student)
-    student = fabric.setup_module(student)
-    # Fabric makes the tables of positions as coarse as half-precision weights
-    student.module.reset_parameters()
-    student.train()
-    optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student))
-    steps, warmup = total_steps(run.train, len(store)), warmup_steps(run.train, len(store))
-    state = {
-        "student": student,
-        "teacher": Teacher(fabric, student) if teacher is None else teacher,
-        "caches": caches,
-        "own_answers": make_own_answers(fabric, run, student),
-        "optimizer": optimizer,
-        "scheduler": make_scheduler(optimizer, warmup, steps, run.train.min_lr),
-        "loss": run.distill.loss(),
-        "vocab_size": pair.vocab_size,
-        # merged into the head alone, its adapter makes two matrices of one
-        "tied": tied and not run.lora.head,
-        "data": {"samples": len(store), "fingerprint": store.fingerprint},
-        "models": {
-            "student": fingerprint(pair.student_dir),
-            "teacher": caches.teacher_weights or fingerprint(pair.teacher_dir),
-        },
-        "step_count": 0,
-        "epoch": 0,
-        "tokens": 0,
-        "nonfinite_in_a_row": 0,
-        "last_validation": -1,
-    }
-    if run.lora.r is not None and weights is not None:
-        weights = with_new_adapters(student, weights, run.seed)
-    if run.resume is None or run.lora.r is not None:
-        load_weights(student, weights)
-    if run.resume is not None:
-        resume(fabric, run, state)
-    return state
-
-
-def make_teacher(fabric: L.Fabric, run: Run, caches: Caches) -> Teacher:
-    """The teacher; of one whose hidden states are remembered only the LM head is loaded.
-
-    Raises:
-        UserError: its weights cannot be read or do not fit.
-    """
-    load = partial(load_teacher, fabric, run, caches)
-    if run.plan.teacher_role == "remembered":
-        head = load_head(fabric, run, caches)
-        if head is not None:
-            return Teacher(fabric, head, load)
-        if not caches.writable:
-            raise UserError(
-                f"The teacher's LM head in --teacher.cache_dir {caches.directory} is missing or damaged."
-                " Use --teacher.cache_mode auto or fill."
-            )
-    return Teacher(fabric, load())
-
-
-def load_head(fabric: L.Fabric, run: Run, caches: Caches) -> LoneHead | None:
-    """A remembered teacher's head, sharded; None if it cannot be read from the cache."""
-    weights = read_head(caches.directory) if fabric.is_global_zero else None
-    if not fabric.broadcast(weights is not None):
-        return None
-    with empty_weights(fabric, run.teacher.dtype(fabric.device.type)):
-        head = LoneHead(run.pair.teacher_config)
-    head = set_up_teacher(fabric, head)
-    load_weights(head, weights)
-    return head
-
-
-def load_teacher(fabric: L.Fabric, run: Run, caches: Caches) -> GPT:
-    """The frozen teacher; its head goes into a cache that is being filled.
-
-    Raises:
-        UserError: they cannot be read or do not fit.
-    """
-    directory, config = run.pair.teacher_dir, run.pair.teacher_config
-    dtype = run.teacher.dtype(fabric.device.type)
-    if fabric.is_global_zero and caches.writable:
-        weights = open_weights(directory, config)
-        names = [name for name in ("lm_head.weight", "lm_head.bias") if name in weights]
-        write_head(caches.directory, {name: weights[name].to(dtype) for name in names})
-    return load_frozen(fabric, directory, config, dtype, quantize=run.teacher.quantize, compile=run.compile)
-
-
-def resume(fabric: L.Fabric, run: Run, state: dict) -> None:
-    """Set ``state`` to what was saved, if it is of the same run; an optimizer's settings are those of the recipe.
-
-    Raises:
-        UserError: the run differs in what changes its result, and that was not accepted.
-    """
-    if fabric.is_global_zero and not run.accept_changes:
-        _refuse_changes(run, state)
-    optimizer, scheduler = state["optimizer"], state["scheduler"]
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    base_rates = scheduler.base_lrs
-    load_training_state(run.resume, state)
-    scheduler.base_lrs = base_rates
-    for group, values, rate, factor in zip(
-        optimizer.param_groups, settings, base_rates, scheduler.lr_lambdas, strict=True
-    ):
-        group.update(values, lr=rate * factor(scheduler.last_epoch))
-
-
-def _refuse_changes(run: Run, state: dict) -> None:
-    saved = read_training_state(run.resume)
-    changes = differences((run.resume / "hyperparameters.yaml").read_text(encoding="utf-8"), run.recipe)
-    for role, identity in state["models"].items():
-        if saved["models"][role] != identity:
-            changes.append(f"the {role} has other weights")
-    if saved["data"] != state["data"]:
-        samples = [f"{data['samples']:,}" for data in (saved["data"], state["data"])]
-        changes.append(f"other training samples ({samples[0]} -> {samples[1]})")
-    if changes:
-        raise UserError(
-            f"--resume: {run.resume} is of a run with another result: {'; '.join(changes)}.\n"
-            "Give what it was started with, start anew without --resume, or accept this with --accept_changes true."
-        )
 
 
 def export_options(run: Run, state: dict) -> dict[str, Any]:

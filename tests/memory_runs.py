@@ -15,6 +15,7 @@ from litgpt.model import GPT
 
 from litgpt_akl.cache.caches import Caches
 from litgpt_akl.data.windows import MicroBatch, Window
+from litgpt_akl.generation import generate
 from litgpt_akl.memory_plan import MemoryPlan
 from litgpt_akl.models import build_model, empty_weights, set_up_teacher
 from litgpt_akl.sharding import load_weights, make_strategy, return_freed_memory
@@ -109,6 +110,11 @@ def _distil(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> None:
     micro_batches = plan.global_batch_size // plan.samples // plan.processes
     tokens = plan.samples * plan.sequence_length * micro_batches * plan.processes
     for step in range(2):
+        if plan.own_prompts:
+            prompts = [torch.zeros(plan.sequence_length - 4, dtype=torch.int64)] * plan.own_prompts
+            seeds = [(number,) for number in range(plan.own_prompts)]
+            options = {"max_new_tokens": 4, "vocab_size": plan.vocab_size, "stop": []}
+            generate(fabric, student, prompts, seeds=seeds, **options)
         batches = [micro_batch(plan) for _ in range(micro_batches)]
         window = Window(0, step, np.arange(plan.global_batch_size), tokens, tokens, tokens, batches)
         take_step(fabric, state, window, max_norm=1.0)

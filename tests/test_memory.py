@@ -76,6 +76,14 @@ MEASURED = {
         micro_batch_size=1,
         sequence_length=128,
     ),
+    "own answers": make_plan(
+        model(6, 256, 4096),
+        model(2, 256, 4096),
+        global_batch_size=24,
+        micro_batch_size=1,
+        sequence_length=512,
+        own_prompts=24,
+    ),
     "two processes": make_plan(
         model(6, 512, 4096), model(8, 768, 4096), devices=2, micro_batch_size=2, sequence_length=384
     ),
@@ -96,6 +104,7 @@ def test_the_prediction_is_within_15_percent_of_the_measured_peak(case, tmp_path
     write_weights(tmp_path / "student.pth", plan.student, plan.student_tied)
     write_weights(tmp_path / "teacher.pth", plan.teacher, plan.teacher_tied)
     small = {"student": model(1, 64, 128), "teacher": model(1, 64, 128), "vocab_size": 128, "sequence_length": 16}
+    assert not plan.own_prompts or peak(predict(plan)).name == "student's own answers"
     in_processes(plan.devices, partial(take_steps, plan, replace(plan, **small), tmp_path))
     measured = max(torch.load(tmp_path / f"growth-{rank}.pth") for rank in range(plan.devices))
     assert peak(predict(plan)).total == pytest.approx(measured, rel=0.15)
