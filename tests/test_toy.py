@@ -1,4 +1,4 @@
-"""scripts/reproduce_toy.py: what the toy experiments show in all thirty seeds, and verdicts that follow from numbers."""
+"""scripts/reproduce_toy.py: what the toy experiments show in thirty seeds, and verdicts that follow from numbers."""
 
 import sys
 from pathlib import Path
