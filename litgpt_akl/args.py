@@ -1,5 +1,6 @@
 """Arguments of distillation, each with what it means: they are the help text."""
 
+import dataclasses
 import re
 from dataclasses import asdict, dataclass, fields
 from typing import Literal
@@ -54,8 +55,17 @@ class DistillArgs:
     compile: bool | None = None
     """Whether torch.compile fuses the element-wise part of the loss (default: on a GPU, if there is
     a compiler)"""
+    on_policy: float = 0.0
+    """Share of the prompts, drawn anew in each epoch, that the student answers itself, from its current weights; the
+    teacher then judges those tokens in place of the recorded response, by the divergence alone: kd_ratio times it, no
+    cross-entropy"""
+    on_policy_tokens: int = 256
+    """Tokens of such an answer at most"""
+    on_policy_temperature: float = 1.0
+    """Divides the student's logits before it draws an id of such an answer; with 0 it takes the most probable one"""
 
     def __post_init__(self) -> None:
+        self._check_on_policy()
         try:
             self.loss()
         except ValueError as error:
@@ -68,9 +78,30 @@ class DistillArgs:
                     f" {self.divergence}. Use --distill.divergence {' or '.join(names)}, or leave {field.name} out."
                 )
 
+    def _check_on_policy(self) -> None:
+        if not 0 <= self.on_policy <= 1:
+            raise UserError(f"--distill.on_policy must be from 0 to 1, got {self.on_policy}.")
+        if self.on_policy_tokens < 1:
+            raise UserError(f"--distill.on_policy_tokens must be at least 1, got {self.on_policy_tokens}.")
+        if self.on_policy_temperature < 0:
+            raise UserError(f"--distill.on_policy_temperature must not be negative, got {self.on_policy_temperature}.")
+        if self.on_policy > 0 and self.kd_ratio == 0:
+            raise UserError(
+                f"--distill.on_policy {self.on_policy} with --distill.kd_ratio 0: the student's own answers are judged"
+                " by the divergence alone. Raise kd_ratio, or leave on_policy out."
+            )
+        for field in fields(self):
+            changed = getattr(self, field.name) != field.default
+            if self.on_policy == 0 and field.name.startswith("on_policy_") and changed:
+                raise UserError(
+                    f"--distill.{field.name} {getattr(self, field.name)} has no part in a run without own answers."
+                    f" Give --distill.on_policy, or leave {field.name} out."
+                )
+
     def loss(self) -> DistillationLoss:
         """The loss that these arguments describe."""
-        return DistillationLoss(**asdict(self))
+        options = {name: value for name, value in asdict(self).items() if not name.startswith("on_policy")}
+        return DistillationLoss(**options)
 
 
 @dataclass
@@ -183,3 +214,33 @@ class TeacherArgs:
         """Of the teacher's weights, and of what a quantized one computes in."""
         precision = self.precision or ("bf16-true" if device_type == "cuda" else "32-true")
         return torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+
+@dataclass
+class GenerationArgs:
+    """Arguments of the answers that are rated"""
+
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [10, 20, 30, 40, 50])
+    """Each prompt is answered once for each of these seeds; none ([]) leaves answers out"""
+    max_new_tokens: int = 256
+    """Tokens of an answer at most"""
+    temperature: float = 1.0
+    """Divides the logits before an id is drawn; with 0 the most probable id is taken, and seeds make no difference"""
+    no_repeat_ngram: int | None = 6
+    """No sequence of so many ids comes twice in prompt and answer together; null for no such rule"""
+    batch_size: int = 16
+    """Prompts that are answered together. Changes speed and memory, not the answers, up to rounding"""
+    max_prompts: int | None = None
+    """How many prompts are answered (default: those of all records that are evaluated)"""
+    teacher: bool = True
+    """Whether the teacher's answers are rated, too"""
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "no_repeat_ngram", "batch_size", "max_prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--generation.{name} must be at least 1, got {value}.")
+        if self.temperature < 0:
+            raise UserError(f"--generation.temperature must not be negative, got {self.temperature}.")
+        if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0:
+            raise UserError(f"--generation.seeds must be different numbers from 0 on, got {self.seeds}.")

@@ -1,9 +1,7 @@
 """What a run does in each of its processes before a model is loaded: its directory, its data, its cache, its memory."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -15,10 +13,11 @@ from litgpt_akl.checkpoint import find_training_state
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.workers import end_with_parent
+from litgpt_akl.directories import make_writable
 from litgpt_akl.errors import UserError
 from litgpt_akl.memory_report import report_memory
 from litgpt_akl.planning import device_bytes
-from litgpt_akl.run import Run, step_plan
+from litgpt_akl.run import Run, longest_sample, step_plan
 from litgpt_akl.sharding import highest_of_each, return_freed_memory
 from litgpt_akl.train import total_steps
 
@@ -39,7 +38,8 @@ def begin(fabric: L.Fabric, run: Run) -> tuple[tuple[Store, Store], Caches]:
     # whatever is downloaded or prepared is then found by the other processes
     with fabric.rank_zero_first():
         stores = prepare_stores(run.data, pair.tokenizer, train, pair.context_length, pair.student_dir)
-    run.plan = replace(run.plan, sequence_length=stores[0].longest)
+    answered = longest_sample(run) if run.distill.on_policy > 0 else 0
+    run.plan = replace(run.plan, sequence_length=max(stores[0].longest, answered))
     caches = Caches() if run.teacher.cache_dir is None else _open_cache(fabric, run, stores)
     if fabric.is_global_zero:
         limit = device_bytes(run.device_memory, run.plan.device == "cuda", run.plan.devices)
@@ -64,15 +64,16 @@ def _open_cache(fabric: L.Fabric, run: Run, stores: tuple[Store, Store]) -> Cach
     needed = _needed_samples(run, stores)
     absent = [cache.absent(n) for cache, n in zip((caches.training, caches.validation), needed, strict=True)]
     counts = highest_of_each(fabric, [len(numbers) for numbers in absent])
-    if not any(counts):
-        run.plan = replace(run.plan, teacher_role="remembered")
-    elif not writable:
+    if any(counts) and not writable:
         found = zip(counts, ("training", "validation"), strict=True)
         lacking = " and ".join(f"{count:,} {name} samples" for count, name in found if count)
         raise UserError(
             f"--teacher.cache_mode read, but {caches.directory} lacks {lacking} that this run needs.\n"
             "Fill it with --teacher.cache_mode fill, or use auto."
         )
+    # no cache has what the student is about to answer
+    if not any(counts) and (run.distill.on_policy == 0 or run.teacher.cache_mode == "fill"):
+        run.plan = replace(run.plan, teacher_role="remembered")
     if fabric.is_global_zero:
         _report_cache(run, stores, caches, needed, absent)
     return caches
@@ -109,15 +110,6 @@ def _report_cache(
 def _open_out_dir(fabric: L.Fabric, run: Run) -> None:
     """Make ``out_dir`` and find what to resume, in one process for all."""
     if fabric.is_global_zero:
-        _make_writable(run.out_dir)
+        make_writable(run.out_dir)
         run.resume = find_training_state(run.resume, run.out_dir, warn=print)
     run.resume = fabric.broadcast(run.resume)
-
-
-def _make_writable(out_dir: Path) -> None:
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out_dir {out_dir} cannot be made ({error.strerror}). Give another directory.") from error
-    if not os.access(out_dir, os.W_OK | os.X_OK):
-        raise UserError(f"--out_dir {out_dir} is not writable. Give another directory.")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import yaml
 from litgpt.args import EvalArgs, TrainArgs
 
-from litgpt_akl.args import LoRAArgs, TeacherArgs
+from litgpt_akl.args import DistillArgs, LoRAArgs, TeacherArgs
 from litgpt_akl.errors import UserError
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
@@ -38,6 +38,23 @@ def check_lora_args(
     if lora.head and train.tie_embeddings:
         raise UserError(
             "--train.tie_embeddings true with --lora.head true: trained embeddings and head are not one matrix."
+            " Leave one of them out."
+        )
+
+
+def check_on_policy(distill: DistillArgs, data: Any, teacher: TeacherArgs) -> None:
+    """See that a student can answer prompts itself.
+
+    Raises:
+        UserError: the data does not tell prompts from responses, or a cache would be of no use.
+    """
+    if distill.on_policy > 0 and getattr(data, "mask_prompt", None) is False:
+        raise UserError(
+            f"--distill.on_policy {distill.on_policy} needs to know what is a prompt: give --data.mask_prompt true."
+        )
+    if distill.on_policy == 1 and teacher.cache_dir is not None:
+        raise UserError(
+            "--distill.on_policy 1.0 with --teacher.cache_dir: a cache knows recorded responses, and none is read."
             " Leave one of them out."
         )
 

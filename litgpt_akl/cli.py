@@ -12,6 +12,7 @@ from litgpt_akl.errors import UserError
 
 COMMANDS = {
     "finetune_akl": "litgpt_akl.finetune_akl:setup",
+    "evaluate_akl": "litgpt_akl.evaluate_akl:evaluate_akl",
     "make_student": "litgpt_akl.make_student:make_student",
     "export_hf": "litgpt_akl.export_hf:export_hf",
 }

@@ -55,6 +55,20 @@ def check_new_directory(out_dir: Path) -> None:
         raise UserError(f"out_dir {out_dir} is not empty. Remove it, or give a directory that does not exist yet.")
 
 
+def make_writable(out_dir: Path) -> None:
+    """Make a command's ``--out_dir``, if need be.
+
+    Raises:
+        UserError: It cannot be made or written to.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out_dir {out_dir} cannot be made ({error.strerror}). Give another directory.") from error
+    if not os.access(out_dir, os.W_OK | os.X_OK):
+        raise UserError(f"--out_dir {out_dir} is not writable. Give another directory.")
+
+
 @contextmanager
 def explain_failure(out_dir: Path) -> Iterator[None]:
     """For a block that writes ``out_dir``: what the system refuses becomes one clear message.

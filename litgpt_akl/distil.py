@@ -15,7 +15,7 @@ from litgpt_akl.export_hf import write_export
 from litgpt_akl.loggers import continue_metrics, flushed_metrics
 from litgpt_akl.monitor import Progress
 from litgpt_akl.processes import ending_together
-from litgpt_akl.run import Run, export_options, load_windows, make_state
+from litgpt_akl.run import Run, export_options, load_windows, make_state, make_windows
 from litgpt_akl.signals import StopSignals, leave_if_stopped
 from litgpt_akl.teacher import LoneHead
 from litgpt_akl.train import StepResult, check_nonfinite, fit, total_steps
@@ -80,12 +80,15 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
             path.write_text(json.dumps(content, indent=1), encoding="utf-8")
         return check_nonfinite(state, result, path, run.on_nonfinite)
 
-    windows = load_windows(fabric, run, store, range(state["step_count"], steps), state["caches"].training)
+    windows, own_answers = make_windows(fabric, run, store, state["caches"].training), state["own_answers"]
+    if own_answers is not None:
+        windows = own_answers.share_of(windows)
+    fetched = load_windows(run, windows, range(state["step_count"], steps))
     try:
         fit(
             fabric,
             state,
-            windows,
+            fetched if own_answers is None else (own_answers.complete(window, windows) for window in fetched),
             train,
             run.eval,
             steps=steps,
@@ -95,7 +98,7 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
             stop=stop,
         )
     finally:
-        windows.stop()
+        fetched.stop()
 
 
 def report(
@@ -113,10 +116,10 @@ def report(
     write(f"Step {state['step_count']}: {describe(metrics)}")
     if progress is None or run.eval.max_new_tokens is None:
         return
-    tokenizer = run.pair.tokenizer
-    prompt = example_prompt(run.data, store, tokenizer, run.eval)
+    prompt = example_prompt(run.data, store, run.pair.tokenizer, run.eval)
     if prompt is not None:
-        answer = example_answer(fabric, state["student"], tokenizer, prompt, run.eval.max_new_tokens)
+        options = run.eval.max_new_tokens, state["step_count"]
+        answer = example_answer(fabric, state["student"], run.pair, prompt, *options)
         if answer is not None:
             write(f"{answer}\n")
 
@@ -140,6 +143,11 @@ def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store
         fabric.print("There are no validation samples: validation is off.")
     kind = fabric.device.type
     fused = "compiled by torch.compile" if state["loss"].compiles_on(kind) else "eager"
+    if run.distill.on_policy > 0:
+        fabric.print(
+            f"On policy: the student answers {run.distill.on_policy:.0%} of the prompts itself, in at most"
+            f" {run.distill.on_policy_tokens} tokens"
+        )
     fabric.print(
         f"Loss: {run.distill.divergence}, kd_ratio {run.distill.kd_ratio}, {run.pair.vocab_size:,} ids,"
         f" {state['loss'].tokens_per_block(run.pair.vocab_size, kind)} tokens a block, element-wise part {fused}"

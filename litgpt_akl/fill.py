@@ -12,7 +12,7 @@ from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import MicroBatch, in_order
 from litgpt_akl.processes import ending_together
 from litgpt_akl.progress import progress_bar
-from litgpt_akl.run import Run, load_windows, make_teacher, step_plan
+from litgpt_akl.run import Run, load_windows, make_teacher, make_windows, step_plan
 from litgpt_akl.signals import StopSignals, leave_if_stopped
 from litgpt_akl.teacher import Teacher
 
@@ -45,7 +45,7 @@ def _fill_training(
     steps = [
         step for step in range(first, plan.steps_per_epoch, parts) if len(caches.training.absent(plan.step(0, step)))
     ]
-    windows = load_windows(fabric, run, store, steps, caches.training)
+    windows = load_windows(run, make_windows(fabric, run, store, caches.training), steps)
     batches = (window.micro_batches for window in windows)
     try:
         _ask(fabric, teacher, batches, len(steps), caches.training, stop, "filling the cache")

@@ -19,6 +19,7 @@ from litgpt_akl.cache.space import describe_plan
 from litgpt_akl.checks import (
     check_cpu_offload,
     check_lora_args,
+    check_on_policy,
     check_run_args,
     check_training_args,
     choose_precision,
@@ -142,7 +143,8 @@ def setup(
         check_quantization(teacher.quantize, devices * num_nodes, needed=not dry_run)
     check_cpu_offload(teacher, devices * num_nodes, cuda)
     teacher_dir = checkpoint_dir if teacher.use_base else teacher_checkpoint_dir
-    weights_needed = teacher.cache_dir is None
+    check_on_policy(distill, data, teacher)
+    weights_needed = teacher.cache_dir is None or distill.on_policy > 0
     pair = None if dry_run else check_pair(checkpoint_dir, teacher_dir, access_token, weights_needed)
     if pair and export_hf:
         check_export(pair.student_dir, pair.student_config)

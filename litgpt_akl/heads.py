@@ -23,6 +23,10 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor) -> Any:
         if self._give is not None:
             return self._give(self, hidden)
+        return self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[..., vocab]`` of hidden states ``[..., n_embd]``."""
         logits = super().forward(hidden)
         return logits if self.softcap is None else do_softcapping(logits, self.softcap)
 

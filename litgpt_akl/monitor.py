@@ -56,11 +56,15 @@ class Progress:
             "seconds_per_step": seconds / self._steps,
             "memory_gb": memory_in_use(self.fabric.device),
         }
+        own_answers, own = state["own_answers"], ""
+        if own_answers is not None:
+            metrics["own_answers_time"] = own_answers.seconds / seconds
+            own_answers.seconds, own = 0.0, f" own answers {metrics['own_answers_time']:.0%} of the time,"
         self._start_counting()
         self.fabric.log_dict(metrics, step=state["step_count"])
         self.bar.set_postfix_str(
             f"loss {loss:.3f}, divergence {metrics['divergence']:.3f}, h {metrics['h']:.2f},"
-            f" {metrics['tokens_per_second']:,.0f} tokens/s, lr {metrics['learning_rate']:.1e},"
+            f" {metrics['tokens_per_second']:,.0f} tokens/s,{own} lr {metrics['learning_rate']:.1e},"
             f" {metrics['memory_gb']:.1f} GB",
             refresh=False,
         )

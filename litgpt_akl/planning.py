@@ -134,7 +134,7 @@ def make_plan(
         quantize=teacher.quantize,
         shares_base=shares_base,
         cpu_offload=teacher.cpu_offload,
-        teacher_role={"fill": "alone", "read": "remembered"}.get(teacher.cache_mode, "live"),
+        teacher_role=_role(teacher, distill),
         vocab_size=models.vocab_size,
         loss=distill.loss(),
         device="cuda" if cuda else "cpu",
@@ -147,6 +147,13 @@ def make_plan(
         sequence_length=train.max_seq_length or models.context_length,
         **options,
     )
+
+
+def _role(teacher: TeacherArgs, distill: DistillArgs) -> str:
+    if teacher.cache_mode == "fill":
+        return "alone"
+    # no cache has what a student is about to answer
+    return "remembered" if teacher.cache_mode == "read" and distill.on_policy == 0 else "live"
 
 
 def device_bytes(device_memory: float | None, cuda: bool, processes: int) -> float | None:

@@ -21,6 +21,8 @@ from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import Memory, Windows, load
 from litgpt_akl.data.workers import Fetched
 from litgpt_akl.errors import UserError
+from litgpt_akl.frozen import load_frozen
+from litgpt_akl.generation import stop_sequences
 from litgpt_akl.lora import lora_config, with_new_adapters
 from litgpt_akl.memory_plan import MemoryPlan
 from litgpt_akl.models import (
@@ -31,8 +33,8 @@ from litgpt_akl.models import (
     is_tied,
     set_up_teacher,
 )
+from litgpt_akl.on_policy import OwnAnswers
 from litgpt_akl.pair import Pair
-from litgpt_akl.quantize import load_quantized
 from litgpt_akl.recipe import differences
 from litgpt_akl.sharding import load_weights
 from litgpt_akl.teacher import LoneHead, Teacher
@@ -97,13 +99,37 @@ def step_plan(run: Run, store: Store) -> Plan:
     return Plan(len(store), run.train.global_batch_size, run.seed, store.lengths, store.chunk_ends)
 
 
-def load_windows(fabric: L.Fabric, run: Run, store: Store, numbers: Sequence[int], memory: Memory | None) -> Fetched:
-    """This process's share of the windows of those numbers, fetched ahead; to be stopped in the end."""
+def make_windows(fabric: L.Fabric, run: Run, store: Store, memory: Memory | None) -> Windows:
+    """This process's share of every step's samples, all of them as they were recorded."""
     micro_batch_tokens = getattr(run.data, "micro_batch_tokens", None)
     share = fabric.global_rank, fabric.world_size
-    plan, size = step_plan(run, store), run.train.micro_batch_size
-    windows = Windows(store, plan, size, micro_batch_tokens, *share, memory)
+    return Windows(store, step_plan(run, store), run.train.micro_batch_size, micro_batch_tokens, *share, memory)
+
+
+def load_windows(run: Run, windows: Windows, numbers: Sequence[int]) -> Fetched:
+    """The windows of those numbers, fetched ahead; to be stopped in the end."""
     return load(windows, numbers, getattr(run.data, "num_workers", 0))
+
+
+def longest_sample(run: Run) -> int:
+    """Tokens that a prompt with the student's own answer may have."""
+    limits = (run.pair.context_length, run.train.max_seq_length, getattr(run.data, "micro_batch_tokens", None))
+    return min(limit for limit in limits if limit is not None)
+
+
+def make_own_answers(fabric: L.Fabric, run: Run, student: torch.nn.Module) -> OwnAnswers | None:
+    """What lets the student answer; None if all is taken as it was recorded."""
+    if run.distill.on_policy == 0:
+        return None
+    return OwnAnswers(
+        fabric,
+        student,
+        run.distill,
+        stop=stop_sequences(run.pair.tokenizer, getattr(run.data, "prompt_style", None)),
+        vocab_size=run.pair.vocab_size,
+        longest=longest_sample(run),
+        seed=run.seed,
+    )
 
 
 def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict[str, Any]:
@@ -137,6 +163,7 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
         "student": student,
         "teacher": Teacher(fabric, student) if teacher is None else teacher,
         "caches": caches,
+        "own_answers": make_own_answers(fabric, run, student),
         "optimizer": optimizer,
         "scheduler": make_scheduler(optimizer, warmup, steps, run.train.min_lr),
         "loss": run.distill.loss(),
@@ -195,30 +222,18 @@ def load_head(fabric: L.Fabric, run: Run, caches: Caches) -> LoneHead | None:
 
 
 def load_teacher(fabric: L.Fabric, run: Run, caches: Caches) -> GPT:
-    """The frozen teacher, sharded or quantized, with its weights, which only process 0 reads; its head goes into a
-    cache that is being filled.
+    """The frozen teacher; its head goes into a cache that is being filled.
 
     Raises:
         UserError: they cannot be read or do not fit.
     """
-    pair, weights, tied = run.pair, None, None
-    if fabric.is_global_zero:
-        weights = open_weights(pair.teacher_dir, pair.teacher_config)
-        tied = is_tied(pair.teacher_dir, weights, None)
-    tied, dtype = fabric.broadcast(tied), run.teacher.dtype(fabric.device.type)
+    directory, config = run.pair.teacher_dir, run.pair.teacher_config
+    dtype = run.teacher.dtype(fabric.device.type)
     if fabric.is_global_zero and caches.writable:
+        weights = open_weights(directory, config)
         names = [name for name in ("lm_head.weight", "lm_head.bias") if name in weights]
         write_head(caches.directory, {name: weights[name].to(dtype) for name in names})
-    # a quantized one is never whole on the device
-    with torch.device("meta") if run.teacher.quantize else empty_weights(fabric, dtype):
-        teacher = build_model(pair.teacher_config, tied)
-    if run.compile:
-        compile_blocks(teacher)
-    if run.teacher.quantize:
-        return load_quantized(teacher, weights, run.teacher.quantize, dtype, fabric.device)
-    teacher = set_up_teacher(fabric, teacher)
-    load_weights(teacher, weights)
-    return teacher
+    return load_frozen(fabric, directory, config, dtype, quantize=run.teacher.quantize, compile=run.compile)
 
 
 def resume(fabric: L.Fabric, run: Run, state: dict) -> None:

@@ -51,7 +51,7 @@ class Teacher:
         ahead = self.fabric.device.type == "cuda" and self.fabric.world_size == 1
         computed = []
         for batch, answer in zip(batches, (self._ahead if ahead else self._in_turn)(batches, live), strict=True):
-            if cache is not None and batch.teacher_hidden is None:
+            if cache is not None and batch.teacher_hidden is None and not batch.is_own:
                 computed.append((batch, answer[1]))
             yield answer
         for batch, hidden in computed:
@@ -63,7 +63,7 @@ class Teacher:
         if cache is None:
             return [True] * len(batches)
         for batch in batches:
-            if batch.teacher_hidden is None:
+            if batch.teacher_hidden is None and not batch.is_own:
                 # fetched ahead, it may have been too early
                 batch.teacher_hidden = cache.read(batch.keys)
         return [flag > 0 for flag in highest_of_each(self.fabric, [batch.teacher_hidden is None for batch in batches])]
@@ -83,7 +83,8 @@ class Teacher:
                 waiting.append((answer, stream.record_event()))
             if len(waiting) > 1:
                 yield _handed_over(*waiting.pop(0), main)
-        yield _handed_over(*waiting.pop(0), main)
+        for last in waiting:
+            yield _handed_over(*last, main)
 
     def _answer(self, batch: MicroBatch, live: bool) -> tuple[MicroBatch, Tensor]:
         moved = batch.to(self.fabric.device)

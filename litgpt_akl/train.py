@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -95,10 +95,14 @@ def take_step(fabric: L.Fabric, state: dict, window: Window, max_norm: float | N
     sums = torch.zeros(1 + len(STATISTICS), device=fabric.device)
     for batch, teacher_hidden in teacher.answers(window.micro_batches, state["caches"].training):
         targets = batch.input_ids, batch.positions, batch.labels, teacher_hidden
-        result = distillation_loss(student, teacher.model, state["loss"], *targets, state["vocab_size"])
+        loss, weight = state["loss"], 1.0
+        if batch.is_own:
+            # what the student wrote is no label
+            loss, weight = replace(loss, kd_ratio=1.0), loss.kd_ratio
+        result = distillation_loss(student, teacher.model, loss, *targets, state["vocab_size"])
         # sharding averages gradients over the processes
-        fabric.backward(result.loss * fabric.world_size / window.response_tokens)
-        sums += torch.stack([result.loss.detach(), *result.stats.values()])
+        fabric.backward(result.loss * (weight * fabric.world_size / window.response_tokens))
+        sums += torch.stack([result.loss.detach() * weight, *result.stats.values()])
     norm = clip_gradients(student, max_norm or math.inf)
     loss, *sums = fabric.all_reduce(sums, reduce_op="sum").unbind()
     result = StepResult(loss.item() / window.response_tokens, torch.stack(sums), norm)

@@ -8,7 +8,6 @@ import lightning as L
 import torch
 from litgpt.args import EvalArgs
 from litgpt.data import DataModule
-from litgpt.generate.base import generate
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import select_sft_generate_example
 from torch import Tensor
@@ -16,7 +15,9 @@ from torch import Tensor
 from litgpt_akl.data.arrow_store import ArrowStore
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import in_order
+from litgpt_akl.generation import generate, longest_prompt, stop_sequences, without_end
 from litgpt_akl.models import distillation_loss
+from litgpt_akl.pair import Pair
 from litgpt_akl.scoring import STATISTICS
 from litgpt_akl.sharding import reshard
 from litgpt_akl.signals import StopSignals
@@ -96,30 +97,25 @@ def example_prompt(data: DataModule, store: Store, tokenizer: Tokenizer, eval: E
     return tokenizer.encode(data.prompt_style.apply(select_sft_generate_example(eval, data)))
 
 
-@torch.no_grad()
 def example_answer(
-    fabric: L.Fabric, model: torch.nn.Module, tokenizer: Tokenizer, input_ids: Tensor, max_new_tokens: int
+    fabric: L.Fabric, model: torch.nn.Module, pair: Pair, input_ids: Tensor, max_new_tokens: int, step: int
 ) -> str | None:
-    """A prompt ``[time]`` and the model's answer to it, or None if the prompt fills the model's context.
+    """A prompt ``[time]`` and the model's answer to it, or None if the model cannot read so long a prompt.
 
-    Training's random numbers are left as they were. All processes must ask together.
+    All processes must ask together; ``step`` seeds what is drawn.
     """
-    context_length = model.config.block_size
-    longest = min(len(input_ids) + max_new_tokens, context_length)
-    if longest <= len(input_ids):
+    if len(input_ids) > longest_prompt(model.config):
         return None
-    input_ids = input_ids.to(fabric.device)
-    model.eval()
-    with torch.random.fork_rng(), fabric.init_tensor():
-        model.max_seq_length = longest
-        model.set_kv_cache(batch_size=1)
-        # sharded models only run together: no process may come to an end before the others
-        eos_id = tokenizer.eos_id if fabric.world_size == 1 else None
-        output = generate(model, input_ids, max_returned_tokens=longest, temperature=0.8, eos_id=eos_id)
-    model.clear_kv_cache()
-    model.max_seq_length = context_length
-    model.train()
-    reshard(model.module)
-    answer = output[len(input_ids) :].tolist()
-    end = answer.index(tokenizer.eos_id) if tokenizer.eos_id in answer else len(answer)
-    return tokenizer.decode(output[: len(input_ids) + end])
+    stop = stop_sequences(pair.tokenizer, None)
+    # every process draws the same: a sharded model only runs in all of them together
+    (answer,) = generate(
+        fabric,
+        model,
+        [input_ids],
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        vocab_size=pair.vocab_size,
+        seeds=[(step,)],
+        temperature=0.8,
+    )
+    return pair.tokenizer.decode(torch.tensor([*input_ids.tolist(), *without_end(answer, stop)]))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -42,6 +42,8 @@ class MicroBatch:
     """``[batch, 2]``: number and digest of each sample, if there is a memory."""
     teacher_hidden: Tensor | None = None
     """``[n, D]``: the teacher's final hidden states at the positions, if they are remembered."""
+    is_own: bool = False
+    """Whether the student itself has answered."""
 
     @property
     def counts(self) -> list[int]:
@@ -58,7 +60,7 @@ class MicroBatch:
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
         tensors = (self.input_ids, self.positions, self.labels)
         hidden = None if self.teacher_hidden is None else change(self.teacher_hidden)
-        return MicroBatch(*map(change, tensors), self.keys, hidden)
+        return MicroBatch(*map(change, tensors), self.keys, hidden, self.is_own)
 
 
 @dataclass
@@ -78,6 +80,9 @@ class Window:
     """Of all ranks, with padding."""
     micro_batches: list[MicroBatch]
     """Of this rank; every rank has as many, of which the last may be empty."""
+    prompts: dict[int, Tensor] = field(default_factory=dict)
+    """Of all ranks: the ids of prompts that the student is to answer itself, ``[time]``, by the samples' numbers. Their
+    recorded responses are not in the micro-batches, and not among the tokens."""
 
     def pin_memory(self) -> "Window":
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
@@ -95,25 +100,48 @@ class Windows(Dataset):
     rank: int = 0
     world_size: int = 1
     memory: Memory | None = None
+    on_policy: float = 0.0
+    """Share of the samples whose prompt the student answers itself."""
+    longest_prompt: int = 0
+    """Tokens of the longest prompt that it can answer; a sample with a longer one, or none, is taken as recorded."""
 
     def __getitem__(self, number: int) -> Window:
         epoch, step = divmod(number, self.plan.steps_per_epoch)
         numbers = self.plan.step(epoch, step)
-        lengths = self.store.lengths(numbers)
+        prompts = self._draw_prompts(epoch, step, numbers)
+        recorded = numbers[~np.isin(numbers, list(prompts))]
+        lengths = self.store.lengths(recorded)
         cuts = cut(lengths, self.micro_batch_size, self.micro_batch_tokens)
         return Window(
             epoch,
             step,
             numbers,
-            response_tokens=int(self.store.response_tokens(numbers).sum()),
+            response_tokens=int(self.store.response_tokens(recorded).sum()),
             tokens=int(lengths.sum()),
-            padded_tokens=int(sum(lengths[part].max() * len(lengths[part]) for part in cuts)),
-            micro_batches=list(_share(self.store, numbers, cuts, self.rank, self.world_size, self.memory)),
+            padded_tokens=padded(lengths, cuts),
+            micro_batches=list(_share(self.store, recorded, cuts, self.rank, self.world_size, self.memory)),
+            prompts=prompts,
         )
+
+    def _draw_prompts(self, epoch: int, step: int, numbers: np.ndarray) -> dict[int, Tensor]:
+        if self.on_policy == 0:
+            return {}
+        # a key of four numbers, so that the draws are not those of the plan
+        random = np.random.default_rng((self.plan.seed, epoch, step, 0))
+        drawn = numbers[random.random(len(numbers)) < self.on_policy]
+        samples = self.store.read(drawn) if len(drawn) else []
+        starts = [int((sample["labels"] != IGNORE_INDEX).int().argmax()) for sample in samples]
+        return {
+            int(number): sample["input_ids"][:start]
+            for number, sample, start in zip(drawn, samples, starts, strict=True)
+            if 0 < start <= self.longest_prompt
+        }
 
 
 def cut(lengths: np.ndarray, micro_batch_size: int, micro_batch_tokens: int | None = None) -> list[slice]:
     """Where to cut samples, ordered by length, into micro-batches."""
+    if len(lengths) == 0:
+        return []
     starts = [0]
     for end, longest in enumerate(lengths.tolist(), start=1):
         samples = end - starts[-1]
@@ -122,12 +150,22 @@ def cut(lengths: np.ndarray, micro_batch_size: int, micro_batch_tokens: int | No
     return [slice(start, end) for start, end in pairwise([*starts, len(lengths)])]
 
 
+def padded(lengths: np.ndarray, cuts: list[slice]) -> int:
+    """Tokens of micro-batches with padding."""
+    return int(sum(lengths[part].max() * len(lengths[part]) for part in cuts))
+
+
+def turns(cuts: list[slice], rank: int, world_size: int) -> Iterator[slice]:
+    """A rank's micro-batches; as many as any other rank's, since sharded models only run together: one may be empty."""
+    for turn in range(rank, math.ceil(len(cuts) / world_size) * world_size, world_size):
+        yield cuts[turn] if turn < len(cuts) else slice(0, 0)
+
+
 def _share(
     store: Store, numbers: np.ndarray, cuts: list[slice], rank: int, world_size: int, memory: Memory | None
 ) -> Iterator[MicroBatch]:
-    """A rank's micro-batches; as many as any other rank's, since sharded models only run together."""
-    for turn in range(rank, math.ceil(len(cuts) / world_size) * world_size, world_size):
-        own = numbers[cuts[turn]] if turn < len(cuts) else numbers[:0]
+    for part in turns(cuts, rank, world_size):
+        own = numbers[part]
         samples = store.read(own) if len(own) else []
         batch = collate(samples)
         if memory is not None:

@@ -1,0 +1,174 @@
+"""What a model answers to held-out prompts, and how near that is to the references.
+
+The protocol is that of the work on distilling language models that the paper follows (Gu et al., MiniLLM, arXiv
+2306.08543; Wu et al., arXiv 2404.02657): answers are drawn at temperature 1 from the whole distribution, no 6 tokens
+come twice in a row, five decoding seeds, ROUGE-L with stemming, the best of several references, times 100.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import lightning as L
+import torch
+from litgpt.tokenizer import Tokenizer
+from rouge_score.rouge_scorer import RougeScorer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from litgpt_akl.args import GenerationArgs
+from litgpt_akl.data.stores import Store
+from litgpt_akl.errors import UserError
+from litgpt_akl.generation import generate, without_end
+from litgpt_akl.head_loss import IGNORE_INDEX
+from litgpt_akl.progress import progress_bar
+from litgpt_akl.sharding import from_each
+
+
+@dataclass
+class Question:
+    """A prompt and what was answered to it by people."""
+
+    number: int
+    """Of the first sample that asks it."""
+    prompt: Tensor
+    """``[time]``."""
+    references: list[str]
+
+
+def find_questions(
+    store: Store, numbers: Sequence[int], tokenizer: Tokenizer, stop: Sequence[list[int]]
+) -> list[Question]:
+    """The prompts of samples, each once, with the first response of every sample that has it as references.
+
+    Raises:
+        UserError: a sample does not tell its prompt from its response.
+    """
+    questions: dict[tuple[int, ...], Question] = {}
+    for number, sample in zip(numbers, store.read(list(numbers)), strict=True):
+        counted = sample["labels"] != IGNORE_INDEX
+        start = int(counted.int().argmax())
+        if start == 0:
+            raise UserError(
+                f"{store.place(number)}: all of it counts as a response, so there is no prompt to answer.\n"
+                "Give --data.mask_prompt true, or leave answers out with --generation.seeds '[]'."
+            )
+        stretch = (~counted[start:]).int()
+        end = start + (int(stretch.argmax()) if stretch.any() else len(stretch))
+        prompt, response = sample["input_ids"][:start], sample["input_ids"][start:end].tolist()
+        question = questions.setdefault(tuple(prompt.tolist()), Question(number, prompt, []))
+        question.references.append(tokenizer.decode(torch.tensor(without_end(response, stop))))
+    return list(questions.values())
+
+
+@dataclass
+class Answers:
+    """A model's answers to questions, for one seed."""
+
+    seed: int
+    texts: list[str]
+    lengths: list[int]
+    """In tokens, without what ends an answer."""
+
+
+class Asker:
+    """Puts the same questions to models.
+
+    Args:
+        fabric: of the run.
+        questions: all of them, in every process.
+        tokenizer: of the models.
+        stop: what ends an answer, from :func:`~litgpt_akl.generation.stop_sequences`.
+        vocab_size: ids that the tokenizer has.
+        args: of the command.
+    """
+
+    def __init__(
+        self,
+        fabric: L.Fabric,
+        questions: Sequence[Question],
+        tokenizer: Tokenizer,
+        stop: Sequence[list[int]],
+        vocab_size: int,
+        args: GenerationArgs,
+    ) -> None:
+        self.fabric, self.questions, self.tokenizer = fabric, questions, tokenizer
+        self.stop, self.vocab_size, self.args = stop, vocab_size, args
+        # those of like length together
+        order = sorted(range(len(questions)), key=lambda place: len(questions[place].prompt))
+        self._batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
+
+    def ask(self, model: nn.Module, name: str) -> list[Answers]:
+        """A model's answers for each seed; all processes ask together, and each has all answers in the end."""
+        # one is enough where nothing is drawn
+        seeds = self.args.seeds[: 1 if self.args.temperature == 0 else None]
+        total, quiet = len(seeds) * len(self.questions), not self.fabric.is_global_zero
+        with progress_bar(total=total, desc=f"{name}: answering", unit="answer", disable=quiet) as bar:
+            return [self._for_seed(model, seed, bar) for seed in seeds]
+
+    def _for_seed(self, model: nn.Module, seed: int, bar: tqdm) -> Answers:
+        world_size, found = self.fabric.world_size, {}
+        for turn in range(0, len(self._batches), world_size):
+            began, own = time.perf_counter(), turn + self.fabric.global_rank
+            batch = self._batches[own] if own < len(self._batches) else []
+            answers = self._answer(model, [self.questions[place] for place in batch], seed)
+            found.update(zip(batch, answers, strict=True))
+            rate = sum(map(len, answers)) * world_size / (time.perf_counter() - began)
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            bar.update(sum(map(len, self._batches[turn : turn + world_size])))
+        found = {place: answer for part in from_each(found) for place, answer in part.items()}
+        ids = [without_end(found[place], self.stop) for place in range(len(self.questions))]
+        return Answers(seed, [self.tokenizer.decode(torch.tensor(answer)) for answer in ids], list(map(len, ids)))
+
+    def _answer(self, model: nn.Module, questions: Sequence[Question], seed: int) -> list[list[int]]:
+        args = self.args
+        return generate(
+            self.fabric,
+            model,
+            [question.prompt for question in questions],
+            max_new_tokens=args.max_new_tokens,
+            stop=self.stop,
+            vocab_size=self.vocab_size,
+            seeds=[(seed, question.number) for question in questions] if args.temperature > 0 else None,
+            temperature=args.temperature or 1.0,
+            no_repeat_ngram=args.no_repeat_ngram,
+        )
+
+
+def rate(questions: Sequence[Question], answers: Sequence[Answers]) -> dict[str, float]:
+    """How good a model's answers are, as means over seeds.
+
+    Returns:
+        ``rouge_l``: F-measure times 100 to the best reference, mean over questions, with its standard deviation over
+        seeds ``rouge_l_std`` (NaN for one seed); ``distinct_2``: different pairs of neighbouring words among all pairs
+        of a seed's answers; ``answer_tokens``: mean length.
+    """
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    references = [question.references for question in questions]
+    scores = [
+        100 * fmean(scorer.score_multi(r, text)["rougeL"].fmeasure for r, text in zip(references, a.texts, strict=True))
+        for a in answers
+    ]
+    return {
+        "rouge_l": fmean(scores),
+        "rouge_l_std": stdev(scores) if len(scores) > 1 else float("nan"),
+        "distinct_2": fmean(distinct_pairs(a.texts) for a in answers),
+        "answer_tokens": fmean(fmean(a.lengths) for a in answers),
+    }
+
+
+def distinct_pairs(texts: Sequence[str]) -> float:
+    """Different pairs of neighbouring words among all pairs (distinct-2, Li et al., arXiv 1510.03055); 0 of none."""
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
+
+
+def as_lines(questions: Sequence[Question], answers: dict[str, list[Answers]]) -> str:
+    """A line of JSON for each question: its references, and each model's answers by seed."""
+    lines = []
+    for place, question in enumerate(questions):
+        by_role = {role: {str(of.seed): of.texts[place] for of in every} for role, every in answers.items()}
+        lines.append(json.dumps({"number": question.number, "references": question.references, "answers": by_role}))
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,223 @@
+"""`litgpt evaluate_akl`: what a student has taken on of its teacher, and how well it answers."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from litgpt.args import TrainArgs
+from litgpt.data import Alpaca, DataModule
+from litgpt.model import GPT
+from litgpt.utils import parse_devices
+
+from litgpt_akl.adaptive import HeadRule
+from litgpt_akl.answers import Answers, Asker, as_lines, find_questions, rate
+from litgpt_akl.args import GenerationArgs
+from litgpt_akl.checks import check_run_args
+from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.stores import Store
+from litgpt_akl.data.workers import end_with_parent
+from litgpt_akl.directories import explain_failure, make_writable, write_file
+from litgpt_akl.errors import UserError
+from litgpt_akl.evaluation_table import table, without_nan
+from litgpt_akl.frozen import load_frozen
+from litgpt_akl.generation import stop_sequences
+from litgpt_akl.head_loss import DistillationLoss
+from litgpt_akl.measures import gap_closed, measure
+from litgpt_akl.monitor import silence_known_noise
+from litgpt_akl.pair import Pair, check_pair
+from litgpt_akl.processes import ending_together
+from litgpt_akl.sharding import make_strategy
+
+
+@dataclass
+class Evaluation:
+    """One call of the command, checked."""
+
+    pairs: dict[str, Pair]
+    """Each student with its teacher: ``student``, and ``before`` if it is given."""
+    data: DataModule
+    split: Literal["validation", "training"]
+    max_records: int | None
+    batch_size: int
+    max_seq_length: int | None
+    dtype: torch.dtype
+    loss: DistillationLoss
+    generation: GenerationArgs
+    out_dir: Path
+    settings: dict[str, Any]
+
+
+def evaluate_akl(
+    checkpoint_dir: Path,
+    *,
+    teacher_checkpoint_dir: Path,
+    before_checkpoint_dir: Path | None = None,
+    out_dir: Path | None = None,
+    data: DataModule | None = None,
+    split: Literal["validation", "training"] = "validation",
+    max_records: int | None = None,
+    batch_size: int = 8,
+    max_seq_length: int | None = None,
+    mu: float = 0.5,
+    head_rule: HeadRule = "paper",
+    generation: GenerationArgs = GenerationArgs(),
+    precision: Literal["32-true", "bf16-true"] | None = None,
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    hybrid_sharding: bool = False,
+    access_token: str | None = None,
+) -> None:
+    """Hold a student against its teacher on records that it was not trained on: distributions, and sampled answers.
+
+    ``litgpt evaluate`` runs the benchmarks of lm-eval on the same directory.
+
+    Arguments:
+        checkpoint_dir: The student's checkpoint directory, such as ``final/`` of a run.
+        teacher_checkpoint_dir: The teacher's; it must have the student's tokenizer.
+        before_checkpoint_dir: The student's as it was before distillation: with it, the share of the gap to the teacher
+            that was closed is told.
+        out_dir: Where ``evaluation.json`` and all answers, ``answers.jsonl``, are written (default: ``evaluate/`` in
+            the student's directory).
+        data: Data-related arguments. If not provided, the default is ``litgpt.data.Alpaca``. Give those of training,
+            so that prompts are the same.
+        split: Which of the data's records to read.
+        max_records: How many of them, from the first on (default: all).
+        batch_size: Records that the models read together. Changes speed and memory, not the results, up to rounding.
+        max_seq_length: Tokens to which records are cut (default: the models' context; longer ones are refused).
+        mu: Mass of the teacher's distribution that counts as its head, in adaptive KL.
+        head_rule: Whether the id that crosses mu belongs to the head (paper), or not, as in the authors' code
+            (official).
+        generation: Arguments of the answers that are rated. See ``litgpt_akl.args.GenerationArgs`` for details.
+        precision: What all models are held in and computed with (default: bf16-true on a GPU, 32-true on a CPU).
+        devices: How many devices to use on each node. With more than one in all, the models are sharded.
+        num_nodes: How many nodes the code is being run on.
+        hybrid_sharding: Whether every node holds whole models, sharded over its own devices only.
+        access_token: Optional API token to access models with restrictions.
+    """
+    settings = {
+        "checkpoint_dir": str(checkpoint_dir),
+        "teacher_checkpoint_dir": str(teacher_checkpoint_dir),
+        "before_checkpoint_dir": None if before_checkpoint_dir is None else str(before_checkpoint_dir),
+        "split": split,
+        "max_records": max_records,
+        "max_seq_length": max_seq_length,
+        "mu": mu,
+        "head_rule": head_rule,
+        "generation": asdict(generation),
+    }
+    silence_known_noise()
+    for name, value in (("max_records", max_records), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}.")
+    if not 0 < mu <= 1:
+        raise UserError(f"--mu must be above 0 and at most 1, got {mu}.")
+    devices = parse_devices(devices)
+    check_run_args(None, devices, num_nodes, hybrid_sharding)
+    students = {"student": checkpoint_dir, "before": before_checkpoint_dir}
+    pairs = {
+        role: check_pair(directory, teacher_checkpoint_dir, access_token)
+        for role, directory in students.items()
+        if directory is not None
+    }
+    precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
+    evaluation = Evaluation(
+        pairs=pairs,
+        data=Alpaca() if data is None else data,
+        split=split,
+        max_records=max_records,
+        batch_size=batch_size,
+        max_seq_length=max_seq_length,
+        dtype=torch.bfloat16 if precision == "bf16-true" else torch.float32,
+        loss=DistillationLoss(divergence="akl", kd_ratio=1.0, mu=mu, head_rule=head_rule),
+        generation=generation,
+        out_dir=pairs["student"].student_dir / "evaluate" if out_dir is None else Path(out_dir),
+        settings=settings | {"precision": precision},
+    )
+    strategy = make_strategy(devices, num_nodes, hybrid_sharding)
+    fabric = L.Fabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
+    fabric.launch(main, evaluation)
+
+
+@ending_together
+def main(fabric: L.Fabric, evaluation: Evaluation) -> None:
+    """Evaluate in each process; the first one writes what was found."""
+    if fabric.local_rank > 0:
+        end_with_parent()
+    if fabric.is_global_zero:
+        make_writable(evaluation.out_dir)
+    store, numbers = _open_records(fabric, evaluation)
+    asker = _prepare_questions(fabric, evaluation, store, numbers)
+    found, answers = _read_and_ask(fabric, evaluation, store, numbers, asker)
+    if "before" in found:
+        before, after, teacher = found["before"], found["student"], found["teacher"]
+        after["gap_closed"] = gap_closed(*(of["cross_entropy"] for of in (before, after, teacher)))
+        after["kl_closed"] = gap_closed(before["forward_kl"], after["forward_kl"], 0.0)
+    if fabric.is_global_zero:
+        counts = {"records": len(numbers), "prompts": 0 if asker is None else len(asker.questions)}
+        versions = {name: version(name) for name in ("litgpt-akl", "litgpt", "torch", "rouge-score", "torchmetrics")}
+        content = found | {"data": counts, "settings": evaluation.settings, "versions": versions}
+        with explain_failure(evaluation.out_dir):
+            write_file(evaluation.out_dir / "evaluation.json", json.dumps(without_nan(content), indent=1).encode())
+            if asker is not None:
+                write_file(evaluation.out_dir / "answers.jsonl", as_lines(asker.questions, answers).encode())
+        print(f"\n{counts['records']:,} records, {counts['prompts']:,} prompts; means over response tokens\n")
+        print(table(found))
+        print(f"\nWritten to {evaluation.out_dir}")
+
+
+def _open_records(fabric: L.Fabric, evaluation: Evaluation) -> tuple[Store, range]:
+    """The store of the records that are evaluated, and their numbers in it."""
+    pair = evaluation.pairs["student"]
+    train = TrainArgs(micro_batch_size=evaluation.batch_size, max_seq_length=evaluation.max_seq_length)
+    with fabric.rank_zero_first():
+        stores = prepare_stores(evaluation.data, pair.tokenizer, train, pair.context_length, pair.student_dir)
+    store = stores[evaluation.split == "validation"]
+    numbers = range(len(store))[: evaluation.max_records]
+    if not numbers:
+        raise UserError(
+            f"--split {evaluation.split}: the data has no such records. Hold some out by the data's own options, or"
+            " evaluate all of a file of test records with --split training."
+        )
+    return store, numbers
+
+
+def _prepare_questions(fabric: L.Fabric, evaluation: Evaluation, store: Store, numbers: Sequence[int]) -> Asker | None:
+    """Who asks; None if no answers are wanted."""
+    args, pair = evaluation.generation, evaluation.pairs["student"]
+    if not args.seeds:
+        return None
+    prompt_style = getattr(evaluation.data, "prompt_style", None)
+    stop = stop_sequences(pair.tokenizer, prompt_style)
+    questions = find_questions(store, numbers, pair.tokenizer, stop)[: args.max_prompts]
+    return Asker(fabric, questions, pair.tokenizer, stop, pair.vocab_size, args)
+
+
+def _read_and_ask(
+    fabric: L.Fabric, evaluation: Evaluation, store: Store, numbers: Sequence[int], asker: Asker | None
+) -> tuple[dict[str, dict[str, float]], dict[str, list[Answers]]]:
+    """What is measured of each model, and its answers, by role; one student at a time is in memory."""
+    options = {"batch_size": evaluation.batch_size, "vocab_size": evaluation.pairs["student"].vocab_size}
+    found: dict[str, dict[str, float]] = {}
+    answers: dict[str, list[Answers]] = {}
+
+    def ask(role: str, model: GPT) -> None:
+        answers[role] = asker.ask(model, role)
+        found[role] |= rate(asker.questions, answers[role])
+
+    pair = evaluation.pairs["student"]
+    teacher = load_frozen(fabric, pair.teacher_dir, pair.teacher_config, evaluation.dtype)
+    for role, pair in evaluation.pairs.items():
+        student = load_frozen(fabric, pair.student_dir, pair.student_config, evaluation.dtype)
+        measures = measure(fabric, student, teacher, evaluation.loss, store, numbers, name=role, **options)
+        found |= {role: measures.student, "teacher": found.get("teacher", measures.teacher)}
+        if asker is not None:
+            ask(role, student)
+        del student
+    if asker is not None and evaluation.generation.teacher:
+        ask("teacher", teacher)
+    return found, answers

@@ -1,0 +1,257 @@
+"""Runs in which the student answers prompts itself."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from cache_runs import assert_equal
+from litgpt.generate.base import generate as litgpt_generate
+from litgpt.model import GPT
+from litgpt.tokenizer import Tokenizer
+from litgpt.utils import load_checkpoint
+from ranks import in_processes
+from runs import alice, distil, metrics, train_args
+
+from litgpt_akl.args import DistillArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.data.plan import Plan
+from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.windows import Windows
+from litgpt_akl.errors import UserError
+from litgpt_akl.frozen import load_frozen
+from litgpt_akl.generation import stop_sequences
+from litgpt_akl.head_loss import DistillationLoss
+from litgpt_akl.models import build_model
+from litgpt_akl.on_policy import OwnAnswers
+from litgpt_akl.weights import open_weights, read_config
+
+OWN = {"on_policy": 0.5, "on_policy_tokens": 12, "kd_ratio": 0.7}
+RATE = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2e-4}}
+SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+
+
+def run(student: Path, teacher_dir: Path | None, data, out_dir: Path, **changes) -> dict[str, torch.Tensor]:
+    torch.set_num_threads(1)
+    train = {"max_steps": 4, "global_batch_size": 7, "micro_batch_size": 2, **changes.pop("train", {})}
+    distill = OWN | changes.pop("distill", {})
+    return distil(student, teacher_dir, data, out_dir, train=train, distill=distill, **({"optimizer": RATE} | changes))
+
+
+@pytest.fixture
+def windows(teacher_dir, alice_json) -> Windows:
+    store = prepare_stores(alice(alice_json), Tokenizer(teacher_dir), train_args(), 128, teacher_dir)[0]
+    plan = Plan(len(store), 8, seed=3, lengths=store.lengths)
+    return Windows(store, plan, micro_batch_size=3)
+
+
+@pytest.fixture
+def fabric() -> L.Fabric:
+    return L.Fabric(devices=1, accelerator="cpu")
+
+
+def answering(fabric: L.Fabric, directory: Path, **distill) -> OwnAnswers:
+    tokenizer = Tokenizer(directory)
+    return OwnAnswers(
+        fabric,
+        load_frozen(fabric, directory, read_config(directory), torch.float32),
+        DistillArgs(**distill),
+        stop=stop_sequences(tokenizer, None),
+        vocab_size=1024,
+        longest=128,
+        seed=5,
+    )
+
+
+def rows(window) -> dict[tuple[int, ...], tuple[list[int], bool]]:
+    """Labels of each row of a window, and whether they are own, by all that is known before them."""
+    found = {}
+    for batch in window.micro_batches:
+        of_row = batch.positions // batch.input_ids.size(1)
+        for row, ids in enumerate(batch.input_ids):
+            places = batch.positions[of_row == row] % batch.input_ids.size(1)
+            labels = batch.labels[of_row == row].tolist()
+            assert ids[places + 1].tolist() == labels or not batch.is_own
+            found[tuple(ids[: places[0] + 1].tolist())] = (labels, batch.is_own)
+    return found
+
+
+def test_own_answers_are_those_of_litgpt_greedily(fabric, windows, teacher_dir):
+    own_answers = answering(fabric, teacher_dir, on_policy=1.0, on_policy_tokens=20, on_policy_temperature=0.0)
+    window = own_answers.share_of(windows)[0]
+    assert not window.micro_batches and window.response_tokens == 0 and len(window.prompts) == 8
+    completed = own_answers.complete(window, windows)
+    found = rows(completed)
+    model, tokenizer = GPT(read_config(teacher_dir)).eval(), Tokenizer(teacher_dir)
+    load_checkpoint(fabric, model, teacher_dir / "lit_model.pth")
+    for prompt in window.prompts.values():
+        model.set_kv_cache(batch_size=1)
+        longest = min(128, len(prompt) + 20)
+        output = litgpt_generate(model, prompt, longest, temperature=0.0, eos_id=tokenizer.eos_id)
+        assert found[tuple(prompt.tolist())] == (output[len(prompt) :].tolist(), True)
+    assert completed.response_tokens == sum(len(labels) for labels, _ in found.values())
+    assert completed.tokens == completed.response_tokens + sum(map(len, window.prompts.values()))
+    assert completed.padded_tokens == sum(batch.input_ids.numel() for batch in completed.micro_batches)
+
+
+def test_a_share_of_the_prompts_is_answered_and_the_rest_is_as_recorded(fabric, windows, teacher_dir):
+    own_answers = answering(fabric, teacher_dir, on_policy=0.3, on_policy_tokens=5)
+    sharing, drawn, samples = own_answers.share_of(windows), 0, 0
+    for number in range(40):
+        recorded, window = rows(windows[number]), sharing[number]
+        assert list(window.prompts) == list(sharing[number].prompts)
+        completed = own_answers.complete(window, windows) if number < 3 else window
+        found = rows(completed)
+        kept = {prompt for prompt in recorded if found.get(prompt) == recorded[prompt]}
+        assert len(kept) + len(window.prompts) == len(recorded)
+        if number < 3:
+            assert found.keys() == recorded.keys()
+            tokens = [len(labels) for labels, _ in found.values()]
+            assert completed.response_tokens == sum(tokens)
+            assert all(len(found[prompt][0]) <= 5 for prompt in found.keys() - kept)
+        drawn, samples = drawn + len(window.prompts), samples + len(recorded)
+    # five standard deviations
+    assert abs(drawn / samples - 0.3) < 5 * np.sqrt(0.3 * 0.7 / samples)
+    other = [list(sharing[number + windows.plan.steps_per_epoch].prompts) for number in range(40)]
+    assert other != [list(sharing[number].prompts) for number in range(40)]
+
+
+def test_too_long_a_prompt_is_taken_as_recorded(fabric, windows, teacher_dir):
+    own_answers = answering(fabric, teacher_dir, on_policy=1.0)
+    sharing = own_answers.share_of(windows)
+    lengths = [len(prompt) for number in range(30) for prompt in sharing[number].prompts.values()]
+    assert len(lengths) == 240
+    limit = sorted(lengths)[120]
+    sharing = replace(sharing, longest_prompt=limit)
+    within = [len(prompt) for number in range(30) for prompt in sharing[number].prompts.values()]
+    assert sorted(within) == sorted(length for length in lengths if length <= limit)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher_dir, alice_json, tmp_path):
+    before = open_weights(teacher_dir, read_config(teacher_dir))
+    # AdamW would let the weights decay
+    changes = {"distill": {"on_policy": 1.0, "kd_ratio": 1.0}, "optimizer": SGD}
+    after = run(teacher_dir, teacher_dir, alice_json, tmp_path, **changes)
+    steps = [row for row in metrics(tmp_path) if "loss" in row]
+    assert len(steps) == 4 and all(row["loss"] == row["gradient_norm"] == 0 for row in steps)
+    assert all(0 < row["own_answers_time"] < 1 for row in steps)
+    assert_equal(after, {name: before[name] for name in after})
+
+
+def test_one_step_equals_autograd_on_the_own_answers(fabric, windows, student_dir, teacher_dir, alice_json, tmp_path):
+    """The first step of SGD: kd_ratio times the divergence on own answers, the whole loss on recorded ones, one N."""
+    changes = {"train": {"max_steps": 1, "global_batch_size": 8, "max_norm": None}, "seed": 5, "optimizer": SGD}
+    after = run(student_dir, teacher_dir, alice_json, tmp_path, **changes)
+    own_answers = answering(fabric, student_dir, **OWN)
+    seeded = replace(windows, plan=Plan(len(windows.store), 8, seed=5, lengths=windows.store.lengths))
+    found = rows(own_answers.complete(own_answers.share_of(seeded)[0], seeded))
+    assert {is_own for _, is_own in found.values()} == {True, False}
+    student, teacher = (whole_model(directory) for directory in (student_dir, teacher_dir))
+    total, tokens = 0.0, 0
+    for prompt, (labels, is_own) in found.items():
+        ids = torch.tensor([[*prompt, *labels[:-1]]])
+        logits = student(ids)[0, len(prompt) - 1 :, :1024]
+        with torch.no_grad():
+            target = teacher(ids)[0, len(prompt) - 1 :, :1024]
+        identity = torch.eye(1024)
+        loss = DistillationLoss(kd_ratio=1.0 if is_own else 0.7, compile=False)
+        value = loss(logits, identity, target, identity, torch.tensor(labels)).loss
+        total, tokens = total + (0.7 if is_own else 1.0) * value, tokens + len(labels)
+    (total / tokens).backward()
+    assert metrics(tmp_path)[1]["loss"] == pytest.approx((total / tokens).item(), rel=1e-5)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(after[name], parameter.detach() - 0.1 * parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def whole_model(directory: Path) -> GPT:
+    config = read_config(directory)
+    model = build_model(config, tied=True)
+    model.load_state_dict(open_weights(directory, config))
+    return model
+
+
+@pytest.fixture(scope="module")
+def undisturbed(student_dir, teacher_dir, alice_json, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("own") / "run"
+    return run(student_dir, teacher_dir, alice_json, out_dir), metrics(out_dir)
+
+
+def test_a_resumed_run_is_bit_identical(undisturbed, student_dir, teacher_dir, alice_json, tmp_path):
+    short = {"max_steps": 4, "save_interval": 2}
+    run(student_dir, teacher_dir, alice_json, tmp_path / "first", train=short)
+    halfway = tmp_path / "first" / "step-000002"
+    again = run(student_dir, teacher_dir, alice_json, tmp_path / "second", train=short, resume=halfway)
+    assert_equal(again, undisturbed[0])
+
+
+@pytest.mark.parametrize("devices", [2, 3])
+def test_processes_take_the_steps_of_one(undisturbed, student_dir, teacher_dir, alice_json, tmp_path, devices):
+    in_processes(devices, run_in_processes, student_dir, teacher_dir, alice_json, tmp_path, devices)
+    assert_equal(torch.load(tmp_path / "final" / "lit_model.pth"), undisturbed[0], within=1e-6)
+    for first, second in zip(metrics(tmp_path), undisturbed[1], strict=True):
+        if "loss" in first:
+            assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+            assert first["tokens"] == second["tokens"]
+
+
+def run_in_processes(student: Path, teacher: Path, data: Path, out_dir: Path, devices: int) -> None:
+    run(student, teacher, data, out_dir, devices=devices)
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 7}, {"micro_batch_size": 1}])
+def test_micro_batches_change_nothing(undisturbed, student_dir, teacher_dir, alice_json, tmp_path, changes):
+    found = run(student_dir, teacher_dir, alice_json, tmp_path, train=changes)
+    assert_equal(found, undisturbed[0], within=1e-6)
+
+
+def test_loader_workers_change_nothing(undisturbed, student_dir, teacher_dir, alice_json, tmp_path):
+    data = alice(alice_json)
+    data.num_workers = 2
+    assert_equal(run(student_dir, teacher_dir, data, tmp_path), undisturbed[0])
+
+
+@pytest.mark.parametrize("mode", ["auto", "read"])
+def test_recorded_responses_come_from_the_cache(undisturbed, student_dir, teacher_dir, alice_json, tmp_path, mode):
+    cache = str(tmp_path / "cache")
+    if mode == "read":
+        with pytest.raises(FileNotFoundError, match="final"):
+            filling = TeacherArgs(cache_dir=cache, cache_mode="fill")
+            run(student_dir, teacher_dir, alice_json, tmp_path / "fill", teacher=filling)
+    teacher = TeacherArgs(cache_dir=cache, cache_mode=mode)
+    found = run(student_dir, teacher_dir, alice_json, tmp_path / "run", teacher=teacher)
+    # a cache is filled in other micro-batches than these
+    assert_equal(found, undisturbed[0], within=1e-5)
+
+
+def test_lora_answers_with_its_adapters(student_dir, alice_json, tmp_path):
+    lora = LoRAArgs(r=4, dropout=0.5)
+    changes = {"lora": lora, "teacher": TeacherArgs(use_base=True), "train": {"max_steps": 3}}
+    run(student_dir, None, alice_json, tmp_path, **changes)
+    losses = [row["loss"] for row in metrics(tmp_path) if "loss" in row]
+    assert len(losses) == 3 and all(np.isfinite(losses))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"on_policy": 1.5}, "--distill.on_policy must be from 0 to 1, got 1.5"),
+        ({"on_policy": 0.5, "kd_ratio": 0.0}, "--distill.on_policy 0.5 with --distill.kd_ratio 0"),
+        ({"on_policy_tokens": 5}, "--distill.on_policy_tokens 5 has no part in a run without own answers"),
+        ({"on_policy": 0.5, "on_policy_tokens": 0}, "--distill.on_policy_tokens must be at least 1, got 0"),
+        ({"on_policy": 0.5, "on_policy_temperature": -1.0}, "on_policy_temperature must not be negative"),
+    ],
+)
+def test_mistakes(changes, message):
+    with pytest.raises(UserError, match=message):
+        DistillArgs(**changes)
+
+
+def test_mistakes_in_a_run(student_dir, teacher_dir, alice_json, tmp_path):
+    data = alice(alice_json)
+    data.mask_prompt = False
+    with pytest.raises(UserError, match="needs to know what is a prompt: give --data.mask_prompt true"):
+        run(student_dir, teacher_dir, data, tmp_path)
+    cached = TeacherArgs(cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="a cache knows recorded responses, and none is read"):
+        run(student_dir, teacher_dir, alice_json, tmp_path, teacher=cached, distill={"on_policy": 1.0})
