@@ -1,11 +1,13 @@
 """One training, and one test of its student, by the commands themselves."""
 
 import csv
+import json
 import shutil
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import JSON
@@ -13,11 +15,18 @@ from litgpt.data import JSON
 from comparison.material import Material
 from comparison.methods import Settings
 from comparison.store import Run, Store
-from litgpt_akl.args import DistillArgs, TeacherArgs
+from litgpt_akl.args import DistillArgs, GenerationArgs, TeacherArgs
 from litgpt_akl.errors import UserError
+from litgpt_akl.evaluate_akl import evaluate_akl
 from litgpt_akl.finetune_akl import setup
 
 NEVER = 10**9
+
+TEST_BATCH = 8
+"""Records that are read together."""
+
+DECODING_SEEDS = [10]
+"""One answer a prompt: more prompts tell more than more answers to each."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +88,28 @@ def train(place: Place, run: Run) -> None:
 
 
 def test(place: Place, run: Run) -> None:
-    """Test the student of a run on records that it has not seen."""
-    began = time.monotonic()
-    place.store.write_test(run, evaluate(place, run) | {"seconds": time.monotonic() - began})
-
-
-def evaluate(place: Place, run: Run) -> dict[str, float]:
-    """Means over the response tokens of the held-out records."""
-    settings = replace(place.settings, steps=1, validation_records=place.settings.test_records)
-    material, cache = replace(place.material, data=place.material.test), place.cache.with_name("cache-test")
-    place = replace(place, settings=settings, material=material, cache=cache)
+    """Test the student of a run on records that it has not seen, by `litgpt evaluate_akl`."""
+    settings, began = place.settings, time.monotonic()
     with tempfile.TemporaryDirectory() as out_dir:
-        distil(place, place.store.student(run), Path(out_dir), 0.0, cache_mode="auto")
-        row = logged(Path(out_dir))[-1]
-    return {name.removeprefix("val_"): value for name, value in row.items() if name.startswith("val_")}
+        evaluate_akl(
+            place.store.student(run),
+            teacher_checkpoint_dir=place.material.teacher,
+            out_dir=Path(out_dir),
+            data=records(place, place.material.test),
+            batch_size=TEST_BATCH,
+            max_seq_length=place.material.max_seq_length,
+            generation=GenerationArgs(
+                seeds=DECODING_SEEDS, max_new_tokens=settings.new_tokens, max_prompts=settings.prompts, teacher=False
+            ),
+            precision="32-true",
+        )
+        found = json.loads((Path(out_dir) / "evaluation.json").read_text(encoding="utf-8"))
+    place.store.write_test(run, found["student"] | {"seconds": time.monotonic() - began})
+
+
+def records(place: Place, directory: Path) -> JSON:
+    """The data module of a directory of the material."""
+    return JSON(directory, mask_prompt=True, prompt_style=place.material.prompt_style, num_workers=0)
 
 
 def distil(
@@ -102,17 +119,17 @@ def distil(
     rate: float = 1.0,
     seed: int = 0,
     options: dict[str, str | float] | None = None,
-    cache_mode: str = "read",
+    cache_mode: Literal["fill", "read"] = "read",
 ) -> None:
     """`litgpt finetune_akl` with what is the same for all runs."""
     settings, material = place.settings, place.material
-    batch, records = settings.batch, settings.validation_records
+    batch, validations = settings.batch, -(-settings.validation_records // settings.batch)
     setup(
         student,
         teacher_checkpoint_dir=material.teacher,
         out_dir=out_dir,
         precision="32-true",
-        data=JSON(material.data, mask_prompt=True, prompt_style=material.prompt_style, num_workers=0),
+        data=records(place, material.data),
         teacher=TeacherArgs(cache_dir=str(place.cache), cache_mode=cache_mode),
         distill=DistillArgs(**(options or {})),
         train=TrainArgs(
@@ -127,7 +144,7 @@ def distil(
             max_norm=1.0,
             min_lr=0.0,
         ),
-        eval=EvalArgs(interval=NEVER, max_iters=-(-records // batch), max_new_tokens=None, initial_validation=False),
+        eval=EvalArgs(interval=NEVER, max_iters=validations, max_new_tokens=None, initial_validation=False),
         optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": rate, "weight_decay": 0.01}},
         seed=seed,
     )
