@@ -63,14 +63,14 @@ QUICK = Settings(
     methods=tuple(METHODS),
     seeds=(1, 2, 3),
     rates=(1e-3, 3e-3, 1e-2),
-    steps=300,
+    steps=150,
     batch=16,
     kd_ratio=1.0,
     train_records=400,
     validation_records=80,
     test_records=120,
-    prompts=40,
-    new_tokens=40,
+    prompts=32,
+    new_tokens=32,
 )
 FULL = Settings(
     pair="smollm2",
