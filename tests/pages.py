@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from litgpt_akl.report.history import History
-from litgpt_akl.report.page import Shown
 
 EVIL = "</script><script>fail()</script><b>bold</b> $$x^2$$ \x1b[31m\x00 \ud800 &amp;"
 
@@ -16,10 +15,6 @@ def log(run_dir: Path, text: str, version: int = 0) -> None:
     directory = run_dir / "logs" / "csv" / f"version_{version}"
     directory.mkdir(parents=True)
     (directory / "metrics.csv").write_text(text)
-
-
-def shown(history: History, examples: dict[str, Any] | None = None) -> Shown:
-    return Shown(history, examples)
 
 
 def made_up(name: str, steps: int, seed: int = 0) -> History:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -12,7 +13,7 @@ import pytest
 import torch
 from litgpt.args import LogArgs
 from litgpt.tokenizer import Tokenizer
-from pages import log, shown
+from pages import log
 from ranks import in_processes
 from runs import alice, distil, metrics
 from test_train import gpt
@@ -22,7 +23,7 @@ from litgpt_akl.errors import UserError
 from litgpt_akl.loggers import make_loggers
 from litgpt_akl.report.examples import TOKENS, read_examples
 from litgpt_akl.report.history import POINTS, History, read_history, running_mean, thin, unique_names
-from litgpt_akl.report.page import make_page
+from litgpt_akl.report.page import Shown, make_page
 from litgpt_akl.report.plots import COLOURS, NOISY, draw_panels
 from litgpt_akl.report.text import one_line, printable
 from litgpt_akl.report_akl import report_akl
@@ -66,7 +67,7 @@ def test_the_log_is_read_whatever_is_in_it(tmp_path):
     assert history.training["step"].tolist() == [1, 2] and history.training["loss"][0] == 2.25
     assert math.isnan(history.training["loss"][1])
     assert history.validation["step"].tolist() == [0, 2] and history.validation["ppl"].tolist() == [12, 9]
-    page = make_page([shown(history)])
+    page = make_page([Shown(history)])
     assert "Validation" in page and "12.00" in page
 
 
@@ -96,7 +97,15 @@ def test_a_run_shows_what_it_has_logged(run):
 
 def test_the_page_names_the_run_and_its_validations(run, student_dir, teacher_dir, alice_json):
     page = (run / "report.html").read_text(encoding="utf-8")
-    for text in (str(student_dir), str(teacher_dir), str(alice_json), "0.5 x akl", "step 0", "step 6", "refreshed"):
+    for text in (
+        str(student_dir),
+        str(teacher_dir),
+        str(alice_json),
+        "0.5 akl + 0.5 cross-entropy",
+        "step 0",
+        "step 6",
+        "refreshed",
+    ):
         assert text in page
     last = [row for row in metrics(run) if "val_loss" in row][-1]
     assert f"<td>{last['val_cross_entropy']:.3f}</td>" in page and f"<td>{last['val_gap_closed']:.1%}</td>" in page
@@ -166,14 +175,17 @@ def test_a_remembered_teacher_does_not_answer(teacher_dir, student_dir, alice_js
     assert read["answers"] == filled["answers"] and read["positions"] == filled["positions"]
 
 
-def test_a_page_that_cannot_be_written_does_not_end_the_run(teacher_dir, student_dir, alice_json, tmp_path, capsys):
+def test_what_cannot_be_written_does_not_end_the_run(teacher_dir, student_dir, alice_json, tmp_path, capsys):
+    options = {"train": {"max_steps": 2, "save_interval": 1}, "eval": {"initial_validation": False}}
     (tmp_path / "report.html" / "something").mkdir(parents=True)
-    (tmp_path / "examples.json" / "something").mkdir(parents=True)
-    (tmp_path / "other").mkdir()
-    options = {"train": {"max_steps": 1}, "eval": {"max_new_tokens": None}}
     distil(student_dir, teacher_dir, alice_json, tmp_path, **options)
-    told = capsys.readouterr().out
-    assert "report.html was not refreshed (IsADirectoryError" in told and "examples.json cannot be written" in told
+    assert "report.html was not refreshed (IsADirectoryError" in capsys.readouterr().out
+    (tmp_path / "examples.json").unlink()
+    (tmp_path / "examples.json" / "something").mkdir(parents=True)
+    shutil.rmtree(tmp_path / "step-000002")
+    distil(student_dir, teacher_dir, alice_json, tmp_path, resume=True, **options)
+    assert "examples.json cannot be written (Is a directory)" in capsys.readouterr().out
+    assert (tmp_path / "final" / "lit_model.pth").is_file()
 
 
 def test_a_new_run_forgets_the_one_before(teacher_dir, student_dir, alice_json, tmp_path):

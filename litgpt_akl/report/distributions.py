@@ -24,17 +24,18 @@ def draw_distribution(position: dict[str, Any], students: Sequence[tuple[str, di
     curves = [("teacher", [*position["p"], position["p_others"]])]
     curves += [(name, [*of["q"], of["q_others"]]) for name, of in students]
     names = [*position["tokens"], f"{position['others']:,} others"]
+    places = np.append(np.arange(len(names) - 1), len(names) - 0.5)
     plot = empty_figure("probability", "log", height=330, y_range=_range([values for _, values in curves]))
-    _name_tokens(plot, names)
-    head = min(position["head"], len(names))
-    plot.add_layout(BoxAnnotation(left=-0.5, right=head - 0.5, fill_color=COLOURS[5], fill_alpha=0.2, line_color=None))
+    _name_tokens(plot, names, places)
+    head = min(position["head"], len(names) - 1)
+    plot.add_layout(BoxAnnotation(left=-0.5, right=head - 0.5, fill_color=COLOURS[5], fill_alpha=0.3, line_color=None))
     drawing = Drawing(_title(position), _about(position, students), plot)
-    tokens = [one_line(token, 40) for token in names]
+    tokens = [*(one_line(token, 40) for token in position["tokens"]), names[-1]]
     for number, (name, values) in enumerate(curves):
         colour, dash = COLOURS[number % len(COLOURS)], "dotted" if len(curves) == 3 and number == 1 else "solid"
-        x, y = np.arange(len(names)), np.maximum(values, LOWEST).astype(np.float32)
-        add_line(plot, x, y, None, line_color=colour, line_dash=dash, line_width=1.5)
-        add_dots(plot, x, y, name, colour, token=tokens)
+        y = np.maximum(values, LOWEST).astype(np.float32)
+        add_line(plot, places[:-1], y[:-1], None, line_color=colour, line_dash=dash, line_width=1.5)
+        add_dots(plot, places, y, name, colour, token=tokens)
         drawing.keys.append(Key(name, colour, dash, marker=True))
     add_hover(plot, "@y{0.000000}", "@token")
     return drawing
@@ -45,10 +46,12 @@ def _range(curves: list[list[float]]) -> tuple[float, float]:
     return float(10 ** np.floor(np.log10(lowest))), 1.5
 
 
-def _name_tokens(plot: figure, names: list[str]) -> None:
-    plot.xaxis.ticker = list(range(len(names)))
+def _name_tokens(plot: figure, names: list[str], places: np.ndarray) -> None:
+    plot.xaxis.ticker = places.tolist()
+    texts = [*(one_line(name, 14) for name in names[:-1]), names[-1]]
     # as they are: text between dollars would be taken for a formula
-    plot.xaxis.major_label_overrides = {place: PlainText(text=one_line(name, 14)) for place, name in enumerate(names)}
+    labels = {place: PlainText(text=text) for place, text in zip(places.tolist(), texts, strict=True)}
+    plot.xaxis.major_label_overrides = labels
     plot.xaxis.major_label_orientation = "vertical"
     plot.x_range.range_padding = 0.02
 

@@ -86,7 +86,7 @@ def _facts(history: History) -> dict[str, str]:
     facts = {
         "Student": recipe.get("checkpoint_dir"),
         "Teacher": recipe.get("teacher_checkpoint_dir") or recipe.get("checkpoint_dir"),
-        "Objective": f"{distill.get('kd_ratio')} x {distill.get('divergence')}, the rest cross-entropy",
+        "Objective": _objective(distill),
         "Data": f"{str(data.get('class_path', '')).rpartition('.')[2]} {path}",
         "Steps": f"{int(steps.max()):,}, {train.get('global_batch_size')} records each" if len(steps) else None,
     }
@@ -94,6 +94,12 @@ def _facts(history: History) -> dict[str, str]:
     if len(tokens):
         facts["Tokens"] = f"{int(tokens[-1]):,}"
     return {name: str(value) for name, value in facts.items() if value} if recipe else {}
+
+
+def _objective(distill: dict[str, Any]) -> str:
+    share = distill.get("kd_ratio", 0.5)
+    parts = (f"{share:g} {distill.get('divergence')}", f"{1 - share:g} cross-entropy")
+    return f"{' + '.join(parts)} (--distill.kd_ratio {share:g})"
 
 
 def _table(histories: Sequence[History]) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from bokeh.models import ColumnDataSource, HoverTool, NumeralTickFormatter
+from bokeh.models import ColumnDataSource, HoverTool, NumeralTickFormatter, PrintfTickFormatter
 from bokeh.models.glyphs import Glyph, Scatter, VArea
 from bokeh.models.glyphs import Line as LineGlyph
 from bokeh.plotting import figure
@@ -37,7 +37,8 @@ class Panel:
     title: str
     unit: str
     lines: Sequence[Line]
-    scale: Literal["linear", "log", "share"] = "linear"
+    numbers: Literal["real", "log", "share", "whole", "tiny"] = "real"
+    """How values are written, and whether the axis is logarithmic."""
     about: str = ""
 
 
@@ -88,15 +89,22 @@ PANELS = (
         "share",
         "How often the top token is the recorded one, and the probability it has.",
     ),
-    Panel("Learning rate", "learning rate", [Line("learning_rate", "learning rate")]),
+    Panel("Learning rate", "learning rate", [Line("learning_rate", "learning rate")], "tiny"),
     Panel("Gradient norm", "norm", [Line("gradient_norm", "gradient norm")], "log", "Before clipping."),
     Panel(
         "Throughput",
         "tokens/s",
         [Line("tokens_per_second", "all tokens"), Line("response_tokens_per_second", "response tokens")],
+        "whole",
+        "While it trains and validates.",
     ),
     Panel("Memory", "GB", [Line("memory_gb", "memory")], about="Peak on a GPU, of the process on a CPU."),
 )
+
+
+TICKS = {"share": "0%", "whole": "0,0"}
+VALUES = {"share": "@y{0.0%}", "whole": "@y{0,0}", "tiny": "@y"}
+"""How Bokeh writes numbers on axes and at the pointer, where it is not as usual."""
 
 
 @dataclass
@@ -141,7 +149,7 @@ def empty_figure(unit: str, scale: Literal["linear", "log"] = "linear", height: 
     )
     plot.toolbar.logo, plot.toolbar.autohide, plot.toolbar_inner = None, True, True
     plot.axis.axis_label_text_font_style = "normal"
-    plot.axis.minor_tick_line_color, plot.xgrid.grid_line_color = None, None
+    plot.axis.minor_tick_line_color, plot.xgrid.visible = None, False
     return plot
 
 
@@ -165,10 +173,12 @@ def _draw(panel: Panel, runs: Sequence[History]) -> Drawing:
     columns = [(run, line, of) for run in runs for line in panel.lines for of in ("training", "validation")]
     values = [getattr(run, of).get(line.column, np.empty(0)) for run, line, of in columns]
     positive = all((column[np.isfinite(column)] > 0).all() for column in values)
-    plot = empty_figure(panel.unit, "log" if panel.scale == "log" and positive else "linear")
+    plot = empty_figure(panel.unit, "log" if panel.numbers == "log" and positive else "linear")
     plot.xaxis.formatter, plot.xaxis.axis_label = NumeralTickFormatter(format="0,0"), "step"
-    if panel.scale == "share":
-        plot.yaxis.formatter = NumeralTickFormatter(format="0%")
+    if panel.numbers == "tiny":
+        plot.yaxis.formatter = PrintfTickFormatter(format="%.1e")
+    elif panel.numbers in TICKS:
+        plot.yaxis.formatter = NumeralTickFormatter(format=TICKS[panel.numbers])
     drawing, alone = Drawing(panel.title, panel.about, plot), len(runs) == 1
     for run, line, of in columns:
         place = panel.lines.index(line)
@@ -179,7 +189,7 @@ def _draw(panel: Panel, runs: Sequence[History]) -> Drawing:
             _draw_training(drawing, run.training, line, key, behind=alone)
         else:
             _draw_validation(drawing, run.validation, line, Key(f"{label}, validation", colour, "dashed", marker=True))
-    add_hover(plot, "@y{0.0%}" if panel.scale == "share" else "@y{0,0.0000}" if panel.unit != "learning rate" else "@y")
+    add_hover(plot, VALUES.get(panel.numbers, "@y{0,0.0000}"))
     return drawing
 
 
