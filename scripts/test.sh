@@ -3,6 +3,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh test
+if ! command -v chromedriver > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    echo "Installing Chromium, in which the report page is tested"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium chromium-driver; } > /dev/null ||
+        echo "It could not be installed: the tests that need it are skipped"
+fi
 ruff check .
 ruff format --check .
 python -m pytest "$@"

@@ -25,7 +25,9 @@ def made_up(name: str, steps: int, seed: int = 0) -> History:
     nats = ("loss", "divergence", "cross_entropy", "teacher_cross_entropy", "forward_kl", "reverse_kl")
     shares = ("h", "agreement", "accuracy", "confidence", "teacher_accuracy", "teacher_confidence")
     others = ("head_gap", "tail_gap", "learning_rate", "gradient_norm", "tokens_per_second", "memory_gb", "tokens")
-    for names, scale in ((nats, 6.0), (shares, 0.5), ((*others, "response_tokens_per_second"), 1.0)):
+    for names, size in ((nats, 6.0), (shares, 0.5), ((*others, "response_tokens_per_second"), 1.0)):
+        # runs laid over each other are to be seen beside each other
+        scale = size * (1 + seed / 5)
         for column in names:
             falling = scale * np.exp(-3 * training["step"] / steps) + scale / 4
             training[column] = falling * random.lognormal(0, 0.1, steps)
