@@ -118,8 +118,8 @@ def learning_rates(results: Results) -> list[str]:
     lines = [
         "",
         "Learning rates, chosen for each method by the mean of forward and reverse KL on the validation records, with"
-        " the first seed (nats per token). Where the best lay at the edge of the grid, one rate beyond it was tried; (edge): the best is"
-        " still at one.",
+        " the first seed (nats per token). Where the best lay at the edge of the grid, one rate beyond it was tried;"
+        " (edge): the best is still at one.",
         "",
         "| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
         "|---" * (1 + len(rates)) + "|",
