@@ -53,8 +53,8 @@ def test_differences_are_paired_by_seed():
     assert math.isnan(spread([1.0])[1])
 
 
-def settle(settings: Settings, store: Store, agreement, failing: tuple = ()) -> dict[str, Standing]:
-    """Do all that the plan asks for, with made results: ``agreement(method, rate)``, and h as the seed's tenth."""
+def settle(settings: Settings, store: Store, worth, failing: tuple = ()) -> dict[str, Standing]:
+    """Do all that the plan asks for, with made results: ``worth(method, rate)``, and h as the seed's tenth."""
     for _ in range(100):
         found = standings(settings, store)
         tasks = [task for standing in found.values() for task in standing.tasks]
@@ -67,7 +67,7 @@ def settle(settings: Settings, store: Store, agreement, failing: tuple = ()) -> 
                 store.write_training(run, {"failed": "not finite"})
             else:
                 store.student(run).mkdir(parents=True)
-                validation = {"agreement": agreement(run.method, run.rate)}
+                validation = {"forward_kl": -2 * worth(run.method, run.rate), "reverse_kl": 0.0}
                 store.write_training(run, {"validation": validation, "h": run.seed / 10, "tokens": run.seed})
     raise AssertionError("it never ends")
 

@@ -22,7 +22,7 @@ class Standing:
 
     method: str
     scores: dict[float, float] = field(default_factory=dict)
-    """Validation agreement of the first seed by learning rate, -inf where training failed."""
+    """What the first seed's validation was worth, by learning rate; see :func:`score`."""
     widened: bool = False
     """Whether the best of the grid lay at its edge, so that one more rate was tried there."""
     rate: float | None = None
@@ -118,13 +118,16 @@ def _total(settings: Settings, rates: Iterable[float]) -> dict[str, int]:
 
 
 def score(results: dict[float, dict | None]) -> dict[float, float]:
-    """Of those that are done, what learning rates are chosen by: top-1 agreement with the teacher.
+    """Of those that are done, what learning rates are chosen by: minus the mean of forward and reverse KL, in nats.
 
-    It is what no method minimises: by a KL divergence, or by cross-entropy, some would choose for what they are
-    measured by.
+    It favours neither direction, and tells rates apart better than shares of equal ids do; -inf where training failed.
     """
+
+    def worth(validation: dict[str, float]) -> float:
+        return -(validation["forward_kl"] + validation["reverse_kl"]) / 2
+
     return {
-        rate: result.get("validation", {}).get("agreement", -math.inf)
+        rate: worth(result["validation"]) if "validation" in result else -math.inf
         for rate, result in results.items()
         if result is not None
     }

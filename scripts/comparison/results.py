@@ -76,12 +76,12 @@ def as_json(results: Results) -> dict:
     """Everything, for machines."""
 
     def describe(method: str, standing: Standing) -> dict:
-        scores = {rate: None if value == -math.inf else value for rate, value in standing.scores.items()}
+        scores = {rate: None if value == -math.inf else -value for rate, value in standing.scores.items()}
         intervals = {metric: results.difference(method, metric) for metric in results.metrics}
         return {
             "label": METHODS[method].label,
             "options": dict(standing.runs[0].options) if standing.runs else None,
-            "validation_agreement_by_rate": scores,
+            "validation_mean_kl_by_rate": scores,
             "rate": standing.rate,
             "trainings": results.trainings[method],
             "tests": results.tests[method],

@@ -117,9 +117,9 @@ def learning_rates(results: Results) -> list[str]:
     rates = sorted({rate for standing in results.standings.values() for rate in standing.scores})
     lines = [
         "",
-        "Learning rates, chosen for each method by agreement with the teacher on the validation records, with the first"
-        " seed (%). Where the best lay at the edge of the grid, one rate beyond it was tried; (edge): the best is"
-        " still at one.",
+        "Learning rates, chosen for each method by the mean of forward and reverse KL on the validation records, with"
+        " the first seed (nats per token). Where the best lay at the edge of the grid, one rate beyond it was tried;"
+        " (edge): the best is still at one.",
         "",
         "| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |",
         "|---" * (1 + len(rates)) + "|",
@@ -133,5 +133,5 @@ def _score_text(standing: Standing, rate: float) -> str:
     if rate not in standing.scores:
         return ""
     value = standing.scores[rate]
-    text = "not finite" if value == -math.inf else f"{value * 100:.2f}"
+    text = "not finite" if value == -math.inf else f"{-value:.3f}"
     return f"**{text}**" if rate == standing.rate else text

@@ -21,8 +21,8 @@ def _serve(tasks: Connection, threads: int, log: Path) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    while True:
-        function, arguments = tasks.recv()
+    while (task := tasks.recv()) is not None:
+        function, arguments = task
         try:
             function(*arguments)
             tasks.send(None)
@@ -72,13 +72,17 @@ def work(
                 worker.send(call_of(task))
                 busy[worker] = task
             if not busy:
-                return
+                break
             for worker in wait(list(busy)):
                 task = busy.pop(worker)
                 failure = _answer(worker)
                 if failure is not None:
                     raise SystemExit(f"{task} failed; see {log.parent}\n{failure}")
                 idle.append(worker)
+        for worker in idle:
+            worker.send(None)
+        for process in processes:
+            process.join()
     finally:
         for process in processes:
             process.kill()
