@@ -120,7 +120,9 @@ def _positions(fabric: L.Fabric, run: Run, state: dict, store: Store, records: r
         chosen = torch.tensor(_spread(batch.counts), device=fabric.device)
         places = batch.positions[chosen]
         with without_adapters(teacher.model):
-            teacher_logits = teacher.model.lm_head.logits(hidden[chosen])
+            # Fabric hands hidden states of half precision over in float32
+            head = teacher.model.lm_head
+            teacher_logits = head.logits(hidden[chosen].to(head.weight.dtype))
         with student.lm_head.giving(lambda head, hidden, at=places: head.logits(hidden.flatten(0, 1)[at])):
             student_logits = student(batch.input_ids)
         reshard(teacher.model)
