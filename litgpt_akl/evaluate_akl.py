@@ -23,7 +23,7 @@ from litgpt_akl.data.stores import Store
 from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.directories import explain_failure, make_writable, write_file
 from litgpt_akl.errors import UserError
-from litgpt_akl.evaluation_table import table, without_nan
+from litgpt_akl.evaluation_table import nan_as_null, table
 from litgpt_akl.frozen import load_frozen
 from litgpt_akl.generation import stop_sequences
 from litgpt_akl.head_loss import DistillationLoss
@@ -162,7 +162,7 @@ def main(fabric: L.Fabric, evaluation: Evaluation) -> None:
         versions = {name: version(name) for name in ("litgpt-akl", "litgpt", "torch", "rouge-score", "torchmetrics")}
         content = found | {"data": counts, "settings": evaluation.settings, "versions": versions}
         with explain_failure(evaluation.out_dir):
-            write_file(evaluation.out_dir / "evaluation.json", json.dumps(without_nan(content), indent=1).encode())
+            write_file(evaluation.out_dir / "evaluation.json", json.dumps(nan_as_null(content), indent=1).encode())
             if asker is not None:
                 write_file(evaluation.out_dir / "answers.jsonl", as_lines(asker.questions, answers).encode())
         print(f"\n{counts['records']:,} records, {counts['prompts']:,} prompts; means over response tokens\n")

@@ -34,8 +34,8 @@ def table(found: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def without_nan(value: Any) -> Any:
+def nan_as_null(value: Any) -> Any:
     """The same with null for what is not a number, which JSON does not know."""
     if isinstance(value, dict):
-        return {name: without_nan(item) for name, item in value.items()}
+        return {name: nan_as_null(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

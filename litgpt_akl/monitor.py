@@ -3,6 +3,8 @@
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning as L
 import psutil
@@ -30,6 +32,13 @@ class Progress:
 
     def _start_counting(self) -> None:
         self._time, self._tokens, self._padded, self._response_tokens, self._steps = time.perf_counter(), 0, 0, 0, 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done within is no part of a step: its time is in none of the metrics."""
+        began = time.perf_counter()
+        yield
+        self._time += time.perf_counter() - began
 
     def step(self, window: Window) -> None:
         """One optimizer step was taken."""

@@ -149,7 +149,8 @@ def fit(
     try:
         if validation_due(state, eval, steps):
             # the run was stopped between a step and its validation
-            validate(progress)
+            with progress.paused():
+                validate(progress)
         for window in windows:
             if window.epoch > state["epoch"]:
                 state["caches"].share(fabric)
@@ -164,11 +165,13 @@ def fit(
             if step % train.log_interval == 0 or step == steps:
                 progress.log(state, result.sums, result.loss, result.gradient_norm, window.response_tokens)
             if validation_due(state, eval, steps):
-                validate(progress)
+                with progress.paused():
+                    validate(progress)
             over = bool(highest(fabric, time.perf_counter() - start >= (train.max_time or math.inf)))
             stopping = stop.agreed(fabric) is not None or over
             if stopping or (train.save_interval is not None and step % train.save_interval == 0):
-                progress.write(f"Step {step}: saved {save()}")
+                with progress.paused():
+                    progress.write(f"Step {step}: saved {save()}")
             if over:
                 progress.write(f"Step {step}: --train.max_time {train.max_time} s is over")
             if stopping:

@@ -32,6 +32,8 @@ from comparison.tables import tables
 from comparison.workers import work
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("matplotlib", "scipy")
+"""Of the extra ``experiments``, beside those that the demo's material takes."""
 
 
 def say(text: str) -> None:
@@ -137,8 +139,9 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
 
 def main() -> None:
     arguments = parse_arguments()
-    if find_spec("matplotlib") is None:
-        raise SystemExit("The results are drawn by matplotlib: pip install matplotlib")
+    missing = [package for package in PACKAGES if find_spec(package) is None]
+    if missing:
+        raise SystemExit(f"{' and '.join(missing)} not installed: pip install -e '.[experiments]'")
     settings = settings_of(arguments)
     out = arguments.out or REPOSITORY / ".comparison" / settings.pair
     workers = arguments.workers or min(2, len(os.sched_getaffinity(0)))

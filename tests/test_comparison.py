@@ -14,27 +14,11 @@ import torch
 from comparison.methods import METHODS, QUICK, REFERENCE, STATIC_MIX, Settings
 from comparison.plan import Standing, standings
 from comparison.results import collect
-from comparison.statistics import interval, paired, spread, t_probability, t_quantile
+from comparison.statistics import interval, paired, spread
 from comparison.store import Store
 from comparison.tables import tables
 
 RATES = QUICK.rates
-
-
-@pytest.mark.parametrize(
-    ("freedom", "expected"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (10, 2.22814), (30, 2.04227)]
-)
-def test_quantiles_of_t_are_those_of_printed_tables(freedom, expected):
-    assert t_quantile(0.975, freedom) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 6, 9])
-def test_probabilities_of_t_are_the_area_under_its_density(freedom):
-    t, steps = 1.7, 20_000
-    grid = (torch.arange(steps, dtype=torch.float64) + 0.5) * (t / steps)
-    constant = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
-    area = 2 * (constant * (1 + grid**2 / freedom) ** (-(freedom + 1) / 2)).sum() * t / steps
-    assert t_probability(t, freedom) == pytest.approx(area.item(), abs=1e-8)
 
 
 def test_intervals_hold_the_true_mean_in_95_of_100_samples():

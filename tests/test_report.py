@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from litgpt.args import LogArgs
 from litgpt.tokenizer import Tokenizer
 from pages import log
@@ -93,6 +94,23 @@ def test_a_run_shows_what_it_has_logged(run):
     np.testing.assert_allclose(band["high"] - band["low"], 2 * np.array(spread), rtol=1e-4)
     assert [key.label for key in drawings["Gradient norm"].keys] == ["gradient norm"]
     assert drawings["Gradient norm"].figure.y_scale.__class__.__name__ == "LogScale"
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [(4.0, 130.0, [5, 10, 20, 50, 100]), (0.9, 8.0, [1, 2, 5])])
+def test_a_narrow_logarithmic_axis_has_labels_from_end_to_end(tmp_path, low, high, expected):
+    log(tmp_path, f"step,gradient_norm\n1,{high}\n2,{low}\n")
+    (drawing,) = draw_panels([read_history(tmp_path)])
+    assert [tick for tick in drawing.figure.yaxis.ticker.ticks if low <= tick <= high] == expected
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(1.0, "rkl"), (0.0, "cross-entropy"), (0.3, "0.3 rkl + 0.7 cross-entropy")]
+)
+def test_the_page_says_what_is_minimised(tmp_path, share, text):
+    log(tmp_path, "step,loss\n1,2.5\n")
+    recipe = {"distill": {"divergence": "rkl", "kd_ratio": share}}
+    (tmp_path / "hyperparameters.yaml").write_text(yaml.safe_dump(recipe))
+    assert f"<dd>{text} (--distill.kd_ratio {share:g})</dd>" in make_page([Shown(read_history(tmp_path))])
 
 
 def test_the_page_names_the_run_and_its_validations(run, student_dir, teacher_dir, alice_json):

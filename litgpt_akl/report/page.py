@@ -98,8 +98,9 @@ def _facts(history: History) -> dict[str, str]:
 
 def _objective(distill: dict[str, Any]) -> str:
     share = distill.get("kd_ratio", 0.5)
-    parts = (f"{share:g} {distill.get('divergence')}", f"{1 - share:g} cross-entropy")
-    return f"{' + '.join(parts)} (--distill.kd_ratio {share:g})"
+    parts = {str(distill.get("divergence")): share, "cross-entropy": 1 - share}
+    terms = (f"{weight:.3g} {name}" if weight < 1 else name for name, weight in parts.items() if weight > 0)
+    return f"{' + '.join(terms)} (--distill.kd_ratio {share:g})"
 
 
 def _table(histories: Sequence[History]) -> dict[str, Any] | None:

@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from bokeh.models import ColumnDataSource, HoverTool, NumeralTickFormatter, PrintfTickFormatter
+from bokeh.models import (
+    BasicTickFormatter,
+    ColumnDataSource,
+    FixedTicker,
+    HoverTool,
+    NumeralTickFormatter,
+    PrintfTickFormatter,
+)
 from bokeh.models.glyphs import Glyph, Scatter, VArea
 from bokeh.models.glyphs import Line as LineGlyph
 from bokeh.plotting import figure
@@ -96,7 +103,7 @@ PANELS = (
         "tokens/s",
         [Line("tokens_per_second", "all tokens"), Line("response_tokens_per_second", "response tokens")],
         "whole",
-        "While it trains and validates.",
+        "While it trains; validating and saving do not count.",
     ),
     Panel("Memory", "GB", [Line("memory_gb", "memory")], about="Peak on a GPU, of the process on a CPU."),
 )
@@ -172,8 +179,11 @@ def _add(plot: figure, source: ColumnDataSource, glyph: Glyph, name: str | None)
 def _draw(panel: Panel, runs: Sequence[History]) -> Drawing:
     columns = [(run, line, of) for run in runs for line in panel.lines for of in ("training", "validation")]
     values = [getattr(run, of).get(line.column, np.empty(0)) for run, line, of in columns]
-    positive = all((column[np.isfinite(column)] > 0).all() for column in values)
-    plot = empty_figure(panel.unit, "log" if panel.numbers == "log" and positive else "linear")
+    values = np.concatenate([column[np.isfinite(column)] for column in values])
+    logarithmic = panel.numbers == "log" and (values > 0).all()
+    plot = empty_figure(panel.unit, "log" if logarithmic else "linear")
+    if logarithmic and len(values):
+        plot.yaxis.ticker, plot.yaxis.formatter = FixedTicker(ticks=_log_ticks(values)), BasicTickFormatter()
     plot.xaxis.formatter, plot.xaxis.axis_label = NumeralTickFormatter(format="0,0"), "step"
     if panel.numbers == "tiny":
         plot.yaxis.formatter = PrintfTickFormatter(format="%.1e")
@@ -191,6 +201,13 @@ def _draw(panel: Panel, runs: Sequence[History]) -> Drawing:
             _draw_validation(drawing, run.validation, line, Key(f"{label}, validation", colour, "dashed", marker=True))
     add_hover(plot, VALUES.get(panel.numbers, "@y{0,0.0000}"))
     return drawing
+
+
+def _log_ticks(values: np.ndarray) -> list[float]:
+    """1, 2, 5, 10 and so on around the values, or powers of ten: within two decades Bokeh's own are evenly spaced."""
+    low, high = np.floor(np.log10(values.min())), np.ceil(np.log10(values.max()))
+    steps = (1, 2, 5) if high - low <= 4 else (1,)
+    return [step * 10.0**power for power in np.arange(low, high + 1) for step in steps]
 
 
 def _draw_training(drawing: Drawing, columns: dict[str, np.ndarray], line: Line, key: Key, behind: bool) -> None:
