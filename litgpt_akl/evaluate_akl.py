@@ -81,8 +81,8 @@ def evaluate_akl(
         teacher_checkpoint_dir: The teacher's; it must have the student's tokenizer.
         before_checkpoint_dir: The student's as it was before distillation: with it, the share of the gap to the teacher
             that was closed is told.
-        out_dir: Where ``evaluation.json`` and all answers, ``answers.jsonl``, are written (default: ``evaluate/`` in
-            the student's directory).
+        out_dir: Where ``evaluation.json`` and all answers, ``answers.jsonl``, are written (default: ``evaluate_akl/``
+            in the student's directory).
         data: Data-related arguments. If not provided, the default is ``litgpt.data.Alpaca``. Give those of training,
             so that prompts are the same.
         split: Which of the data's records to read.
@@ -135,7 +135,7 @@ def evaluate_akl(
         dtype=torch.bfloat16 if precision == "bf16-true" else torch.float32,
         loss=DistillationLoss(divergence="akl", kd_ratio=1.0, mu=mu, head_rule=head_rule),
         generation=generation,
-        out_dir=pairs["student"].student_dir / "evaluate" if out_dir is None else Path(out_dir),
+        out_dir=pairs["student"].student_dir / "evaluate_akl" if out_dir is None else Path(out_dir),
         settings=settings | {"precision": precision},
     )
     strategy = make_strategy(devices, num_nodes, hybrid_sharding)

@@ -1,6 +1,7 @@
 """How a student's distribution stands to its teacher's on held-out records."""
 
 import math
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -71,11 +72,14 @@ def measure(
     batches = math.ceil(len(numbers) / batch_size)
     bar = progress_bar(total=batches, desc=f"{name}: reading", unit="batch", disable=not fabric.is_global_zero)
     for batch in in_order(store, numbers, batch_size, *share):
+        began = time.perf_counter()
         for moved, teacher_hidden in Teacher(fabric, teacher).answers([batch]):
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
             result = distillation_loss(student, teacher, loss, *targets, vocab_size)
         sums += torch.cat([sums.new_tensor([result.tokens]), result.values.sum(dim=1)])
         calibration.append(torch.stack([result.values[STATISTICS.index(name)] for name in CALIBRATION]).cpu())
+        rate = batch.input_ids.numel() * fabric.world_size / (time.perf_counter() - began)
+        bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
         bar.update(min(fabric.world_size, batches - bar.n))
     bar.close()
     reshard(student)

@@ -1,6 +1,7 @@
 """LitGPT's own commands, run as a user runs them, on the student in `final/` of one real run."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import materials
@@ -19,6 +21,7 @@ import pytest
 import torch
 from litgpt import LLM
 from litgpt.config import Config
+from litgpt.eval.evaluate import convert_and_evaluate
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 
@@ -189,3 +192,37 @@ def test_finetune_lora_and_merge_start_from_it(final, logits, alice_json, tmp_pa
     assert changed == {f"transformer.h.{layer}.attn.qkv.weight" for layer in range(materials.TEACHER_CONFIG.n_layer)}
     difference = (load(tmp_path / "final")(IDS) - logits(IDS)).abs().max()
     assert 0 < difference < 0.1
+
+
+@torch.no_grad()
+def test_evaluate_by_lm_eval(final, logits, tmp_path, monkeypatch):
+    """`litgpt evaluate` with a task that needs no network: the perplexity of continuations, and how many are greedy."""
+    import lm_eval.evaluator
+    from lm_eval.tasks import TaskManager
+
+    pairs = [("Alice was", " beginning"), ("The Queen", " of Hearts"), ("Off with", " her head")]
+    lines = [json.dumps({"text": text, "more": more}) for text, more in pairs]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    task = {
+        "task": "pairs",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "pairs.jsonl")}},
+        "test_split": "test",
+        "output_type": "loglikelihood",
+        "doc_to_text": "{{text}}",
+        "doc_to_target": "{{more}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    }
+    (tmp_path / "pairs.yaml").write_text(json.dumps(task))
+    monkeypatch.setattr(lm_eval.evaluator, "TaskManager", partial(TaskManager, include_path=str(tmp_path)))
+    convert_and_evaluate(final, tasks="pairs", out_dir=tmp_path / "out", device="cpu", dtype="float32")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]["pairs"]
+    tokenizer, sums, greedy = Tokenizer(final), [], []
+    for text, more in pairs:
+        ids, start = tokenizer.encode(text + more), len(tokenizer.encode(text))
+        scores = torch.log_softmax(logits(ids.view(1, -1))[0, start - 1 : -1], dim=-1)
+        sums.append(scores.gather(1, ids[start:, None].long()).sum().item())
+        greedy.append(torch.equal(scores.argmax(dim=-1), ids[start:].long()))
+    assert found["perplexity,none"] == pytest.approx(math.exp(-sum(sums) / len(sums)), rel=1e-3)
+    assert found["acc,none"] == pytest.approx(sum(greedy) / len(greedy))
