@@ -14,7 +14,7 @@ import torch
 import yaml
 from litgpt.args import LogArgs
 from litgpt.tokenizer import Tokenizer
-from pages import log
+from pages import log, made_up, made_up_examples
 from ranks import in_processes
 from runs import alice, distil, metrics
 from test_train import gpt
@@ -24,7 +24,7 @@ from litgpt_akl.errors import UserError
 from litgpt_akl.loggers import make_loggers
 from litgpt_akl.report.examples import TOKENS, read_examples
 from litgpt_akl.report.history import POINTS, History, read_history, running_mean, thin, unique_names
-from litgpt_akl.report.page import Shown, make_page
+from litgpt_akl.report.page import Shown, draw_distributions, make_page
 from litgpt_akl.report.plots import COLOURS, NOISY, draw_panels
 from litgpt_akl.report.text import one_line, printable
 from litgpt_akl.report_akl import report_akl
@@ -232,6 +232,21 @@ def test_several_runs_have_a_colour_each(run):
     assert colours["run: student"] == (COLOURS[0], "solid") and colours["run: teacher"] == (COLOURS[0], "dashed")
     assert colours["other: student"] == (COLOURS[1], "solid") and "other: student, validation" not in colours
     assert unique_names([Path("/a/x/run"), Path("/a/y/run"), Path("/a/y/last")]) == ["x/run", "y/run", "y/last"]
+
+
+def test_runs_keep_their_colours_in_distributions():
+    first, second = (Shown(made_up(name, 20), made_up_examples()) for name in ("a", "b"))
+    alone, both = draw_distributions([first])[0], draw_distributions([first, second])[0]
+    assert [(key.label, key.colour) for key in alone.keys] == [
+        ("teacher", COLOURS[1]),  # as in the figure of the cross-entropies
+        ("student, step 0", COLOURS[2]),
+        ("student, step 9", COLOURS[0]),
+    ]
+    assert [(key.label, key.colour) for key in both.keys] == [
+        ("teacher", COLOURS[-1]),
+        ("a", COLOURS[0]),
+        ("b", COLOURS[1]),
+    ]
 
 
 def test_noise_stands_behind_its_mean():

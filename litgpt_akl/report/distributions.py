@@ -14,15 +14,18 @@ LOWEST = 1e-9
 """Probabilities below are drawn as if they were this."""
 
 
-def draw_distribution(position: dict[str, Any], students: Sequence[tuple[str, dict[str, Any]]]) -> Drawing:
+def draw_distribution(
+    position: dict[str, Any], students: Sequence[tuple[Key, dict[str, Any]]], teacher_colour: str
+) -> Drawing:
     """Probabilities of the tokens that the teacher holds most probable, and of all others together; its head is shaded.
 
     Args:
         position: from ``examples.json``, for what it says of the teacher.
-        students: names, and the same position as each of them sees it.
+        students: how each is drawn, and the same position as it sees it.
+        teacher_colour: of the teacher's line.
     """
-    curves = [("teacher", [*position["p"], position["p_others"]])]
-    curves += [(name, [*of["q"], of["q_others"]]) for name, of in students]
+    curves = [(Key("teacher", teacher_colour, marker=True), [*position["p"], position["p_others"]])]
+    curves += [(key, [*of["q"], of["q_others"]]) for key, of in students]
     names = [*position["tokens"], f"{position['others']:,} others"]
     places = np.append(np.arange(len(names) - 1), len(names) - 0.5)
     plot = empty_figure("probability", "log", height=330, y_range=_range([values for _, values in curves]))
@@ -31,12 +34,11 @@ def draw_distribution(position: dict[str, Any], students: Sequence[tuple[str, di
     plot.add_layout(BoxAnnotation(left=-0.5, right=head - 0.5, fill_color=COLOURS[5], fill_alpha=0.3, line_color=None))
     drawing = Drawing(_title(position), _about(position, students), plot)
     tokens = [*(one_line(token, 40) for token in position["tokens"]), names[-1]]
-    for number, (name, values) in enumerate(curves):
-        colour, dash = COLOURS[number % len(COLOURS)], "dotted" if len(curves) == 3 and number == 1 else "solid"
+    for key, values in curves:
         y = np.maximum(values, LOWEST).astype(np.float32)
-        add_line(plot, places[:-1], y[:-1], None, line_color=colour, line_dash=dash, line_width=1.5)
-        add_dots(plot, places, y, name, colour, token=tokens)
-        drawing.keys.append(Key(name, colour, dash, marker=True))
+        add_line(plot, places[:-1], y[:-1], None, line_color=key.colour, line_dash=key.dash, line_width=1.5)
+        add_dots(plot, places, y, key.label, key.colour, token=tokens)
+        drawing.keys.append(key)
     add_hover(plot, "@y{0.000000}", "@token")
     return drawing
 
@@ -61,7 +63,7 @@ def _title(position: dict[str, Any]) -> str:
     return f"\u2026 {context} [{one_line(position['next'], 40)}]"
 
 
-def _about(position: dict[str, Any], students: Sequence[tuple[str, dict[str, Any]]]) -> str:
+def _about(position: dict[str, Any], students: Sequence[tuple[Key, dict[str, Any]]]) -> str:
     tokens = "1 token" if position["head"] == 1 else f"{position['head']:,} tokens"
-    gaps = (f"{name}: head gap {of['head_gap']:.3f}, tail gap {of['tail_gap']:.3f}" for name, of in students)
+    gaps = (f"{key.label}: head gap {of['head_gap']:.3f}, tail gap {of['tail_gap']:.3f}" for key, of in students)
     return f"Head (shaded): {tokens} with {position['head_mass']:.1%} of the teacher's mass. {'; '.join(gaps)}."

@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader
 from litgpt_akl.directories import write_file
 from litgpt_akl.report.distributions import draw_distribution
 from litgpt_akl.report.history import History
-from litgpt_akl.report.plots import COLOURS, Drawing, draw_panels
+from litgpt_akl.report.plots import COLOURS, Drawing, Key, draw_panels
 from litgpt_akl.report.text import printable
 
 VALUES = (
@@ -55,7 +55,7 @@ def make_page(runs: Sequence[Shown]) -> str:
     histories = [run.history for run in runs]
     environment = Environment(loader=PackageLoader("litgpt_akl", "report"), autoescape=True, trim_blocks=True)
     environment.filters["printable"] = printable
-    panels, distributions = draw_panels(histories), _draw_distributions(runs)
+    panels, distributions = draw_panels(histories), draw_distributions(runs)
     figures = [json_item(drawing.figure) for drawing in (*panels, *distributions)]
     for number, item in enumerate(figures):
         item["target_id"] = f"figure-{number}"
@@ -121,18 +121,25 @@ def _table(histories: Sequence[History]) -> dict[str, Any] | None:
     return {"columns": names, "rows": rows}
 
 
-def _snapshots(runs: Sequence[Shown]) -> list[tuple[str, dict[str, Any]]]:
-    """Named moments with examples: of one run its first and its latest, of several the latest of each."""
-    found = [(run.history.name, run.examples) for run in runs if run.examples]
+def _snapshots(runs: Sequence[Shown]) -> list[tuple[Key, dict[str, Any]]]:
+    """Moments with examples, and their keys: of one run its first and its latest, of several the latest of each.
+
+    Colours are those of the other figures: of several runs each has its own.
+    """
     if len(runs) > 1:
-        return [(name, examples["latest"]) for name, examples in found]
-    moments = [examples[when] for _, examples in found for when in ("first", "latest")]
-    if moments and moments[0]["step"] == moments[1]["step"]:
-        moments = moments[1:]
-    return [(f"student, step {moment['step']:,}", moment) for moment in moments]
+        colours = [COLOURS[number % len(COLOURS)] for number in range(len(runs))]
+        keys = [Key(run.history.name, colour, marker=True) for run, colour in zip(runs, colours, strict=True)]
+        return [(key, run.examples["latest"]) for key, run in zip(keys, runs, strict=True) if run.examples]
+    if not runs[0].examples:
+        return []
+    first, latest = (runs[0].examples[when] for when in ("first", "latest"))
+    snapshots = [(Key(f"student, step {latest['step']:,}", COLOURS[0], marker=True), latest)]
+    if first["step"] < latest["step"]:
+        snapshots.insert(0, (Key(f"student, step {first['step']:,}", COLOURS[2], "dotted", marker=True), first))
+    return snapshots
 
 
-def _draw_distributions(runs: Sequence[Shown]) -> list[Drawing]:
+def draw_distributions(runs: Sequence[Shown]) -> list[Drawing]:
     """A drawing for each position of the last snapshot, with those that have the same position."""
     snapshots = _snapshots(runs)
     if not snapshots:
@@ -140,12 +147,12 @@ def _draw_distributions(runs: Sequence[Shown]) -> list[Drawing]:
     drawings = []
     for position in snapshots[-1][1]["positions"]:
         same = [
-            (name, of)
-            for name, snapshot in snapshots
+            (key, of)
+            for key, snapshot in snapshots
             for of in snapshot["positions"]
             if (of["context"], of["tokens"]) == (position["context"], position["tokens"])
         ]
-        drawings.append(draw_distribution(position, same))
+        drawings.append(draw_distribution(position, same, COLOURS[1] if len(runs) == 1 else COLOURS[-1]))
     return drawings
 
 
@@ -158,9 +165,9 @@ def _answers(runs: Sequence[Shown]) -> list[dict[str, Any]]:
     shown = []
     for number, prompt in enumerate(last["prompts"]):
         answers = [("teacher", last["teacher_answers"][number])] if last["teacher_answers"] else []
-        for name, snapshot in snapshots:
+        for key, snapshot in snapshots:
             if prompt in snapshot["prompts"]:
-                answers.append((name, snapshot["answers"][snapshot["prompts"].index(prompt)]))
+                answers.append((key.label, snapshot["answers"][snapshot["prompts"].index(prompt)]))
         shown.append({"prompt": prompt, "answers": answers})
     return shown
 
