@@ -136,6 +136,8 @@ def write(directory: Path, config: Config, weights: dict[str, Tensor], max_shard
                 save_file(files.pop(file_name), directory / file_name, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(reason(error)) from error
+            # safetensors keeps its files from all other users
+            (directory / file_name).chmod(directory.stat().st_mode & 0o666)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         write_json(directory / "model.safetensors.index.json", index)

@@ -116,6 +116,12 @@ def test_directory_has_what_its_readers_expect(source, exported):
     assert hf_config == {**original, "tie_word_embeddings": hf_config["tie_word_embeddings"], "dtype": "float32"}
 
 
+def test_whoever_may_read_the_source_may_read_the_export(source, exported):
+    assert {path.stat().st_mode & 0o777 for path in exported.iterdir()} == {
+        (source / "config.json").stat().st_mode & 0o777
+    }
+
+
 def test_tokenizer_gives_the_ids_of_litgpt_and_knows_the_chat_template(case, source, exported):
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert tokenizer(TEXT)["input_ids"] == Tokenizer(source).encode(TEXT).tolist()
