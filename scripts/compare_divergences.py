@@ -12,7 +12,6 @@ What is finished is kept in --out: the same command goes on where it was interru
 
 import argparse
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -74,14 +73,17 @@ def compare(settings: Settings, out: Path, demo: Path, workers: int) -> Store:
 
 def progress(found: list[Standing], store: Store, workers: int) -> str:
     """How much of the work is done, and how long the rest takes at the pace so far."""
-    parts, seconds = [], 0.0
+    parts, seconds, known = [], 0.0, True
     for kind, read, name in (("train", store.training, "trainings"), ("test", store.test, "tests")):
         done, total = sum(s.done[kind] for s in found), sum(s.total[kind] for s in found)
         parts.append(f"{done} of {total} {name}")
         results = [read(run) for standing in found for run in (*standing.runs, *standing.losers)]
         times = [result["seconds"] for result in results if result and "seconds" in result]
-        seconds += (total - done) * sum(times) / len(times) / workers if times else 0.0 if done == total else math.nan
-    return f"{', '.join(parts)} are done" + ("" if math.isnan(seconds) else f"; about {seconds / 60:.1f} min to go")
+        if times:
+            seconds += (total - done) * sum(times) / len(times) / workers
+        known &= bool(times) or done == total
+    to_go = f"; {'about' if known else 'at least'} {seconds / 60:.1f} min to go" if seconds else ""
+    return f"{', '.join(parts)} are done{to_go}"
 
 
 def write(results: Results, out: Path) -> str:

@@ -19,8 +19,11 @@ def _serve(tasks: Connection, threads: int, log: Path) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(file.fileno(), stream.fileno())
     import torch
+    from tqdm import tqdm
 
     torch.set_num_threads(threads)
+    # its own is a semaphore, which Python complains of when this process is ended
+    tqdm.set_lock(threading.RLock())
     while (task := tasks.recv()) is not None:
         function, arguments = task
         try:
