@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from litgpt_akl.directories import write_file
 from litgpt_akl.errors import reason
 from litgpt_akl.generation import generate, longest_prompt, stop_sequences, without_end
 from litgpt_akl.head_loss import IGNORE_INDEX
+from litgpt_akl.heads import Head
 from litgpt_akl.lora import without_adapters
 from litgpt_akl.run import Run
 from litgpt_akl.sharding import from_rank_zero, reshard
@@ -119,12 +121,8 @@ def _positions(fabric: L.Fabric, run: Run, state: dict, store: Store, records: r
     for batch, hidden in teacher.answers(list(in_order(store, records, len(records), memory=cache)), cache):
         chosen = torch.tensor(_spread(batch.counts), device=fabric.device)
         places = batch.positions[chosen]
-        with without_adapters(teacher.model):
-            # Fabric hands hidden states of half precision over in float32
-            head = teacher.model.lm_head
-            teacher_logits = head.logits(hidden[chosen].to(head.weight.dtype))
-        with student.lm_head.giving(lambda head, hidden, at=places: head.logits(hidden.flatten(0, 1)[at])):
-            student_logits = student(batch.input_ids)
+        with student.lm_head.giving(partial(_both_logits, teacher.model, hidden[chosen], places)):
+            teacher_logits, student_logits = student(batch.input_ids)
         reshard(teacher.model)
         teacher_p, student_p = (
             torch.softmax(logits[:, : run.pair.vocab_size].double().cpu() / run.distill.temperature, dim=-1)
@@ -137,6 +135,14 @@ def _positions(fabric: L.Fabric, run: Run, state: dict, store: Store, records: r
     student.train()
     reshard(student.module)
     return positions
+
+
+def _both_logits(teacher: torch.nn.Module, teacher_hidden: Tensor, places: Tensor, head: Head, hidden: Tensor) -> tuple:
+    """What the student's forward gives: within it both heads are whole, also where teacher and student share one."""
+    with without_adapters(teacher):
+        # Fabric hands hidden states of half precision over in float32
+        teacher_logits = teacher.lm_head.logits(teacher_hidden.to(teacher.lm_head.weight.dtype))
+    return teacher_logits, head.logits(hidden.flatten(0, 1)[places])
 
 
 def _spread(counts: list[int]) -> list[int]:
