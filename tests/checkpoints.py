@@ -12,6 +12,8 @@ import torch
 
 from litgpt_akl.checkpoint import find_training_state, save_training_state
 
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+"""Pytest's ``pythonpath``, which other processes do not know."""
 IDENTITY = {"data": {"samples": 9, "fingerprint": "c0ffee"}, "models": {"student": "beef", "teacher": "cafe"}}
 EXPORT = {"tied": False, "prompt_style": None, "recipe": "seed: 0\n"}
 
@@ -72,7 +74,7 @@ def in_a_process(function: Callable, *arguments, prefix: tuple[str, ...] = ()) -
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)},
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout

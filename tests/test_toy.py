@@ -1,15 +1,10 @@
 """scripts/reproduce_toy.py: what the toy experiments show in thirty seeds, and verdicts that follow from numbers."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-import toy.claims  # noqa: E402
-import toy.setups  # noqa: E402
-import toy.training  # noqa: E402
+import toy.claims
+import toy.setups
+import toy.training
 
 SEEDS = 30
 
