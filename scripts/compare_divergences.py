@@ -91,7 +91,8 @@ def write(results: Results, out: Path) -> str:
     text = tables(results)
     (out / "comparison.md").write_text(text + "\n", encoding="utf-8")
     (out / "comparison.json").write_text(json.dumps(as_json(results), indent=1), encoding="utf-8")
-    draw(out / "comparison.png", results)
+    if len(results.standings) > 1:
+        draw(out / "comparison.png", results)
     return text
 
 
