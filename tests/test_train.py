@@ -154,17 +154,15 @@ def test_max_time_ends_a_run_with_a_student(teacher_dir, student_dir, alice_json
 
 
 def test_validating_and_saving_are_no_part_of_a_step(teacher_dir, student_dir, alice_json, tmp_path, monkeypatch):
-    """Half a second of waiting at each would show in steps of some hundredths."""
+    """Half a second of waiting at each, between steps of some hundredths."""
     report, save = litgpt_akl.distil.report, litgpt_akl.distil.save_training_state
     monkeypatch.setattr(litgpt_akl.distil, "report", lambda *args: (time.sleep(0.5), report(*args)))
     monkeypatch.setattr(litgpt_akl.distil, "save_training_state", lambda *a, **k: (time.sleep(0.5), save(*a, **k)))
     train = {"max_steps": 4, "save_interval": 1, "log_interval": 2}
-    began = time.perf_counter()
     distil(student_dir, teacher_dir, alice_json, tmp_path, train=train, eval={"interval": 1})
-    total = time.perf_counter() - began
     steps = [row["seconds_per_step"] for row in metrics(tmp_path) if "seconds_per_step" in row]
-    # four saves and three validations between
-    assert len(steps) == 2 and 2 * sum(steps) < total - 7 * 0.5
+    # with both it would be a second and more: two of each lie between the two rows
+    assert len(steps) == 2 and steps[1] < 0.8
 
 
 def rates(train: TrainArgs, samples: int, lr: float = 1.0) -> list[float]:
