@@ -21,6 +21,16 @@ from comparison.tables import tables
 RATES = QUICK.rates
 
 
+@pytest.mark.parametrize(
+    ("freedom", "expected"), [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (10, 2.22814), (30, 2.04227)]
+)
+def test_intervals_are_as_wide_as_printed_tables_of_t_say(freedom, expected):
+    values = [float(n % 7) for n in range(freedom + 1)]
+    found = interval(values)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    assert (found.high - found.mean) / error == pytest.approx(expected, rel=1e-5)
+
+
 def test_intervals_hold_the_true_mean_in_95_of_100_samples():
     samples = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     covered = statistics.fmean(not interval(sample).excludes_zero for sample in samples.tolist())
