@@ -6,7 +6,9 @@ them. Results are sums over tokens, never means.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -247,9 +249,30 @@ def _allows_all(bias: Tensor | None) -> bool:
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
     """CUDA multiplies in half precision and sums in float32; elsewhere the operands themselves become float32."""
-    if not hidden.is_cuda:
-        return torch.promote_types(hidden.dtype, torch.float32)
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
+    if hidden.is_cuda and sums_in_float32(hidden.device):
+        return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+@cache
+def sums_in_float32(device: torch.device) -> bool:
+    """Whether matrices of bfloat16 have products in float32 there, which PyTorch 2.8 brought to CUDA, not to ROCm.
+
+    Where they have not, a warning says that the loss multiplies in float32, which is exact and slower.
+    """
+    half, total = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32))
+    try:
+        torch.mm(half, half, out_dtype=torch.float32, out=total)
+        torch.addmm(total, half, half, out_dtype=torch.float32, out=total)
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        reason = str(error).split("\n")[0]
+        warnings.warn(
+            f"On {device} PyTorch {torch.__version__} has no products of bfloat16 matrices in float32 ({reason}).\n"
+            "The LM heads multiply in float32, which is slower and takes a float32 copy of both.",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None:

@@ -20,6 +20,7 @@ from litgpt_akl.memory_plan import (
     LOSS,
     OPTIMIZER,
     PARTS,
+    STREAM,
     STUDENT,
     TABLES,
     TEACHER,
@@ -96,8 +97,14 @@ class _Step:
         width = _QUANTIZED.get(self.plan.quantize, self.teacher_width)
         return self.teacher.root * self.teacher_width + (self.teacher.whole - self.teacher.root) * width
 
+    @property
+    def teacher_working_set(self) -> float:
+        return 2 * self.teacher_hidden + max(memory.alone for memory, _ in self.teacher_blocks)
+
     def _moment(self, name: str, parts: dict[str, float]) -> Moment:
-        held = self.always | parts
+        # what the student let go does not serve the teacher's stream, nor the other way round
+        stream = self.teacher_working_set + self.teacher_hidden if self.plan.teacher_runs_ahead else 0
+        held = self.always | {STREAM: stream} | parts
         return Moment(name, {part: held.get(part, 0.0) for part in PARTS})
 
     def own_answers(self) -> Moment:
@@ -124,7 +131,7 @@ class _Step:
         if self.plan.cpu_offload:
             # the device's own shards, until they are gathered
             gathered += max(root, block) / self.plan.shards
-        activations = 2 * self.teacher_hidden + max(memory.alone for memory, _ in self.teacher_blocks)
+        activations = 0 if self.plan.teacher_runs_ahead else self.teacher_working_set
         gradients = 0 if self.plan.teacher_role == "alone" else self.before_backward
         return self._moment("teacher's forward", {GRADIENTS: gradients, GATHERED: gathered, ACTIVATIONS: activations})
 

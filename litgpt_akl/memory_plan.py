@@ -13,8 +13,8 @@ from litgpt_akl.head_loss import DistillationLoss
 
 STUDENT, GRADIENTS, OPTIMIZER, TEACHER = "student weights", "gradients", "optimizer", "teacher weights"
 GATHERED, COPIES, ACTIVATIONS = "heads and blocks gathered", "weights in another type", "activations"
-LOSS, TABLES = "loss blocks", "position tables"
-PARTS = (STUDENT, GRADIENTS, OPTIMIZER, TEACHER, GATHERED, COPIES, ACTIVATIONS, LOSS, TABLES)
+LOSS, TABLES, STREAM = "loss blocks", "position tables", "teacher's stream"
+PARTS = (STUDENT, GRADIENTS, OPTIMIZER, TEACHER, GATHERED, COPIES, ACTIVATIONS, LOSS, TABLES, STREAM)
 """What memory is needed for; the rows of a table."""
 
 
@@ -80,6 +80,11 @@ class MemoryPlan:
     def accumulates(self) -> bool:
         """Whether a process has several micro-batches in a step, and gradients in memory from the second on."""
         return math.ceil(self.global_batch_size / self.samples) > self.processes
+
+    @property
+    def teacher_runs_ahead(self) -> bool:
+        """Whether the teacher works on a stream of its own, whose memory serves nothing else when it is free."""
+        return self.device == "cuda" and self.processes == 1 and self.accumulates and self.teacher_role == "live"
 
     @property
     def mixed(self) -> bool:

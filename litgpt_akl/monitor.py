@@ -65,6 +65,9 @@ class Progress:
             "seconds_per_step": seconds / self._steps,
             "memory_gb": memory_in_use(self.fabric.device),
         }
+        if self.fabric.device.type == "cuda":
+            # what the allocator holds, with what lies idle in the pools of its streams: this is what a GPU must have
+            metrics["memory_reserved_gb"] = torch.cuda.max_memory_reserved(self.fabric.device) / 1e9
         own_answers, own = state["own_answers"], ""
         if own_answers is not None:
             metrics["own_answers_time"] = own_answers.seconds / seconds

@@ -36,15 +36,14 @@ def load_quantized(
     """
     tied = teacher.transformer.wte.weight is teacher.lm_head.weight
     for name, module in list(teacher.named_modules()):
-        own = {
-            key: weights[f"{name}.{key}" if name else key].to(device, dtype)
-            for key, _ in module.named_parameters(recurse=False)
-        }
+        prefix = f"{name}." if name else ""
+        own = {key: weights[prefix + key].to(dtype) for key, _ in module.named_parameters(recurse=False)}
         if type(module) is nn.Linear and module.in_features % 64 == module.out_features % 64 == 0:
+            # bitsandbytes quantizes what comes from the CPU: int8 weights that are on a GPU already stay as they are
             teacher.set_submodule(name, _quantize(module, own, kind, dtype).to(device))
         else:
             for key, value in own.items():
-                module.register_parameter(key, nn.Parameter(value))
+                module.register_parameter(key, nn.Parameter(value.to(device)))
     return finish(teacher, tied, device)
 
 

@@ -34,6 +34,7 @@ class Teacher:
 
     def __init__(self, fabric: L.Fabric, model: nn.Module, load: Callable[[], nn.Module] | None = None) -> None:
         self.fabric, self.model, self._load = fabric, model, load
+        self._stream: torch.cuda.Stream | None = None
 
     def answers(
         self, batches: list[MicroBatch], cache: TeacherCache | None = None
@@ -47,8 +48,9 @@ class Teacher:
             # random numbers of training must not depend on what a cache holds
             with torch.random.fork_rng():
                 self.model, self._load = self._load(), None
-        # a sharded teacher's own gathering overlaps with the student's work, and its stream is not ours to choose
-        ahead = self.fabric.device.type == "cuda" and self.fabric.world_size == 1
+        # a sharded teacher's own gathering overlaps with the student's work, and its stream is not ours to choose; one
+        # micro-batch has nothing to overlap with, and memory of another stream would serve the teacher only
+        ahead = self.fabric.device.type == "cuda" and self.fabric.world_size == 1 and len(batches) > 1
         computed = []
         for batch, answer in zip(batches, (self._ahead if ahead else self._in_turn)(batches, live), strict=True):
             if cache is not None and batch.teacher_hidden is None and not batch.is_own:
@@ -73,7 +75,9 @@ class Teacher:
 
     def _ahead(self, batches: list[MicroBatch], live: list[bool]) -> Iterator[tuple[MicroBatch, Tensor]]:
         """The same on a stream of its own, so that it goes on while the student works on the answer before."""
-        stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        # one for all steps: what is freed on a stream is used again on that stream only
+        self._stream = stream = self._stream or torch.cuda.Stream()
+        main = torch.cuda.current_stream()
         # weights are loaded, or trained, on the main one
         stream.wait_stream(main)
         waiting = []

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -17,7 +18,7 @@ from litgpt_akl.cache.caches import Caches
 from litgpt_akl.data.windows import MicroBatch, Window
 from litgpt_akl.generation import generate
 from litgpt_akl.memory_plan import MemoryPlan
-from litgpt_akl.models import build_model, empty_weights, set_up_teacher
+from litgpt_akl.models import build_model, checkpoint_activations, empty_weights, set_up_teacher
 from litgpt_akl.sharding import load_weights, make_strategy, return_freed_memory
 from litgpt_akl.teacher import Teacher
 from litgpt_akl.train import take_step
@@ -92,8 +93,22 @@ def take_steps(plan: MemoryPlan, small: MemoryPlan, directory: Path) -> None:
 
 
 def _distil(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> None:
+    state = make_state(fabric, plan, directory)
+    for window in steps_of(plan, 2):
+        if plan.own_prompts:
+            prompts = [torch.zeros(plan.sequence_length - 4, dtype=torch.int64)] * plan.own_prompts
+            seeds = [(number,) for number in range(plan.own_prompts)]
+            options = {"max_new_tokens": 4, "vocab_size": plan.vocab_size, "stop": []}
+            generate(fabric, state["student"], prompts, seeds=seeds, **options)
+        take_step(fabric, state, window, max_norm=1.0)
+
+
+def make_state(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> dict[str, Any]:
+    """The models of a plan with the weights in ``directory``, if any, ready for ``take_step``."""
     with empty_weights(fabric):
         student = build_model(plan.student, plan.student_tied)
+    if plan.activation_checkpointing:
+        checkpoint_activations(student)
     with empty_weights(fabric, plan.teacher_dtype):
         teacher = build_model(plan.teacher, plan.teacher_tied)
     teacher = set_up_teacher(fabric, teacher)
@@ -106,15 +121,13 @@ def _distil(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     state = {"student": student, "teacher": Teacher(fabric, teacher), "caches": Caches()}
     state |= {"optimizer": optimizer, "scheduler": scheduler}
-    state |= {"loss": plan.loss, "vocab_size": plan.vocab_size}
+    return state | {"loss": plan.loss, "vocab_size": plan.vocab_size}
+
+
+def steps_of(plan: MemoryPlan, number: int) -> Iterator[Window]:
+    """That many windows of a process, of made-up tokens."""
     micro_batches = plan.global_batch_size // plan.samples // plan.processes
     tokens = plan.samples * plan.sequence_length * micro_batches * plan.processes
-    for step in range(2):
-        if plan.own_prompts:
-            prompts = [torch.zeros(plan.sequence_length - 4, dtype=torch.int64)] * plan.own_prompts
-            seeds = [(number,) for number in range(plan.own_prompts)]
-            options = {"max_new_tokens": 4, "vocab_size": plan.vocab_size, "stop": []}
-            generate(fabric, student, prompts, seeds=seeds, **options)
+    for step in range(number):
         batches = [micro_batch(plan) for _ in range(micro_batches)]
-        window = Window(0, step, np.arange(plan.global_batch_size), tokens, tokens, tokens, batches)
-        take_step(fabric, state, window, max_norm=1.0)
+        yield Window(0, step, np.arange(plan.global_batch_size), tokens, tokens, tokens, batches)

@@ -84,5 +84,10 @@ PANELS = (
         "whole",
         "While it trains; validating and saving do not count.",
     ),
-    Panel("Memory", "GB", [Line("memory_gb", "memory")], about="Peak on a GPU, of the process on a CPU."),
+    Panel(
+        "Memory",
+        "GB",
+        [Line("memory_gb", "memory"), Line("memory_reserved_gb", "reserved by the allocator")],
+        about="Peak on a GPU, of the process on a CPU.",
+    ),
 )
