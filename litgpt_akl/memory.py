@@ -189,9 +189,8 @@ class _Step:
         if plan.loss.temperature != 1.0:
             buffers += 2
         if plan.device == "cuda":
-            # the student's in half precision; where nothing is fused, five of the comparison
-            unfused = (plan.loss.compile is False) * 5
-            buffers += (self.product_width == 2) * 0.5 + max(unfused, plan.loss.working_blocks)
+            # the gradient, before it takes the place of the logits; where nothing is fused, four of the comparison
+            buffers += 1 + max((plan.loss.compile is False) * 4, plan.loss.working_blocks)
         teacher_head = plan.vocab_size * plan.teacher.n_embd * self.product_width
         gathered = self.teacher.root * self.teacher_width + (student.root + student.block) * self.width
         return self._moment(

@@ -144,5 +144,5 @@ class Objective:
         """
         if isinstance(self.form, OwnDivergence):
             return 10
-        # a gradient that waits for its sum over the vocabulary, and the student's distribution
-        return 0 if self.form is None else 2
+        # a gradient that waits for its sum over the vocabulary, the student's distribution, and one to work in
+        return 0 if self.form is None else 3
