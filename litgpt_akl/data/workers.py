@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import math
 import multiprocessing
 import os
 import signal
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from litgpt_akl.cgroups import cpu_quota
 from litgpt_akl.errors import UserError
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use: those that it may run on, or as many as its container may use the time of."""
     # not every system can tell which those are
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(min(cores, cpu_quota()))
 
 
 class _Reporting(Dataset):
