@@ -13,12 +13,26 @@ from torch.utils.data import Dataset
 
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.stores import Store, digest
-from litgpt_akl.data.workers import Fetched, available_cores, fetch
+from litgpt_akl.data.workers import (
+    PREFETCHED,
+    SHARED_MEMORY,
+    Fetched,
+    available_cores,
+    fetch,
+    free_shared_memory,
+    steps_ahead,
+)
 from litgpt_akl.head_loss import IGNORE_INDEX
+
+PART = 100_000
+"""Samples whose lengths are asked for together."""
 
 
 class Memory(Protocol):
     """Remembers what a teacher has said of samples."""
+
+    bytes_of_token_in_memory: int
+    """Of a hidden state once it is read."""
 
     def read(self, keys: np.ndarray) -> Tensor | None:
         """The final hidden states ``[n, D]`` of samples, one sample after the other, if all are remembered.
@@ -208,5 +222,36 @@ def in_order(
 
 
 def load(windows: Windows, numbers: Sequence[int], num_workers: int) -> Fetched:
-    """Windows of a run by their numbers, fetched ahead by ``num_workers`` processes."""
-    return fetch(windows, numbers, min(num_workers, available_cores(), len(numbers)))
+    """Windows of a run by their numbers, fetched ahead by ``num_workers`` processes.
+
+    They are fewer processes and fewer windows ahead where shared memory does not take more, which rank 0 prints.
+    """
+    workers = min(num_workers, available_cores(), len(numbers))
+    size, free = most_bytes(windows) if workers else 0, free_shared_memory()
+    fitting, prefetched = steps_ahead(size, workers, free)
+    if (fitting, prefetched) != steps_ahead(0, workers, free) and windows.rank == 0:
+        print(
+            f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free, and a step takes up to {size / 1e6:,.1f} MB of it:"
+            f" {fitting * prefetched} steps are fetched ahead by {fitting} processes, not {workers * PREFETCHED} by"
+            f" {workers}. A larger one, such as by docker run --shm-size, lifts this."
+        )
+    return fetch(windows, numbers, fitting, prefetched)
+
+
+def most_bytes(windows: Windows) -> int:
+    """At most so many bytes are the tensors of a step, of all ranks together."""
+    store, samples = windows.store, min(windows.plan.global_batch_size, len(windows.store))
+    lengths, counts = (_largest(of, len(store), samples) for of in (store.lengths, store.response_tokens))
+    tokens = padded(lengths, cut(lengths, windows.micro_batch_size, windows.micro_batch_tokens))
+    hidden = 0 if windows.memory is None else windows.memory.bytes_of_token_in_memory
+    # ids are of 8 bytes, each response token has a position and a label, and each rank has all prompts
+    prompts = windows.world_size * int(lengths.sum()) if windows.on_policy > 0 else 0
+    return 8 * (tokens + prompts) + int(counts.sum()) * (16 + hidden)
+
+
+def _largest(of: Callable[[np.ndarray], np.ndarray], samples: int, most: int) -> np.ndarray:
+    """The largest values over all samples of a store, rising."""
+    found = np.empty(0, dtype=np.int64)
+    for start in range(0, samples, PART):
+        found = np.sort(np.concatenate([found, of(np.arange(start, min(start + PART, samples)))]))[-most:]
+    return found
