@@ -7,6 +7,7 @@ from typing import Literal
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import Alpaca, DataModule
 from litgpt.types import LoggerChoice
@@ -19,11 +20,13 @@ from litgpt_akl.cache.space import describe_plan
 from litgpt_akl.checks import (
     check_cpu_offload,
     check_lora_args,
+    check_no_effect,
     check_on_policy,
     check_run_args,
     check_training_args,
     choose_precision,
     optimizer_config,
+    without_student,
 )
 from litgpt_akl.distil import main
 from litgpt_akl.export_hf import check_export
@@ -34,7 +37,7 @@ from litgpt_akl.monitor import silence_known_noise
 from litgpt_akl.pair import check_pair
 from litgpt_akl.planning import device_bytes, find_models, make_plan, models_of
 from litgpt_akl.quantize import check_quantization
-from litgpt_akl.recipe import recipe_as_yaml
+from litgpt_akl.recipe import given, recipe_as_yaml
 from litgpt_akl.run import Run, make_optimizer
 from litgpt_akl.sharding import make_strategy
 from litgpt_akl.train import make_scheduler
@@ -144,6 +147,8 @@ def setup(
     check_cpu_offload(teacher, devices * num_nodes, cuda)
     teacher_dir = checkpoint_dir if teacher.use_base else teacher_checkpoint_dir
     check_on_policy(distill, data, teacher)
+    changes = {"resume": resume, "accept_changes": accept_changes}
+    check_no_effect(data, teacher, distill, eval, log, logger_name=logger_name, **changes)
     weights_needed = teacher.cache_dir is None or distill.on_policy > 0
     pair = None if dry_run else check_pair(checkpoint_dir, teacher_dir, access_token, weights_needed)
     if pair and export_hf:
@@ -195,6 +200,9 @@ def setup(
     )
     strategy = make_strategy(devices, num_nodes, hybrid_sharding, teacher.cpu_offload)
     if teacher.cache_mode == "fill":
+        unused = without_student(given(recipe, setup))
+        if unused is not None:
+            rank_zero_only(print)(unused)
         fabric = L.Fabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
         fabric.launch(fill, run)
         return

@@ -143,12 +143,13 @@ class Windows(Dataset):
         # a key of four numbers, so that the draws are not those of the plan
         random = np.random.default_rng((self.plan.seed, epoch, step, 0))
         drawn = numbers[random.random(len(numbers)) < self.on_policy]
+        lengths = self.store.prompt_lengths(drawn)
+        fits = (lengths > 0) & (lengths <= self.longest_prompt)
+        drawn, lengths = drawn[fits], lengths[fits]
         samples = self.store.read(drawn) if len(drawn) else []
-        starts = [int((sample["labels"] != IGNORE_INDEX).int().argmax()) for sample in samples]
         return {
-            int(number): sample["input_ids"][:start]
-            for number, sample, start in zip(drawn, samples, starts, strict=True)
-            if 0 < start <= self.longest_prompt
+            int(number): sample["input_ids"][:length]
+            for number, sample, length in zip(drawn, samples, lengths, strict=True)
         }
 
 
@@ -232,8 +233,8 @@ def load(windows: Windows, numbers: Sequence[int], num_workers: int) -> Fetched:
     if (fitting, prefetched) != steps_ahead(0, workers, free) and windows.rank == 0:
         print(
             f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free, and a step takes up to {size / 1e6:,.1f} MB of it:"
-            f" {fitting * prefetched} steps are fetched ahead by {fitting} processes, not {workers * PREFETCHED} by"
-            f" {workers}. A larger one, such as by docker run --shm-size, lifts this."
+            f" {fitting * prefetched} of {workers * PREFETCHED} steps are fetched ahead, by {fitting} of {workers}"
+            " processes. A larger one lifts this, in Docker by `docker run --shm-size 8g`."
         )
     return fetch(windows, numbers, fitting, prefetched)
 

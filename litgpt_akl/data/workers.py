@@ -53,7 +53,7 @@ def steps_ahead(size: int, num_workers: int, free: float) -> tuple[int, int]:
         free: bytes of shared memory.
     """
     # the main process holds one that it works on and the one that it takes next
-    room = math.inf if size == 0 else SHARE * free // size - 2
+    room = math.inf if size == 0 else SHARE * free / size - 2
     if room >= num_workers * PREFETCHED:
         return num_workers, PREFETCHED if num_workers else 0
     return (min(num_workers, int(room)), 1) if room >= 1 else (0, 0)
