@@ -137,6 +137,8 @@ def setup(
     silence_known_noise()
     check_training_args(train, eval)
     check_lora_args(teacher_checkpoint_dir, teacher, lora, train)
+    changes = {"resume": resume, "accept_changes": accept_changes}
+    check_no_effect(data, teacher, distill, eval, log, logger_name=logger_name, **changes)
     # a misspelt optimizer is found before anything is loaded
     make_scheduler(make_optimizer(optimizer, torch.nn.Linear(1, 1)), warmup=0, steps=1, min_lr=train.min_lr)
     cuda = torch.cuda.is_available() or (dry_run and device_memory is not None)
@@ -147,8 +149,6 @@ def setup(
     check_cpu_offload(teacher, devices * num_nodes, cuda)
     teacher_dir = checkpoint_dir if teacher.use_base else teacher_checkpoint_dir
     check_on_policy(distill, data, teacher)
-    changes = {"resume": resume, "accept_changes": accept_changes}
-    check_no_effect(data, teacher, distill, eval, log, logger_name=logger_name, **changes)
     weights_needed = teacher.cache_dir is None or distill.on_policy > 0
     pair = None if dry_run else check_pair(checkpoint_dir, teacher_dir, access_token, weights_needed)
     if pair and export_hf:

@@ -296,9 +296,7 @@ def test_a_run_that_would_draw_nothing_is_refused(windows, teacher_dir):
     ):
         checked(store, replace(config, sliding_window_size=2), on_policy=0.5)
     few, enough = 0.9 / len(store), 1.1 / len(store)
-    with pytest.raises(
-        UserError, match=r"in 100 of 100 steps an epoch: it would be asked 0.9 of them.\nRaise on_policy"
-    ):
+    with pytest.raises(UserError, match=r"100 of 100 steps an epoch: it would be asked 0.9 of them.\nRaise on_policy"):
         checked(store, config, on_policy=few)
     # two epochs may draw what one does not, and a run that ends early draws less
     assert "An epoch draws 0.9 on average: some epochs draw none" in checked(store, config, steps=200, on_policy=few)

@@ -11,6 +11,7 @@ from litgpt_akl.data.litgpt_modules import tokenise
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.errors import UserError
+from litgpt_akl.head_loss import IGNORE_INDEX
 
 FOR_PRETRAINING = (MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories)
 
@@ -59,6 +60,11 @@ def prepare_stores(
         raise UserError(
             f"--data {type(data).__name__} is made for pretraining: it has no prompts and responses.\n"
             "Choose StreamingSFT, one of LitGPT's finetuning modules such as JSON, or LitData for chunks of your own."
+        )
+    ignored = getattr(data, "ignore_index", IGNORE_INDEX)
+    if ignored != IGNORE_INDEX:
+        raise UserError(
+            f"--data.ignore_index {ignored} is not supported: what does not count is {IGNORE_INDEX} here; remove it."
         )
     if isinstance(data, LitData):
         return open_chunks(data, train.max_seq_length or context_length, cut_by)
