@@ -108,7 +108,8 @@ def check_no_effect(
         found.append(("eval.evaluate_example", eval.evaluate_example, "--eval.max_new_tokens null"))
     if isinstance(data, LitData) and data.seed != LitData().seed:
         found.append(("data.seed", data.seed, "--data LitData, whose order --seed chooses"))
-    for name, value, other in found[:1]:
+    if found:
+        name, value, other = found[0]
         raise UserError(f"--{name} {value} has no effect with {other}; remove it.")
 
 

@@ -113,3 +113,4 @@ def test_no_step_is_larger_than_foretold(tmp_path, dtype, options):
         tensors = [(b.input_ids, b.positions, b.labels, b.teacher_hidden) for b in batches]
         sizes.append(sum(tensor.nbytes for group in tensors for tensor in group))
     assert max(sizes) <= most_bytes(windows) < 3 * max(sizes)
+    assert most_bytes(windows) <= most_bytes(windows, measure=False)

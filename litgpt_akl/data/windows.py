@@ -228,9 +228,12 @@ def load(windows: Windows, numbers: Sequence[int], num_workers: int) -> Fetched:
     They are fewer processes and fewer windows ahead where shared memory does not take more, which rank 0 prints.
     """
     workers = min(num_workers, available_cores(), len(numbers))
-    size, free = most_bytes(windows) if workers else 0, free_shared_memory()
+    wished, free = steps_ahead(0, workers, math.inf), free_shared_memory()
+    size = most_bytes(windows, measure=False)
+    if steps_ahead(size, workers, free) != wished:
+        size = most_bytes(windows)
     fitting, prefetched = steps_ahead(size, workers, free)
-    if (fitting, prefetched) != steps_ahead(0, workers, free) and windows.rank == 0:
+    if (fitting, prefetched) != wished and windows.rank == 0:
         print(
             f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free, and a step takes up to {size / 1e6:,.1f} MB of it:"
             f" {fitting * prefetched} of {workers * PREFETCHED} steps are fetched ahead, by {fitting} of {workers}"
@@ -239,10 +242,15 @@ def load(windows: Windows, numbers: Sequence[int], num_workers: int) -> Fetched:
     return fetch(windows, numbers, fitting, prefetched)
 
 
-def most_bytes(windows: Windows) -> int:
-    """At most so many bytes are the tensors of a step, of all ranks together."""
+def most_bytes(windows: Windows, measure: bool = True) -> int:
+    """At most so many bytes are the tensors of a step, of all ranks together.
+
+    Without ``measure``, which reads the lengths of all samples, it is as if the longest sample came all the time.
+    """
     store, samples = windows.store, min(windows.plan.global_batch_size, len(windows.store))
-    lengths, counts = (_largest(of, len(store), samples) for of in (store.lengths, store.response_tokens))
+    lengths = counts = np.full(samples, store.longest)
+    if measure:
+        lengths, counts = (_largest(of, len(store), samples) for of in (store.lengths, store.response_tokens))
     tokens = padded(lengths, cut(lengths, windows.micro_batch_size, windows.micro_batch_tokens))
     hidden = 0 if windows.memory is None else windows.memory.bytes_of_token_in_memory
     # ids are of 8 bytes, each response token has a position and a label, and each rank has all prompts
