@@ -129,8 +129,8 @@ def setup(
             is loaded, downloaded or written, and neither the models nor the devices need to be there: the models may be
             names that LitGPT knows, such as ``Llama-3.1-8B``.
         device_memory: Memory of a device in GB that a run may take; one that needs more is refused (default: what a GPU
-            has; on a CPU what is free, within a container's limit, shared out among the processes). With ``dry_run`` it stands for GPUs that are
-            not here.
+            has; on a CPU what is free, within a container's limit, shared out among the processes). With ``dry_run`` it
+            stands for GPUs that are not here.
     """
     optimizer = optimizer_config(optimizer)
     recipe = recipe_as_yaml({name: value for name, value in locals().items() if name not in NOT_IN_RECIPE})
