@@ -336,25 +336,26 @@ def test_the_ways_out_are_ways_out(tmp_path):
 def test_a_run_says_what_it_answers(student_dir, teacher_dir, alice_json, tmp_path, capsys):
     """With a sliding window that some prompts are longer than; the same student is then evaluated."""
     student = shutil.copytree(student_dir, tmp_path / "student")
-    config = read_config(student)
-    save_config(replace(config, sliding_window_size=24, sliding_window_indices=[1] * config.n_layer), student)
-    run(student, teacher_dir, alice_json, tmp_path / "run", distill={"on_policy": 1.0}, train={"max_steps": 2})
-    printed = capsys.readouterr().out
     store = prepare_stores(alice(alice_json), Tokenizer(student), train_args(), 128, student)[0]
     lengths = store.prompt_lengths(np.arange(len(store)))
-    fitting = int((lengths <= 24).sum())
+    config, window = read_config(student), int(np.median(lengths))
+    fitting = int((lengths <= window).sum())
     assert 0 < fitting < len(store)
+    save_config(replace(config, sliding_window_size=window, sliding_window_indices=[1] * config.n_layer), student)
+    run(student, teacher_dir, alice_json, tmp_path / "run", distill={"on_policy": 1.0}, train={"max_steps": 2})
+    printed = capsys.readouterr().out
     words = f"it can answer {fitting:,} of {len(store):,}: {len(store) - fitting:,} prompts are longer"
     assert printed.count(words) == 1
     assert printed.index("it can answer") < printed.index("Student:")
     plan = Plan(len(store), 7, seed=1337, lengths=store.lengths)
-    answered = sum(int((lengths[plan.step(0, step)] <= 24).sum()) for step in range(2))
+    answered = sum(int((lengths[plan.step(0, step)] <= window).sum()) for step in range(2))
     assert f"the student has answered {answered} prompts" in printed
     generation = GenerationArgs(seeds=[1], max_new_tokens=4)
-    options = {"data": alice(alice_json), "out_dir": tmp_path / "out", "generation": generation, "max_records": 12}
+    options = {"data": alice(alice_json), "out_dir": tmp_path / "out", "generation": generation, "max_records": 40}
+    options["split"] = "training"
     evaluate_akl(student, teacher_checkpoint_dir=teacher_dir, **options)
     counts = json.loads((tmp_path / "out" / "evaluation.json").read_text())["data"]
-    assert counts["records"] == 12 and 0 < counts["prompts_left_out"] and 0 < counts["prompts"]
+    assert counts["records"] == 40 and 0 < counts["prompts_left_out"] and 0 < counts["prompts"]
     assert f"{counts['prompts_left_out']} of {counts['prompts_left_out'] + counts['prompts']} prompts are left out" in (
         capsys.readouterr().out
     )
