@@ -1,5 +1,6 @@
 """Which options go together, and which of LitGPT's arguments this package honours; asked before anything is loaded."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -126,7 +127,11 @@ def without_student(given: dict[str, Any]) -> str | None:
     Args:
         given: options that are not as they are by default, with their values.
     """
-    found = [f"--{name} {value}" for name, value in given.items() if OF_STUDENT.fullmatch(name)]
+    # true and null as on a command line
+    texts = {
+        name: json.dumps(value) if value is None or isinstance(value, bool) else value for name, value in given.items()
+    }
+    found = [f"--{name} {text}" for name, text in texts.items() if OF_STUDENT.fullmatch(name)]
     if not found:
         return None
     one = " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))
