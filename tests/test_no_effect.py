@@ -84,12 +84,6 @@ REFUSED = [
     ),
     ("teacher.use_base", lambda: {"teacher": TeacherArgs(use_base=True)}, "--teacher.use_base true without --lora.r"),
     ("hybrid_sharding", lambda: {"hybrid_sharding": True}, "--hybrid_sharding true with --num_nodes 1 --devices 1"),
-    ("distill.mu", lambda: {"distill": DistillArgs(divergence="fkl", mu=0.3)}, "--distill.mu 0.3 has no part"),
-    (
-        "distill.head_rule",
-        lambda: {"distill": DistillArgs(divergence="fkl", head_rule="official")},
-        "head_rule official",
-    ),
     ("distill.mix_ratio", lambda: {"distill": DistillArgs(mix_ratio=0.3)}, "--distill.mix_ratio 0.3 has no part"),
     ("distill.beta", lambda: {"distill": DistillArgs(beta=0.3)}, "--distill.beta 0.3 has no part"),
     ("distill.skew", lambda: {"distill": DistillArgs(skew=0.3)}, "--distill.skew 0.3 has no part"),
@@ -109,6 +103,8 @@ ALWAYS_USED = {
     *("export_hf keep_last logger_name num_nodes on_nonfinite optimizer out_dir precision resume seed").split(),
     *("teacher_checkpoint_dir lora.r teacher.cache_dir teacher.precision teacher.quantize").split(),
     *(f"distill.{name}" for name in "block_tokens compile divergence kd_ratio temperature".split()),
+    # which ids are the head is logged and shown for every divergence
+    *("distill.mu", "distill.head_rule"),
     *(f"eval.{name}" for name in "final_validation initial_validation interval max_iters max_new_tokens".split()),
     *(f"train.{name}" for name in "epochs global_batch_size log_interval lr_warmup_fraction lr_warmup_steps".split()),
     *(f"train.{name}" for name in "max_norm max_seq_length max_steps max_time max_tokens micro_batch_size".split()),
