@@ -236,6 +236,13 @@ class GenerationArgs:
     """Whether the teacher's answers are rated, too"""
 
     def __post_init__(self) -> None:
+        if not self.seeds:
+            for field in fields(self):
+                if field.name != "seeds" and getattr(self, field.name) != field.default:
+                    raise UserError(
+                        f"--generation.{field.name} {getattr(self, field.name)} has no effect with --generation.seeds"
+                        " []; remove it."
+                    )
         for name in ("max_new_tokens", "no_repeat_ngram", "batch_size", "max_prompts"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -16,6 +16,7 @@ from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.directories import make_writable
 from litgpt_akl.errors import UserError
 from litgpt_akl.memory_report import report_memory
+from litgpt_akl.on_policy import check_prompts
 from litgpt_akl.planning import device_bytes
 from litgpt_akl.run import Run, longest_sample, step_plan
 from litgpt_akl.sharding import highest_of_each, return_freed_memory
@@ -38,7 +39,11 @@ def begin(fabric: L.Fabric, run: Run) -> tuple[tuple[Store, Store], Caches]:
     # whatever is downloaded or prepared is then found by the other processes
     with fabric.rank_zero_first():
         stores = prepare_stores(run.data, pair.tokenizer, train, pair.context_length, pair.student_dir)
-    answered = longest_sample(run) if run.distill.on_policy > 0 else 0
+    # a run that fills a cache has no student
+    on_policy = run.distill.on_policy > 0 and run.teacher.cache_mode != "fill"
+    if on_policy:
+        fabric.print(_describe_prompts(run, stores[0]))
+    answered = longest_sample(run) if on_policy else 0
     run.plan = replace(run.plan, sequence_length=max(stores[0].longest, answered))
     caches = Caches() if run.teacher.cache_dir is None else _open_cache(fabric, run, stores)
     if fabric.is_global_zero:
@@ -48,6 +53,11 @@ def begin(fabric: L.Fabric, run: Run) -> tuple[tuple[Store, Store], Caches]:
     fabric.barrier()
     fabric.seed_everything(run.seed, verbose=False)
     return stores, caches
+
+
+def _describe_prompts(run: Run, store: Store) -> str:
+    steps = {"steps": total_steps(run.train, len(store)), "steps_per_epoch": step_plan(run, store).steps_per_epoch}
+    return check_prompts(store, run.pair.student_config, run.distill, longest=longest_sample(run), **steps)
 
 
 def _open_cache(fabric: L.Fabric, run: Run, stores: tuple[Store, Store]) -> Caches:

@@ -1,15 +1,26 @@
 """Which options go together, and which of LitGPT's arguments this package honours; asked before anything is loaded."""
 
+import json
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from litgpt.args import EvalArgs, TrainArgs
+from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.data import DataModule, LitData
 
-from litgpt_akl.args import DistillArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.args import DistillArgs, GenerationArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.data.prepare import without_prompts
 from litgpt_akl.errors import UserError
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+OF_STUDENT = re.compile(
+    r"(resume|accept_changes|keep_last|export_hf|on_nonfinite|activation_checkpointing|logger_name)"
+    r"|optimizer(\..*)?|(lora|distill|log)\..*|eval\.(max_new_tokens|evaluate_example)"
+    r"|train\.(save_interval|log_interval|max_time|max_norm|min_lr|lr_warmup_.*|tie_embeddings|epochs|max_steps)"
+)
+"""Options that only a student takes; those that a cache's samples depend on are not among them."""
 
 
 def check_lora_args(
@@ -42,21 +53,89 @@ def check_lora_args(
         )
 
 
-def check_on_policy(distill: DistillArgs, data: Any, teacher: TeacherArgs) -> None:
+def check_on_policy(distill: DistillArgs, data: DataModule | None, teacher: TeacherArgs) -> None:
     """See that a student can answer prompts itself.
 
     Raises:
         UserError: the data does not tell prompts from responses, or a cache would be of no use.
     """
-    if distill.on_policy > 0 and getattr(data, "mask_prompt", None) is False:
+    unknown = without_prompts(data)
+    if distill.on_policy > 0 and unknown is not None:
+        why, other = unknown
         raise UserError(
-            f"--distill.on_policy {distill.on_policy} needs to know what is a prompt: give --data.mask_prompt true."
+            f"--distill.on_policy {distill.on_policy} needs to know what is a prompt: give {other}.\n{why}; else leave"
+            " on_policy out."
         )
     if distill.on_policy == 1 and teacher.cache_dir is not None:
         raise UserError(
             "--distill.on_policy 1.0 with --teacher.cache_dir: a cache knows recorded responses, and none is read."
             " Leave one of them out."
         )
+
+
+def check_questions(data: DataModule | None, generation: GenerationArgs) -> None:
+    """See that there are prompts to answer, if answers are to be rated; raises UserError if there cannot be."""
+    unknown = without_prompts(data)
+    if generation.seeds and unknown is not None:
+        why, other = unknown
+        raise UserError(
+            f"{why}, so there is no prompt to answer.\nGive {other}, or leave answers out with --generation.seeds '[]'."
+        )
+
+
+def check_no_effect(
+    data: DataModule | None,
+    teacher: TeacherArgs,
+    distill: DistillArgs,
+    eval: EvalArgs,
+    log: LogArgs,
+    *,
+    logger_name: str,
+    resume: bool | str | Path,
+    accept_changes: bool,
+) -> None:
+    """Refuse options that others leave without effect.
+
+    Raises:
+        UserError: names both.
+    """
+    logger = f"--logger_name {logger_name}"
+    found = [(f"log.{name}", value, logger) for name, value in _unused_log_args(logger_name, log)]
+    if accept_changes and not resume:
+        found.append(("accept_changes", "true", "a run that does not resume"))
+    if teacher.cpu_offload and teacher.cache_mode == "read" and distill.on_policy == 0:
+        found.append(("teacher.cpu_offload", "true", "--teacher.cache_mode read"))
+    if eval.max_new_tokens is None and eval.evaluate_example != "first":
+        found.append(("eval.evaluate_example", eval.evaluate_example, "--eval.max_new_tokens null"))
+    if isinstance(data, LitData) and data.seed != LitData().seed:
+        found.append(("data.seed", data.seed, "--data LitData, whose order --seed chooses"))
+    if found:
+        name, value, other = found[0]
+        raise UserError(f"--{name} {value} has no effect with {other}; remove it.")
+
+
+def _unused_log_args(logger_name: str, log: LogArgs) -> list[tuple[str, Any]]:
+    used = {"wandb": {"project", "run", "group"}}
+    used["litlogger"] = {field.name for field in fields(LogArgs)} - used["wandb"]
+    changed = [field.name for field in fields(log) if getattr(log, field.name) != field.default]
+    return [(name, getattr(log, name)) for name in changed if name not in used.get(logger_name, ())]
+
+
+def without_student(given: dict[str, Any]) -> str | None:
+    """What to say of options that only a student takes, in a run that fills a cache; None if there are none.
+
+    Args:
+        given: options that are not as they are by default, with their values.
+    """
+    # true and null as on a command line
+    texts = {
+        name: json.dumps(value) if value is None or isinstance(value, bool) else value for name, value in given.items()
+    }
+    found = [f"--{name} {text}" for name, text in texts.items() if OF_STUDENT.fullmatch(name)]
+    if not found:
+        return None
+    one = " and ".join(filter(None, [", ".join(found[:-1]), *found[-1:]]))
+    return f"--teacher.cache_mode fill trains no student, so {one} {'has' if len(found) == 1 else 'have'} no effect."
 
 
 def check_cpu_offload(teacher: TeacherArgs, processes: int, cuda: bool) -> None:

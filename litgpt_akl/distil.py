@@ -107,6 +107,8 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
         )
     finally:
         fetched.stop()
+    if own_answers is not None:
+        fabric.print(f"On-policy: the student has answered {own_answers.answered:,} prompts")
 
 
 def report(
@@ -156,14 +158,11 @@ def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store
         fabric.print("There are no validation samples: validation is off.")
     kind = fabric.device.type
     fused = "compiled by torch.compile" if state["loss"].compiles_on(kind) else "eager"
-    if run.distill.on_policy > 0:
-        fabric.print(
-            f"On policy: the student answers {run.distill.on_policy:.0%} of the prompts itself, in at most"
-            f" {run.distill.on_policy_tokens} tokens"
-        )
     fabric.print(
         f"Loss: {run.distill.divergence}, kd_ratio {run.distill.kd_ratio}, {run.pair.vocab_size:,} ids,"
         f" {state['loss'].tokens_per_block(run.pair.vocab_size, kind)} tokens a block, element-wise part {fused}"
     )
+    if run.distill.kd_ratio == 0:
+        fabric.print("With kd_ratio 0 the loss is cross-entropy alone: the divergence is measured, and teaches nothing")
     if run.resume is not None:
         fabric.print(f"Going on from {run.resume}, step {state['step_count']}")

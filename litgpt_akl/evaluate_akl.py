@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt.args import TrainArgs
 from litgpt.data import Alpaca, DataModule
 from litgpt.model import GPT
@@ -17,7 +19,7 @@ from litgpt.utils import parse_devices
 from litgpt_akl.adaptive import HeadRule
 from litgpt_akl.answers import Answers, Asker, as_lines, find_questions, rate
 from litgpt_akl.args import GenerationArgs
-from litgpt_akl.checks import check_run_args
+from litgpt_akl.checks import check_questions, check_run_args
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.workers import end_with_parent
@@ -25,7 +27,7 @@ from litgpt_akl.directories import explain_failure, make_writable, write_file
 from litgpt_akl.errors import UserError
 from litgpt_akl.evaluation_table import nan_as_null, table
 from litgpt_akl.frozen import load_frozen
-from litgpt_akl.generation import stop_sequences
+from litgpt_akl.generation import longest_prompt, stop_sequences
 from litgpt_akl.head_loss import DistillationLoss
 from litgpt_akl.measures import gap_closed, measure
 from litgpt_akl.monitor import silence_known_noise
@@ -116,6 +118,14 @@ def evaluate_akl(
             raise UserError(f"--{name} must be at least 1, got {value}.")
     if not 0 < mu <= 1:
         raise UserError(f"--mu must be above 0 and at most 1, got {mu}.")
+    check_questions(data, generation)
+    if getattr(data, "micro_batch_tokens", None) is not None:
+        # it comes with the options of training, and would have samples refused that are longer
+        unused, data = data.micro_batch_tokens, replace(data, micro_batch_tokens=None)
+        rank_zero_only(print)(
+            f"--data.micro_batch_tokens {unused} has no effect on an evaluation: --batch_size {batch_size} records are"
+            " read together."
+        )
     devices = parse_devices(devices)
     check_run_args(None, devices, num_nodes, hybrid_sharding)
     students = {"student": checkpoint_dir, "before": before_checkpoint_dir}
@@ -143,7 +153,7 @@ def evaluate_akl(
     fabric.launch(main, evaluation)
 
 
-@ending_together
+@partial(ending_together, way_on="The others were ended; run the same command again.")
 def main(fabric: L.Fabric, evaluation: Evaluation) -> None:
     """Evaluate in each process; the first one writes what was found."""
     if fabric.local_rank > 0:
@@ -151,7 +161,7 @@ def main(fabric: L.Fabric, evaluation: Evaluation) -> None:
     if fabric.is_global_zero:
         make_writable(evaluation.out_dir)
     store, numbers = _open_records(fabric, evaluation)
-    asker = _prepare_questions(fabric, evaluation, store, numbers)
+    asker, left_out = _prepare_questions(fabric, evaluation, store, numbers)
     found, answers = _read_and_ask(fabric, evaluation, store, numbers, asker)
     if "before" in found:
         before, after, teacher = found["before"], found["student"], found["teacher"]
@@ -159,6 +169,7 @@ def main(fabric: L.Fabric, evaluation: Evaluation) -> None:
         after["kl_closed"] = gap_closed(before["forward_kl"], after["forward_kl"], 0.0)
     if fabric.is_global_zero:
         counts = {"records": len(numbers), "prompts": 0 if asker is None else len(asker.questions)}
+        counts["prompts_left_out"] = left_out
         versions = {name: version(name) for name in ("litgpt-akl", "litgpt", "torch", "rouge-score", "torchmetrics")}
         content = found | {"data": counts, "settings": evaluation.settings, "versions": versions}
         with explain_failure(evaluation.out_dir):
@@ -175,7 +186,8 @@ def _open_records(fabric: L.Fabric, evaluation: Evaluation) -> tuple[Store, rang
     pair = evaluation.pairs["student"]
     train = TrainArgs(micro_batch_size=evaluation.batch_size, max_seq_length=evaluation.max_seq_length)
     with fabric.rank_zero_first():
-        stores = prepare_stores(evaluation.data, pair.tokenizer, train, pair.context_length, pair.student_dir)
+        options = train, pair.context_length, pair.student_dir, "--max_seq_length"
+        stores = prepare_stores(evaluation.data, pair.tokenizer, *options)
     store = stores[evaluation.split == "validation"]
     numbers = range(len(store))[: evaluation.max_records]
     if not numbers:
@@ -186,15 +198,34 @@ def _open_records(fabric: L.Fabric, evaluation: Evaluation) -> tuple[Store, rang
     return store, numbers
 
 
-def _prepare_questions(fabric: L.Fabric, evaluation: Evaluation, store: Store, numbers: Sequence[int]) -> Asker | None:
-    """Who asks; None if no answers are wanted."""
+def _prepare_questions(
+    fabric: L.Fabric, evaluation: Evaluation, store: Store, numbers: Sequence[int]
+) -> tuple[Asker | None, int]:
+    """Who asks, None if no answers are wanted; and how many prompts are left out because a model cannot answer them.
+
+    Raises:
+        UserError: no prompt is left, or a sample has none.
+    """
     args, pair = evaluation.generation, evaluation.pairs["student"]
     if not args.seeds:
-        return None
+        return None, 0
     prompt_style = getattr(evaluation.data, "prompt_style", None)
     stop = stop_sequences(pair.tokenizer, prompt_style)
-    questions = find_questions(store, numbers, pair.tokenizer, stop)[: args.max_prompts]
-    return Asker(fabric, questions, pair.tokenizer, stop, pair.vocab_size, args)
+    found = find_questions(store, numbers, pair.tokenizer, stop)
+    configs = [each.student_config for each in evaluation.pairs.values()]
+    configs += [pair.teacher_config] if args.teacher else []
+    config = min(configs, key=longest_prompt)
+    questions = [question for question in found if len(question.prompt) <= longest_prompt(config)]
+    left_out = len(found) - len(questions)
+    if left_out:
+        why = f"longer than the {longest_prompt(config):,} tokens that {config.name} can answer"
+        if not questions:
+            raise UserError(
+                f"All of {len(found):,} prompts are {why}.\n"
+                "Evaluate records with shorter ones, or leave answers out with --generation.seeds '[]'."
+            )
+        fabric.print(f"{left_out:,} of {len(found):,} prompts are left out of the answers: they are {why}")
+    return Asker(fabric, questions[: args.max_prompts], pair.tokenizer, stop, pair.vocab_size, args), left_out
 
 
 def _read_and_ask(

@@ -1,6 +1,7 @@
 """A run that only fills a cache: the teacher reads the data, and there is no student."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import lightning as L
 
@@ -18,7 +19,7 @@ from litgpt_akl.state import make_teacher
 from litgpt_akl.teacher import Teacher
 
 
-@ending_together
+@partial(ending_together, way_on="The others were ended; the same command fills what is missing.")
 def fill(fabric: L.Fabric, run: Run) -> None:
     """Let the teacher read what a cache lacks, in each process of a run."""
     stores, caches = begin(fabric, run)

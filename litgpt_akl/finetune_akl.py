@@ -7,6 +7,7 @@ from typing import Literal
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import Alpaca, DataModule
 from litgpt.types import LoggerChoice
@@ -19,11 +20,13 @@ from litgpt_akl.cache.space import describe_plan
 from litgpt_akl.checks import (
     check_cpu_offload,
     check_lora_args,
+    check_no_effect,
     check_on_policy,
     check_run_args,
     check_training_args,
     choose_precision,
     optimizer_config,
+    without_student,
 )
 from litgpt_akl.distil import main
 from litgpt_akl.export_hf import check_export
@@ -34,7 +37,7 @@ from litgpt_akl.monitor import silence_known_noise
 from litgpt_akl.pair import check_pair
 from litgpt_akl.planning import device_bytes, find_models, make_plan, models_of
 from litgpt_akl.quantize import check_quantization
-from litgpt_akl.recipe import recipe_as_yaml
+from litgpt_akl.recipe import given, recipe_as_yaml
 from litgpt_akl.run import Run, make_optimizer
 from litgpt_akl.sharding import make_strategy
 from litgpt_akl.train import make_scheduler
@@ -126,14 +129,16 @@ def setup(
             is loaded, downloaded or written, and neither the models nor the devices need to be there: the models may be
             names that LitGPT knows, such as ``Llama-3.1-8B``.
         device_memory: Memory of a device in GB that a run may take; one that needs more is refused (default: what a GPU
-            has; on a CPU what is free, shared out among the processes). With ``dry_run`` it stands for GPUs that are
-            not here.
+            has; on a CPU what is free, within a container's limit, shared out among the processes). With ``dry_run`` it
+            stands for GPUs that are not here.
     """
     optimizer = optimizer_config(optimizer)
     recipe = recipe_as_yaml({name: value for name, value in locals().items() if name not in NOT_IN_RECIPE})
     silence_known_noise()
     check_training_args(train, eval)
     check_lora_args(teacher_checkpoint_dir, teacher, lora, train)
+    changes = {"resume": resume, "accept_changes": accept_changes}
+    check_no_effect(data, teacher, distill, eval, log, logger_name=logger_name, **changes)
     # a misspelt optimizer is found before anything is loaded
     make_scheduler(make_optimizer(optimizer, torch.nn.Linear(1, 1)), warmup=0, steps=1, min_lr=train.min_lr)
     cuda = torch.cuda.is_available() or (dry_run and device_memory is not None)
@@ -195,6 +200,9 @@ def setup(
     )
     strategy = make_strategy(devices, num_nodes, hybrid_sharding, teacher.cpu_offload)
     if teacher.cache_mode == "fill":
+        unused = without_student(given(recipe, setup))
+        if unused is not None:
+            rank_zero_only(print)(unused)
         fabric = L.Fabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
         fabric.launch(fill, run)
         return

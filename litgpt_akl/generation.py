@@ -82,7 +82,7 @@ def generate(
         if len(prompt) > longest_prompt(config):
             raise UserError(
                 f"A prompt has {len(prompt):,} tokens, but the longest that {config.name} can answer has"
-                f" {longest_prompt(config):,}. Lower --train.max_seq_length, or leave such records out."
+                f" {longest_prompt(config):,}. Leave such records out."
             )
     longest = config.block_size if max_length is None else max_length
     answers = [

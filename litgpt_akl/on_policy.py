@@ -10,10 +10,13 @@ from dataclasses import replace
 import lightning as L
 import numpy as np
 import torch
+from litgpt.config import Config
 from torch import Tensor, nn
 
 from litgpt_akl.args import DistillArgs
-from litgpt_akl.data.windows import Window, Windows, collate, cut, padded, turns
+from litgpt_akl.data.stores import Store
+from litgpt_akl.data.windows import PART, Window, Windows, collate, cut, padded, turns
+from litgpt_akl.errors import UserError
 from litgpt_akl.generation import generate, longest_prompt
 from litgpt_akl.head_loss import IGNORE_INDEX
 from litgpt_akl.sharding import from_each
@@ -21,6 +24,72 @@ from litgpt_akl.sharding import from_each
 BATCH = 32
 """Prompts that a process answers together: their keys and values take less than training does, whose gradients and
 activations are not there at that time."""
+
+
+def limits_of_prompts(config: Config, longest: int) -> dict[str, int]:
+    """Tokens of the longest prompt that a student can answer, by what it is that sets each limit.
+
+    Args:
+        config: of the student.
+        longest: tokens of prompt and answer together, at most.
+    """
+    limits = {f"the {longest:,} tokens of prompt and answer allow": min(longest, config.block_size) - 1}
+    if config.sliding_window_size is not None:
+        # LitGPT's cache cannot take a longer one
+        limits[f"the student's sliding window of {config.sliding_window_size:,} tokens"] = longest_prompt(config)
+    return limits
+
+
+def count_skipped(store: Store, limits: dict[str, int]) -> tuple[int, int, str]:
+    """How many prompts of a store are too long to answer, how many samples have none, and both in words."""
+    reason, limit = min(limits.items(), key=lambda item: item[1])
+    too_long = missing = 0
+    for start in range(0, len(store), PART):
+        lengths = store.prompt_lengths(np.arange(start, min(start + PART, len(store))))
+        too_long, missing = too_long + int((lengths > limit).sum()), missing + int((lengths == 0).sum())
+    words = [f"{too_long:,} prompts are longer than {reason}"] if too_long else []
+    words += [f"{missing:,} samples have no prompt"] if missing else []
+    return too_long, missing, " and ".join(words)
+
+
+def check_prompts(
+    store: Store, config: Config, distill: DistillArgs, *, longest: int, steps: int, steps_per_epoch: int
+) -> str:
+    """What to say of the prompts that a student is to answer, if there are any.
+
+    Args:
+        store: of the training samples.
+        config: of the student.
+        distill: of the command.
+        longest: tokens of prompt and answer together, at most.
+        steps: of the whole run.
+        steps_per_epoch: of an epoch.
+
+    Raises:
+        UserError: the student can answer none, or its share is so small that the run would draw none.
+    """
+    too_long, missing, skipped = count_skipped(store, limits_of_prompts(config, longest))
+    answerable = len(store) - too_long - missing
+    given = f"--distill.on_policy {distill.on_policy}"
+    if answerable == 0:
+        raise UserError(
+            f"{given}, but the student can answer none of {len(store):,} prompts: {skipped}.\n"
+            "Give other data or another student, or leave on_policy out."
+        )
+    of_epoch = distill.on_policy * answerable
+    of_run = of_epoch * steps / steps_per_epoch
+    if of_run < 1:
+        raise UserError(
+            f"{given} of {answerable:,} prompts that the student can answer, in {steps:,} of {steps_per_epoch:,} steps"
+            f" an epoch: it would be asked {of_run:.2g} of them.\nRaise on_policy, or leave it out."
+        )
+    text = (
+        f"On-policy: the student answers {distill.on_policy:.3g} of the prompts itself, drawn anew in each epoch, in at"
+        f" most {distill.on_policy_tokens:,} tokens; it can answer {answerable:,} of {len(store):,}"
+    )
+    if skipped:
+        text += f": {skipped}, and are taken as recorded"
+    return text + (f". An epoch draws {of_epoch:.2g} on average: some epochs draw none" if of_epoch < 3 else "")
 
 
 class OwnAnswers:
@@ -51,10 +120,12 @@ class OwnAnswers:
         self._options = {"stop": stop, "vocab_size": vocab_size, "max_length": longest}
         self.seconds = 0.0
         """That answering has taken; whoever reads it sets it back."""
+        self.answered = 0
+        """Prompts so far, of all processes."""
 
     def share_of(self, windows: Windows) -> Windows:
         """The same windows, but for the prompts that the student is to answer."""
-        longest = min(longest_prompt(self.student.config), self._options["max_length"] - 1)
+        longest = min(limits_of_prompts(self.student.config, self._options["max_length"]).values())
         return replace(windows, on_policy=self.distill.on_policy, longest_prompt=longest)
 
     def complete(self, window: Window, windows: Windows) -> Window:
@@ -70,6 +141,7 @@ class OwnAnswers:
             return window
         began = time.perf_counter()
         samples = self._answer(window)
+        self.answered += len(samples)
         lengths = np.array([len(sample["input_ids"]) for sample in samples])
         cuts = cut(lengths, windows.micro_batch_size, windows.micro_batch_tokens)
         shares = turns(cuts, windows.rank, windows.world_size)

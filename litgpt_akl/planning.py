@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from litgpt.args import TrainArgs
 from litgpt.config import Config, configs
@@ -14,6 +13,7 @@ from litgpt.utils import extend_checkpoint_dir
 from torch import nn
 
 from litgpt_akl.args import DistillArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.cgroups import available_memory
 from litgpt_akl.errors import UserError
 from litgpt_akl.lora import lora_config
 from litgpt_akl.memory_plan import MemoryPlan, try_optimizer
@@ -169,12 +169,12 @@ def device_bytes(device_memory: float | None, cuda: bool, processes: int) -> flo
     Args:
         device_memory: in GB, as told.
         cuda: whether the devices are GPUs.
-        processes: on this node; on a CPU they share what is free.
+        processes: on this node; on a CPU they share what is free, of a container's limit if there is one.
     """
     if device_memory is not None:
         return device_memory * GB
     if not cuda:
-        return psutil.virtual_memory().available / processes
+        return available_memory() / processes
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 

@@ -25,15 +25,22 @@ GRACE = 10.0
 """Seconds for a process to notice by itself that another one has gone."""
 
 
-def ending_together(main: Callable) -> Callable:
-    """The same function, except that a failure in one of the processes that run it ends it in all."""
+WAY_ON = "The others were ended; the same command with --resume auto goes on from the last checkpoint."
+"""What to do after a process has gone, where a run saves checkpoints."""
+
+
+def ending_together(main: Callable, way_on: str = WAY_ON) -> Callable:
+    """The same function, except that a failure in one of the processes that run it ends it in all.
+
+    ``way_on`` is what a user is told if a process has ended without a word.
+    """
 
     @functools.wraps(main)
     def run(*args, **kwargs):
         if world_size() == 1:
             return main(*args, **kwargs)
         ended, asking = threading.Event(), threading.Lock()
-        _watch_others(ended, asking)
+        _watch_others(ended, asking, way_on)
         try:
             return main(*args, **kwargs)
         except Exception as error:
@@ -42,7 +49,7 @@ def ending_together(main: Callable) -> Callable:
                 raise
             if rank() > 0:
                 raise SystemExit(1) from None
-            raise UserError(_what_was_told(_common_store())) from None
+            raise UserError(_what_was_told(_common_store(), way_on)) from None
         finally:
             ended.set()
             # Python aborts if it ends while another thread is in a call to the store
@@ -80,18 +87,15 @@ def _has_failed(store: distributed.Store) -> bool:
         return True
 
 
-def _what_was_told(store: distributed.Store) -> str:
+def _what_was_told(store: distributed.Store, way_on: str) -> str:
     try:
         store.wait([FAILURE], timedelta(seconds=PATIENCE))
     except (RuntimeError, ValueError):
-        return (
-            "A process of this run has ended without a word: it was killed, or ran out of memory.\n"
-            "The others were ended; the same command with --resume auto goes on from the last checkpoint."
-        )
+        return f"A process of this run has ended without a word: it was killed, or ran out of memory.\n{way_on}"
     return f"{store.get(FAILURE).decode()}\nThe other processes were ended."
 
 
-def _watch_others(ended: threading.Event, asking: threading.Lock) -> None:
+def _watch_others(ended: threading.Event, asking: threading.Lock, way_on: str) -> None:
     """End this process if another one fails before ``ended`` is set: it may be waiting for it on a GPU for ever.
 
     ``asking`` is held while the processes' common store is asked.
@@ -105,7 +109,7 @@ def _watch_others(ended: threading.Event, asking: threading.Lock) -> None:
             thread._child_processes = []
     speaks = rank() == 0 or bool(children)
     # a connection of its own: that of the main thread may be waiting for an answer
-    arguments = (children, _common_store().clone(), ended, asking, speaks)
+    arguments = (children, _common_store().clone(), ended, asking, speaks, way_on)
     threading.Thread(target=_end_with_others, args=arguments, daemon=True).start()
 
 
@@ -115,6 +119,7 @@ def _end_with_others(
     ended: threading.Event,
     asking: threading.Lock,
     speaks: bool,
+    way_on: str,
 ) -> None:
     def another_has_failed() -> bool:
         with asking:
@@ -126,7 +131,7 @@ def _end_with_others(
     if ended.is_set() and all(not child.poll() for child in children):
         return
     if speaks:
-        print(f"\nerror: {_what_was_told(store)}", file=sys.stderr, flush=True)
+        print(f"\nerror: {_what_was_told(store, way_on)}", file=sys.stderr, flush=True)
     for child in children:
         child.kill()
     os._exit(1)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -51,6 +52,14 @@ def differences(saved: str, current: str) -> list[str]:
         for name in dict.fromkeys([*saved, *current])
         if saved.get(name) != current.get(name) and not NO_EFFECT.fullmatch(name)
     ]
+
+
+def given(recipe: str, function: Callable) -> dict[str, Any]:
+    """The arguments in a recipe that differ from those that ``function`` has by default."""
+    parameters = inspect.signature(function).parameters.values()
+    usual = {of.name: None if of.default is of.empty else of.default for of in parameters}
+    usual, found = (_flatten(yaml.safe_load(text)) for text in (recipe_as_yaml(usual), recipe))
+    return {name: value for name, value in found.items() if usual.get(name) != value}
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Runs in which the student answers prompts itself."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,23 +10,27 @@ import numpy as np
 import pytest
 import torch
 from cache_runs import assert_equal
+from litgpt.data import Alpaca, LitData, TextFiles
 from litgpt.generate.base import generate as litgpt_generate
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
-from litgpt.utils import load_checkpoint
+from litgpt.utils import load_checkpoint, save_config
 from ranks import in_processes
 from runs import alice, distil, metrics, train_args
 
-from litgpt_akl.args import DistillArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.args import DistillArgs, GenerationArgs, LoRAArgs, TeacherArgs
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.data.windows import Windows
 from litgpt_akl.errors import UserError
+from litgpt_akl.evaluate_akl import evaluate_akl
+from litgpt_akl.finetune_akl import setup
 from litgpt_akl.frozen import load_frozen
 from litgpt_akl.generation import stop_sequences
 from litgpt_akl.head_loss import DistillationLoss
 from litgpt_akl.models import build_model
-from litgpt_akl.on_policy import OwnAnswers
+from litgpt_akl.on_policy import OwnAnswers, check_prompts
 from litgpt_akl.weights import open_weights, read_config
 
 OWN = {"on_policy": 0.5, "on_policy_tokens": 12, "kd_ratio": 0.7}
@@ -255,3 +261,106 @@ def test_mistakes_in_a_run(student_dir, teacher_dir, alice_json, tmp_path):
     cached = TeacherArgs(cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match="a cache knows recorded responses, and none is read"):
         run(student_dir, teacher_dir, alice_json, tmp_path, teacher=cached, distill={"on_policy": 1.0})
+
+
+def checked(store, config, *, longest=128, steps=100, steps_per_epoch=100, **distill) -> str:
+    return check_prompts(
+        store, config, DistillArgs(**distill), longest=longest, steps=steps, steps_per_epoch=steps_per_epoch
+    )
+
+
+@pytest.mark.parametrize(("window", "longest"), [(None, 128), (20, 128), (20, 15), (8, 128), (None, 12)])
+def test_what_can_be_answered_is_counted_by_reasons(windows, teacher_dir, window, longest):
+    store, config = windows.store, replace(read_config(teacher_dir), sliding_window_size=window)
+    prompts = [int((sample["labels"] != -100).int().argmax()) for sample in store.read(range(len(store)))]
+    assert store.prompt_lengths(np.arange(len(store))).tolist() == prompts
+    limit = min(window or 128, longest - 1)
+    fitting = sum(prompt <= limit for prompt in prompts)
+    text = checked(store, config, longest=longest, on_policy=1.0)
+    assert f"it can answer {fitting:,} of {len(store):,}" in text
+    reason = "the student's sliding window of" if limit == window else f"the {longest} tokens of prompt and answer"
+    words = f": {len(store) - fitting:,} prompts are longer than {reason}"
+    assert (words in text) == (fitting < len(store)) and (fitting == len(store) or words in text)
+    # as many are drawn in an epoch
+    drawing = replace(windows, on_policy=1.0, longest_prompt=limit)
+    assert sum(len(drawing[step].prompts) for step in range(windows.plan.steps_per_epoch)) == fitting
+
+
+def test_a_run_that_would_draw_nothing_is_refused(windows, teacher_dir):
+    store, config = windows.store, read_config(teacher_dir)
+    nothing = f"--distill.on_policy 0.5, but the student can answer none of {len(store):,} prompts: {len(store):,} "
+    with pytest.raises(UserError, match=f"{nothing}prompts are longer than .* sliding window of 2 tokens.\n.*leave"):
+        checked(store, replace(config, sliding_window_size=2), on_policy=0.5)
+    few, enough = 0.9 / len(store), 1.1 / len(store)
+    with pytest.raises(UserError, match=r"100 of 100 steps an epoch: it would be asked 0.9 of them.\nRaise on_policy"):
+        checked(store, config, on_policy=few)
+    # two epochs may draw what one does not, and a run that ends early draws less
+    assert "An epoch draws 0.9 on average: some epochs draw none" in checked(store, config, steps=200, on_policy=few)
+    assert "An epoch draws 1.1 on average" in checked(store, config, on_policy=enough)
+    with pytest.raises(UserError, match="in 50 of 100 steps an epoch: it would be asked 0.55"):
+        checked(store, config, steps=50, on_policy=enough)
+    assert "on average" not in checked(store, config, on_policy=0.5)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "give --data Alpaca --data.mask_prompt true.\n--data Alpaca without mask_prompt"),
+        (Alpaca(), "give --data.mask_prompt true.\n--data Alpaca without mask_prompt"),
+        (LitData("nowhere"), "give --data StreamingSFT or another module .*\n--data LitData has .* no prompts"),
+        (TextFiles(Path("nowhere")), "give --data StreamingSFT or another .*\n--data TextFiles has .* no prompts"),
+        (StreamingSFT("nowhere"), "give --data.mask_prompt true.\n--data StreamingSFT without mask_prompt"),
+    ],
+)
+def test_data_without_prompts_are_refused_before_anything_is_read(tmp_path, data, message):
+    own = DistillArgs(on_policy=0.5)
+    with pytest.raises(UserError, match=rf"--distill.on_policy 0.5 needs to know what is a prompt: {message}"):
+        setup(tmp_path / "absent", teacher_checkpoint_dir=tmp_path / "absent", data=data, distill=own)
+    with pytest.raises(UserError, match="so there is no prompt to answer.\n.*--generation.seeds"):
+        evaluate_akl(tmp_path / "absent", teacher_checkpoint_dir=tmp_path / "absent", data=data)
+
+
+def test_the_ways_out_are_ways_out(tmp_path):
+    """What the messages above advise goes on to the checkpoint that is not there."""
+    both = {"teacher_checkpoint_dir": tmp_path / "absent"}
+    own = DistillArgs(on_policy=0.5)
+    for data in (Alpaca(mask_prompt=True), StreamingSFT("nowhere", mask_prompt=True)):
+        with pytest.raises(UserError, match="absent does not exist"):
+            setup(tmp_path / "absent", data=data, distill=own, **both)
+        with pytest.raises(UserError, match="absent does not exist"):
+            evaluate_akl(tmp_path / "absent", data=data, **both)
+    with pytest.raises(UserError, match="absent does not exist"):
+        evaluate_akl(tmp_path / "absent", data=LitData("nowhere"), generation=GenerationArgs(seeds=[]), **both)
+
+
+def test_a_run_says_what_it_answers(student_dir, teacher_dir, alice_json, tmp_path, capsys):
+    """With a sliding window that some prompts are longer than; the same student is then evaluated."""
+    student = shutil.copytree(student_dir, tmp_path / "student")
+    store = prepare_stores(alice(alice_json), Tokenizer(student), train_args(), 128, student)[0]
+    lengths = store.prompt_lengths(np.arange(len(store)))
+    config, window = read_config(student), int(np.median(lengths))
+    fitting = int((lengths <= window).sum())
+    assert 0 < fitting < len(store)
+    save_config(replace(config, sliding_window_size=window, sliding_window_indices=[1] * config.n_layer), student)
+    run(student, teacher_dir, alice_json, tmp_path / "run", distill={"on_policy": 1.0}, train={"max_steps": 2})
+    printed = capsys.readouterr().out
+    words = f"it can answer {fitting:,} of {len(store):,}: {len(store) - fitting:,} prompts are longer"
+    assert printed.count(words) == 1
+    assert printed.index("it can answer") < printed.index("Student:")
+    plan = Plan(len(store), 7, seed=1337, lengths=store.lengths)
+    answered = sum(int((lengths[plan.step(0, step)] <= window).sum()) for step in range(2))
+    assert f"the student has answered {answered} prompts" in printed
+    generation = GenerationArgs(seeds=[1], max_new_tokens=4)
+    options = {"data": alice(alice_json), "out_dir": tmp_path / "out", "generation": generation, "max_records": 40}
+    options["split"] = "training"
+    evaluate_akl(student, teacher_checkpoint_dir=teacher_dir, **options)
+    counts = json.loads((tmp_path / "out" / "evaluation.json").read_text())["data"]
+    assert counts["records"] == 40 and 0 < counts["prompts_left_out"] and 0 < counts["prompts"]
+    assert f"{counts['prompts_left_out']} of {counts['prompts_left_out'] + counts['prompts']} prompts are left out" in (
+        capsys.readouterr().out
+    )
+    save_config(replace(config, sliding_window_size=2, sliding_window_indices=[1] * config.n_layer), student)
+    with pytest.raises(UserError, match="prompts are longer than the 2 tokens that .*\n.*--generation.seeds"):
+        evaluate_akl(student, teacher_checkpoint_dir=teacher_dir, **options)
+    with pytest.raises(UserError, match="the student can answer none of"):
+        run(student, teacher_dir, alice_json, tmp_path / "none")

@@ -75,7 +75,10 @@ def test_the_samples_are_those_of_litgpts_json_module(tmp_path, teacher_dir, mas
         assert store.tokens == store.lengths(numbers).sum() and store.longest == store.lengths(numbers).max()
         counted = [int((sample["labels"][1:] != -100).sum()) for sample in read]
         assert store.response_tokens(numbers).tolist() == counted
+        starts = [int((sample["labels"] != -100).int().argmax()) for sample in read]
+        assert store.prompt_lengths(numbers).tolist() == starts
         some = np.array([17, 3, 3, 59])
+        assert store.prompt_lengths(some).tolist() == [starts[number] for number in some]
         for sample, number in zip(store.read(some), some, strict=True):
             assert torch.equal(sample["input_ids"], read[number]["input_ids"])
 

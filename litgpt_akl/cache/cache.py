@@ -95,7 +95,7 @@ class TeacherCache:
                 mend it.
         """
         if len(keys) == 0:
-            return torch.empty(0, self.width, dtype=torch.float32 if self.dtype.itemsize == 1 else self.dtype)
+            return torch.empty(0, self.width, dtype=self._dtype_in_memory)
         if len(self.absent(keys[:, 0])):
             self._refresh_if_changed()
         if len(self.absent(keys[:, 0])):
@@ -143,6 +143,15 @@ class TeacherCache:
     def bytes_of_token(self) -> int:
         """On disk."""
         return bytes_of_token(self.width, self.dtype)
+
+    @property
+    def bytes_of_token_in_memory(self) -> int:
+        """Once it is read."""
+        return self.width * self._dtype_in_memory.itemsize
+
+    @property
+    def _dtype_in_memory(self) -> torch.dtype:
+        return torch.float32 if self.dtype.itemsize == 1 else self.dtype
 
     def _refresh_if_changed(self) -> None:
         # a listing takes long where there are many chunks, and most questions come while the first epoch fills them

@@ -55,7 +55,7 @@ class ArrowStore:
             dataset = _select(dataset, low, high, name)
         # a choice of columns is made once, as it copies the dataset's description
         columns = {"lengths": ["length"], "counts": ["response_tokens"], "samples": ["input_ids", "responses"]}
-        columns |= {"places": ["file", "line"]}
+        columns |= {"places": ["file", "line"], "responses": ["responses"]}
         self._views = {name: dataset.select_columns(chosen) for name, chosen in columns.items()}
 
     def __len__(self) -> int:
@@ -68,6 +68,13 @@ class ArrowStore:
         if not self._mask_prompt:
             return self.lengths(numbers) - 1
         return self._views["counts"][numbers]["response_tokens"].to_numpy()
+
+    def prompt_lengths(self, numbers: np.ndarray) -> np.ndarray:
+        if not self._mask_prompt:
+            return np.zeros(len(numbers), dtype=np.int64)
+        responses = self._views["responses"][numbers]["responses"].combine_chunks()
+        # every sample has one, and the first number of its list is where the first one begins
+        return responses.values.to_numpy()[responses.offsets.to_numpy()[:-1]].astype(np.int64)
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
         rows = self._views["samples"][numbers]

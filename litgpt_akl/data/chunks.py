@@ -24,7 +24,7 @@ LEAST_CACHED = 4
 class ChunkStore:
     """Blocks of as many tokens each, every one of which counts; reading one fetches its chunk if it is not there."""
 
-    def __init__(self, input_dir: str, block_size: int) -> None:
+    def __init__(self, input_dir: str, block_size: int, cut_by: str = "--train.max_seq_length") -> None:
         from litdata.streaming import StreamingDataset
         from litdata.utilities.format import _resolve_max_cache_size
 
@@ -50,7 +50,7 @@ class ChunkStore:
         self.tokens, self.longest = len(self) * block_size, block_size
         self.all_response_tokens = self.tokens - len(self)
         if len(self) == 0:
-            raise UserError(f"{input_dir} has no chunk of {block_size} tokens. Lower --train.max_seq_length.")
+            raise UserError(f"{input_dir} has no chunk of {block_size} tokens. Lower {cut_by}.")
         self.fingerprint = xxhash.xxh3_128_hexdigest(content + str(block_size).encode())
         if self._url is None:
             for chunk in self._chunks:
@@ -66,6 +66,9 @@ class ChunkStore:
 
     def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
         return self.lengths(numbers) - 1
+
+    def prompt_lengths(self, numbers: np.ndarray) -> np.ndarray:
+        return np.zeros(len(numbers), dtype=np.int64)
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
         blocks = [self._read(int(number)) for number in numbers]
@@ -112,7 +115,7 @@ class ChunkStore:
         except FileNotFoundError as error:
             raise UserError(
                 f"{remote_path} is gone, or the cache {self._folder} was deleted while it was in use.\n"
-                "Mend the data and go on with --resume auto."
+                "Mend the data, and go on with the command that was running."
             ) from error
         # every kind of remote storage has exceptions of its own
         except Exception as error:
@@ -138,8 +141,12 @@ def _header_size(chunk: dict) -> int:
     return 4 * (1 + chunk["chunk_size"] + 1)
 
 
-def open_chunks(data: LitData, block_size: int) -> tuple[ChunkStore, ChunkStore]:
+def open_chunks(
+    data: LitData, block_size: int, cut_by: str = "--train.max_seq_length"
+) -> tuple[ChunkStore, ChunkStore]:
     """Training and validation blocks; as in LitGPT the same ones, if ``split_names`` names no folders.
+
+    ``cut_by`` is the command's option that says how long a block is, for messages.
 
     Raises:
         UserError: no chunks of tokens are there, or litdata is not installed.
@@ -147,7 +154,7 @@ def open_chunks(data: LitData, block_size: int) -> tuple[ChunkStore, ChunkStore]
     path = str(data.data_path)
     folders = [os.path.join(path, name) for name in data.split_names] if data.split_names else [path]
     try:
-        stores = [ChunkStore(folder, block_size) for folder in folders]
+        stores = [ChunkStore(folder, block_size, cut_by) for folder in folders]
     except UserError:
         raise
     # every kind of remote storage has exceptions of its own

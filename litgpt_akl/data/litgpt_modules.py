@@ -13,8 +13,12 @@ from litgpt_akl.head_loss import IGNORE_INDEX
 from litgpt_akl.progress import progress_bar
 
 
-def tokenise(data: DataModule, max_seq_length: int | None, context_length: int) -> tuple[MemoryStore, MemoryStore]:
+def tokenise(
+    data: DataModule, max_seq_length: int | None, context_length: int, cut_by: str
+) -> tuple[MemoryStore, MemoryStore]:
     """The training and validation samples of a connected data module.
+
+    ``cut_by`` is the command's option for ``max_seq_length``, for messages.
 
     Raises:
         UserError: unreadable data, a record without its fields, a response cut off entirely, a sample that is too long,
@@ -33,7 +37,7 @@ def tokenise(data: DataModule, max_seq_length: int | None, context_length: int) 
     stores = []
     for split, loader in zip(("training", "validation"), loaders, strict=True):
         dataset = _map_style_dataset(loader, data)
-        stores.append(_tokenise(dataset, split, data, max_seq_length, context_length))
+        stores.append(_tokenise(dataset, split, data, max_seq_length, context_length, cut_by))
     return stores[0], stores[1]
 
 
@@ -48,7 +52,7 @@ def _map_style_dataset(loader: DataLoader, data: DataModule) -> Dataset:
 
 
 def _tokenise(
-    dataset: Dataset, split: str, data: DataModule, max_seq_length: int | None, context_length: int
+    dataset: Dataset, split: str, data: DataModule, max_seq_length: int | None, context_length: int, cut_by: str
 ) -> MemoryStore:
     input_ids, labels, ends, end = [], [], [], 0
     for number in progress_bar(range(len(dataset)), desc=f"tokenising {split} samples", leave=False, delay=1):
@@ -56,7 +60,7 @@ def _tokenise(
             sample = dataset[number]
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(_describe_bad_record(dataset, number, data, error)) from error
-        _check_sample(sample, number, dataset, data, max_seq_length, context_length)
+        _check_sample(sample, number, dataset, data, max_seq_length, context_length, cut_by)
         end += len(sample["input_ids"])
         input_ids.append(sample["input_ids"].numpy().astype(np.int32))
         labels.append(sample["labels"].numpy().astype(np.int32))
@@ -67,20 +71,26 @@ def _tokenise(
 
 
 def _check_sample(
-    sample: dict, number: int, dataset: Dataset, data: DataModule, max_seq_length: int | None, context_length: int
+    sample: dict,
+    number: int,
+    dataset: Dataset,
+    data: DataModule,
+    max_seq_length: int | None,
+    context_length: int,
+    cut_by: str,
 ) -> None:
     length = len(sample["input_ids"])
     if length > context_length:
         raise UserError(
             f"{_place(dataset, number, data)} has {length} tokens; the pair reads {context_length}.\n"
-            f"Set --train.max_seq_length {context_length} to cut such samples."
+            f"Set {cut_by} {context_length} to cut such samples."
         )
     if bool((sample["labels"][1:] == IGNORE_INDEX).all()):
         cut = max_seq_length is not None and length >= max_seq_length
-        reason = f"--train.max_seq_length {max_seq_length} cuts its response off" if cut else "it has no response"
+        reason = f"{cut_by} {max_seq_length} cuts its response off" if cut else "it has no response"
         raise UserError(
             f"{_place(dataset, number, data)} has no token to learn from: {reason}.\n"
-            + ("Raise --train.max_seq_length, or drop the record." if cut else "Drop the record or give it a response.")
+            + (f"Raise {cut_by}, or drop the record." if cut else "Drop the record or give it a response.")
         )
 
 

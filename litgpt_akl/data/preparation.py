@@ -69,6 +69,8 @@ class Settings:
     max_seq_length: int | None
     context_length: int
     on_error: str
+    cut_by: str
+    """The command's option for ``max_seq_length``, for messages."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -105,10 +107,8 @@ class Rows(Dataset):
             input_ids, responses = self._encoder.encode(record.value)
             context_length = self.settings.context_length
             if len(input_ids) > context_length:
-                raise ValueError(
-                    f"has {len(input_ids):,} tokens; the pair reads {context_length:,}"
-                    f" (--train.max_seq_length {context_length} would cut it)"
-                )
+                # kept on disk, this is read by commands that have other options
+                raise ValueError(f"has {len(input_ids):,} tokens; the pair reads {context_length:,}")
         except ValueError as error:
             return {"input_ids": [], "responses": [], "length": 0, "response_tokens": 0, "draw": 0, "error": str(error)}
         begins, ends = np.reshape(responses, (-1, 2)).T
@@ -154,7 +154,7 @@ class Preparation(datasets.ArrowBasedBuilder):
             try:
                 for number, (file, bytes_read, rows) in enumerate(portions):
                     if config.settings.on_error == "stop":
-                        _check(rows, config.files[file])
+                        _check(rows, config.files[file], config.settings.cut_by)
                     bar.update(starts[file] + bytes_read - bar.n)
                     batches.append(rows)
                     if sum(batch.nbytes for batch in batches) >= BATCH_BYTES:
@@ -178,11 +178,12 @@ def _portions(files: list[str]) -> Iterator[tuple[int, list[Record]]]:
             yield number, portion
 
 
-def _check(rows: pa.RecordBatch, file: str) -> None:
+def _check(rows: pa.RecordBatch, file: str, cut_by: str) -> None:
     for length, line, error in zip(*(rows[name].to_pylist() for name in ("length", "line", "error")), strict=True):
         if length == 0:
             raise UserError(
-                f"{place(file, line)}: {error}.\nMend or remove it, or leave bad records out with --data.on_error skip."
+                f"{place(file, line)}: {error}.\n"
+                f"Mend or remove it ({cut_by} cuts long ones), or leave bad records out with --data.on_error skip."
             )
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from litgpt.args import TrainArgs
-from litgpt.data import DataModule, LitData, MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories
+from litgpt.data import Alpaca, DataModule, LitData, MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.data.chunks import open_chunks
@@ -11,12 +11,36 @@ from litgpt_akl.data.litgpt_modules import tokenise
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.errors import UserError
+from litgpt_akl.head_loss import IGNORE_INDEX
 
 FOR_PRETRAINING = (MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories)
 
 
+def without_prompts(data: DataModule | None) -> tuple[str, str] | None:
+    """Why a data module cannot tell prompts from responses, and what to give in its place.
+
+    None if it can, or if only its samples will show; ``data`` is None for the default, Alpaca.
+    """
+    name = "Alpaca" if data is None else type(data).__name__
+    if isinstance(data, (LitData, *FOR_PRETRAINING)):
+        others = "--data StreamingSFT or another module for finetuning, with --data.mask_prompt true"
+        return f"--data {name} has tokens to read on, and no prompts", others
+    if getattr(Alpaca if data is None else data, "mask_prompt", True):
+        return None
+    # an option of a data module needs the module's name
+    chosen = "--data Alpaca " if data is None else ""
+    return f"--data {name} without mask_prompt: of a record all of it counts as a response", (
+        f"{chosen}--data.mask_prompt true"
+    )
+
+
 def prepare_stores(
-    data: DataModule, tokenizer: Tokenizer, train: TrainArgs, context_length: int, checkpoint_dir: Path
+    data: DataModule,
+    tokenizer: Tokenizer,
+    train: TrainArgs,
+    context_length: int,
+    checkpoint_dir: Path,
+    cut_by: str = "--train.max_seq_length",
 ) -> tuple[Store, Store]:
     """A data module's training and validation samples, tokenised.
 
@@ -26,6 +50,7 @@ def prepare_stores(
         train: LitGPT's ``TrainArgs``; ``micro_batch_size`` and ``max_seq_length`` are used.
         context_length: tokens that both models can read.
         checkpoint_dir: the student's, for its chat template and its prompt style.
+        cut_by: the command's option for ``max_seq_length``, for messages.
 
     Raises:
         UserError: unreadable data, a bad record, a sample that is too long, no training samples. The message names file
@@ -36,9 +61,14 @@ def prepare_stores(
             f"--data {type(data).__name__} is made for pretraining: it has no prompts and responses.\n"
             "Choose StreamingSFT, one of LitGPT's finetuning modules such as JSON, or LitData for chunks of your own."
         )
+    ignored = getattr(data, "ignore_index", IGNORE_INDEX)
+    if ignored != IGNORE_INDEX:
+        raise UserError(
+            f"--data.ignore_index {ignored} is not supported: what does not count is {IGNORE_INDEX} here; remove it."
+        )
     if isinstance(data, LitData):
-        return open_chunks(data, train.max_seq_length or context_length)
+        return open_chunks(data, train.max_seq_length or context_length, cut_by)
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=train.max_seq_length)
     if isinstance(data, StreamingSFT):
-        return data.prepare(checkpoint_dir, context_length)
-    return tokenise(data, train.max_seq_length, context_length)
+        return data.prepare(checkpoint_dir, context_length, cut_by)
+    return tokenise(data, train.max_seq_length, context_length, cut_by)

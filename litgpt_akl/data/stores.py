@@ -33,6 +33,9 @@ class Store(Protocol):
     def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of each sample that a token before them predicts and that count in the loss, ``[n]``."""
 
+    def prompt_lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """Tokens of each sample before the first that counts, ``[n]``."""
+
     def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
         """``input_ids`` and ``labels`` of each, both ``[length]`` int64, labels not shifted, -100 where not counted."""
 
@@ -74,6 +77,11 @@ class MemoryStore:
 
     def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
         return self._response_tokens[numbers]
+
+    def prompt_lengths(self, numbers: np.ndarray) -> np.ndarray:
+        ends = self._ends[numbers]
+        labels = (self._labels[end - length : end] for end, length in zip(ends, self._lengths[numbers], strict=True))
+        return np.fromiter((int((of != IGNORE_INDEX).argmax()) for of in labels), dtype=np.int64, count=len(ends))
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
         return [self._sample(slice(self._ends[n] - self._lengths[n], self._ends[n])) for n in numbers]

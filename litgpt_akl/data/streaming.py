@@ -78,12 +78,15 @@ class StreamingSFT(DataModule):
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length
 
-    def prepare(self, checkpoint_dir: Path, context_length: int) -> tuple[ArrowStore, ArrowStore]:
+    def prepare(
+        self, checkpoint_dir: Path, context_length: int, cut_by: str = "--train.max_seq_length"
+    ) -> tuple[ArrowStore, ArrowStore]:
         """The training and the validation records as stores.
 
         Args:
             checkpoint_dir: the student's, for its tokenizer, chat template and prompt style.
             context_length: tokens that both models can read.
+            cut_by: the command's option for ``max_seq_length``, for messages.
 
         Raises:
             UserError: no data, a bad record, more than 1 % of them, a sample longer than ``micro_batch_tokens``.
@@ -93,7 +96,13 @@ class StreamingSFT(DataModule):
         if self.prompt_style is None:
             self.prompt_style = own_prompt_style(checkpoint_dir)
         settings = preparation.Settings(
-            checkpoint_dir, self.tokenizer, self.prompt_style, self.max_seq_length, context_length, self.on_error
+            checkpoint_dir,
+            self.tokenizer,
+            self.prompt_style,
+            self.max_seq_length,
+            context_length,
+            self.on_error,
+            cut_by,
         )
         if self.val_path is not None:
             train, validation = (self._stores(path, settings, [ALL])[0] for path in (self.path, self.val_path))
@@ -105,7 +114,7 @@ class StreamingSFT(DataModule):
         if self.micro_batch_tokens is not None and train.longest > self.micro_batch_tokens:
             raise UserError(
                 f"--data.micro_batch_tokens {self.micro_batch_tokens} is less than the {train.longest} tokens of the"
-                " longest sample.\nRaise it, or cut samples with --train.max_seq_length."
+                f" longest sample.\nRaise it, or cut samples with {cut_by}."
             )
         return train, validation
 
@@ -115,7 +124,7 @@ class StreamingSFT(DataModule):
         num_proc = self.num_proc or available_cores()
         dataset, fingerprint = preparation.prepare(files, identify(files), settings, cache_dir, num_proc)
         if self.on_error == "skip":
-            self._report_bad_records(dataset, path, files)
+            self._report_bad_records(dataset, path, files, settings.cut_by)
         return [
             ArrowStore(
                 dataset,
@@ -128,7 +137,7 @@ class StreamingSFT(DataModule):
             for draws in ranges
         ]
 
-    def _report_bad_records(self, dataset: datasets.Dataset, path: str, files: list[str]) -> None:
+    def _report_bad_records(self, dataset: datasets.Dataset, path: str, files: list[str], cut_by: str) -> None:
         lengths = dataset.select_columns("length").with_format("numpy")
         bad = np.concatenate(
             [np.flatnonzero(rows["length"] == 0) + 100_000 * n for n, rows in enumerate(lengths.iter(100_000))]
@@ -141,7 +150,7 @@ class StreamingSFT(DataModule):
         if share > MAX_BAD_SHARE:
             raise UserError(
                 f"{len(bad):,} of {len(dataset):,} records in {path} are bad ({share:.1%}), more than 1 %.\n"
-                "The first ones are named above; see whether the fields and --train.max_seq_length are as meant."
+                f"The first ones are named above; see whether the fields and {cut_by} are as meant."
             )
         print(f"Left out {len(bad):,} bad records of {len(dataset):,}.", file=sys.stderr)
 

@@ -13,12 +13,26 @@ from torch.utils.data import Dataset
 
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.stores import Store, digest
-from litgpt_akl.data.workers import Fetched, available_cores, fetch
+from litgpt_akl.data.workers import (
+    PREFETCHED,
+    SHARED_MEMORY,
+    Fetched,
+    available_cores,
+    fetch,
+    free_shared_memory,
+    steps_ahead,
+)
 from litgpt_akl.head_loss import IGNORE_INDEX
+
+PART = 100_000
+"""Samples whose lengths are asked for together."""
 
 
 class Memory(Protocol):
     """Remembers what a teacher has said of samples."""
+
+    bytes_of_token_in_memory: int
+    """Of a hidden state once it is read."""
 
     def read(self, keys: np.ndarray) -> Tensor | None:
         """The final hidden states ``[n, D]`` of samples, one sample after the other, if all are remembered.
@@ -129,12 +143,13 @@ class Windows(Dataset):
         # a key of four numbers, so that the draws are not those of the plan
         random = np.random.default_rng((self.plan.seed, epoch, step, 0))
         drawn = numbers[random.random(len(numbers)) < self.on_policy]
+        lengths = self.store.prompt_lengths(drawn)
+        fits = (lengths > 0) & (lengths <= self.longest_prompt)
+        drawn, lengths = drawn[fits], lengths[fits]
         samples = self.store.read(drawn) if len(drawn) else []
-        starts = [int((sample["labels"] != IGNORE_INDEX).int().argmax()) for sample in samples]
         return {
-            int(number): sample["input_ids"][:start]
-            for number, sample, start in zip(drawn, samples, starts, strict=True)
-            if 0 < start <= self.longest_prompt
+            int(number): sample["input_ids"][:length]
+            for number, sample, length in zip(drawn, samples, lengths, strict=True)
         }
 
 
@@ -208,5 +223,44 @@ def in_order(
 
 
 def load(windows: Windows, numbers: Sequence[int], num_workers: int) -> Fetched:
-    """Windows of a run by their numbers, fetched ahead by ``num_workers`` processes."""
-    return fetch(windows, numbers, min(num_workers, available_cores(), len(numbers)))
+    """Windows of a run by their numbers, fetched ahead by ``num_workers`` processes.
+
+    They are fewer processes and fewer windows ahead where shared memory does not take more, which rank 0 prints.
+    """
+    workers = min(num_workers, available_cores(), len(numbers))
+    wished, free = steps_ahead(0, workers, math.inf), free_shared_memory()
+    size = most_bytes(windows, measure=False)
+    if steps_ahead(size, workers, free) != wished:
+        size = most_bytes(windows)
+    fitting, prefetched = steps_ahead(size, workers, free)
+    if (fitting, prefetched) != wished and windows.rank == 0:
+        print(
+            f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free, and a step takes up to {size / 1e6:,.1f} MB of it:"
+            f" {fitting * prefetched} of {workers * PREFETCHED} steps are fetched ahead, by {fitting} of {workers}"
+            " processes. A larger one lifts this, in Docker by `docker run --shm-size 8g`."
+        )
+    return fetch(windows, numbers, fitting, prefetched)
+
+
+def most_bytes(windows: Windows, measure: bool = True) -> int:
+    """At most so many bytes are the tensors of a step, of all ranks together.
+
+    Without ``measure``, which reads the lengths of all samples, it is as if the longest sample came all the time.
+    """
+    store, samples = windows.store, min(windows.plan.global_batch_size, len(windows.store))
+    lengths = counts = np.full(samples, store.longest)
+    if measure:
+        lengths, counts = (_largest(of, len(store), samples) for of in (store.lengths, store.response_tokens))
+    tokens = padded(lengths, cut(lengths, windows.micro_batch_size, windows.micro_batch_tokens))
+    hidden = 0 if windows.memory is None else windows.memory.bytes_of_token_in_memory
+    # ids are of 8 bytes, each response token has a position and a label, and each rank has all prompts
+    prompts = windows.world_size * int(lengths.sum()) if windows.on_policy > 0 else 0
+    return 8 * (tokens + prompts) + int(counts.sum()) * (16 + hidden)
+
+
+def _largest(of: Callable[[np.ndarray], np.ndarray], samples: int, most: int) -> np.ndarray:
+    """The largest values over all samples of a store, rising."""
+    found = np.empty(0, dtype=np.int64)
+    for start in range(0, samples, PART):
+        found = np.sort(np.concatenate([found, of(np.arange(start, min(start + PART, samples)))]))[-most:]
+    return found

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import math
 import multiprocessing
 import os
 import signal
@@ -13,13 +14,49 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from litgpt_akl.cgroups import cpu_quota
 from litgpt_akl.errors import UserError
+
+SHARED_MEMORY = "/dev/shm"
+SHARE = 0.5
+"""Of what is free in shared memory that fetching ahead may take: other libraries want some, too."""
+PREFETCHED = 2
+"""Keys that each process fetches ahead: PyTorch's default."""
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use: those that it may run on, or as many as its container may use the time of."""
     # not every system can tell which those are
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(min(cores, cpu_quota()))
+
+
+def free_shared_memory() -> float:
+    """Bytes that are free where tensors lie on their way from process to process; infinity if there is no such place.
+
+    A container has 64 MB of them, if it is not told to have more.
+    """
+    if not os.path.isdir(SHARED_MEMORY):
+        return math.inf
+    status = os.statvfs(SHARED_MEMORY)
+    return status.f_bavail * status.f_frsize
+
+
+def steps_ahead(size: int, num_workers: int, free: float) -> tuple[int, int]:
+    """How many processes fetch ahead, and how many keys each, so that shared memory takes all; (0, 0) if it cannot.
+
+    A worker for which it is full loses what it has fetched, and the main process waits for that for ever.
+
+    Args:
+        size: bytes of what lies under one key, at most.
+        num_workers: how many processes are wished for.
+        free: bytes of shared memory.
+    """
+    # the main process holds one that it works on and the one that it takes next
+    room = math.inf if size == 0 else SHARE * free / size - 2
+    if room >= num_workers * PREFETCHED:
+        return num_workers, PREFETCHED if num_workers else 0
+    return (min(num_workers, int(room)), 1) if room >= 1 else (0, 0)
 
 
 class _Reporting(Dataset):
@@ -39,7 +76,7 @@ class Fetched(Iterator):
     """What a loader gives, in its order; a user's mistake in a worker is raised here."""
 
     def __init__(self, loader: DataLoader) -> None:
-        self._iterator = iter(loader)
+        self.loader, self._iterator = loader, iter(loader)
 
     def __next__(self) -> Any:
         found = next(self._iterator)
@@ -54,16 +91,17 @@ class Fetched(Iterator):
             self._iterator._shutdown_workers()
 
 
-def fetch(dataset: Dataset, keys: Iterable, num_workers: int) -> Fetched:
+def fetch(dataset: Dataset, keys: Iterable, num_workers: int, prefetched: int = PREFETCHED) -> Fetched:
     """What ``dataset`` holds under each of the keys, in their order, fetched ahead by ``num_workers`` processes.
 
-    It is to be stopped in the end.
+    Each of them is ``prefetched`` keys ahead. It is to be stopped in the end.
     """
     loader = DataLoader(
         _Reporting(dataset),
         sampler=keys,
         batch_size=None,
         num_workers=num_workers,
+        prefetch_factor=prefetched if num_workers else None,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_depend_on_the_main_process,
         # without one of its own, a loader draws from the random numbers of training
