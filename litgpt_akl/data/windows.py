@@ -209,4 +209,5 @@ def in_order(
 
 def load(windows: Windows, numbers: Sequence[int], num_workers: int) -> Fetched:
     """Windows of a run by their numbers, fetched ahead by ``num_workers`` processes."""
-    return fetch(windows, numbers, min(num_workers, available_cores(), len(numbers)))
+    fewer = f"Lower --data.num_workers {num_workers}; with 0 the run itself fetches, without such processes."
+    return fetch(windows, numbers, min(num_workers, available_cores(), len(numbers)), fewer)
