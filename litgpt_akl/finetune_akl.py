@@ -118,7 +118,8 @@ def setup(
         eval: Evaluation-related arguments. See ``litgpt.args.EvalArgs`` for details. Every validation reads the same
             ``max_iters`` micro-batches, so that they can be compared.
         log: Logging-related arguments. See ``litgpt.args.LogArgs`` for details.
-        optimizer: An optimizer name (such as "AdamW") or config.
+        optimizer: An optimizer name (such as "AdamW") or config. With more than one device it must step on sharded
+            parameters as on whole ones, which of PyTorch's own Adafactor, Muon and Rprop do not.
         logger_name: The name of the logger to send metrics to. A CSV file has them in any case.
         seed: The random seed to use for reproducibility.
         access_token: Optional API token to access models with restrictions.

@@ -122,8 +122,6 @@ def _end_after(parent: int) -> None:
 @atexit.register
 def _end_workers() -> None:
     """Python's own exit asks workers to end by SIGTERM, which they ignore, and then waits for them."""
-    # torch's handler would take an ended worker for an error
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
