@@ -167,6 +167,19 @@ def set_random_state(saved: dict[str, Any]) -> None:
     np.random.set_state(saved["numpy"])
 
 
+def draw_own_numbers(step: int) -> None:
+    """Give each process but the first PyTorch's random numbers of its own, which no other one draws; for dropout.
+
+    Python's and NumPy's stay those of all processes: what these choose, such as an example, is the same in each.
+
+    Args:
+        step: from which on, so that a process that comes later does not begin those of an earlier one again.
+    """
+    if rank() > 0:
+        key = torch.initial_seed(), rank(), step
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
 def find_training_state(
     resume: bool | Literal["auto"] | Path, out_dir: Path, warn: Callable[[str], None]
 ) -> Path | None:
@@ -261,4 +274,7 @@ def load_training_state(directory: Path, state: dict) -> None:
     saved = from_rank_zero(saved)
     state["scheduler"].load_state_dict(saved["scheduler"])
     state.update({name: saved[name] for name in POSITION if name in saved})
-    set_random_state(saved["random"][rank() % len(saved["random"])])
+    is_new = rank() >= len(saved["random"])
+    set_random_state(saved["random"][0 if is_new else rank()])
+    if is_new:
+        draw_own_numbers(saved["step_count"])

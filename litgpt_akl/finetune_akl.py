@@ -34,13 +34,13 @@ from litgpt_akl.fill import fill
 from litgpt_akl.loggers import make_loggers
 from litgpt_akl.memory_report import report_memory
 from litgpt_akl.monitor import silence_known_noise
+from litgpt_akl.optimizer_trial import check_optimizer
 from litgpt_akl.pair import check_pair
 from litgpt_akl.planning import device_bytes, find_models, make_plan, models_of
 from litgpt_akl.quantize import check_quantization
 from litgpt_akl.recipe import given, recipe_as_yaml
 from litgpt_akl.run import Run, make_optimizer
 from litgpt_akl.sharding import make_strategy
-from litgpt_akl.train import make_scheduler
 
 NOT_IN_RECIPE = ("access_token", "dry_run")
 """Options that a repeated run is not to have."""
@@ -121,7 +121,8 @@ def setup(
         eval: Evaluation-related arguments. See ``litgpt.args.EvalArgs`` for details. Every validation reads the same
             ``max_iters`` micro-batches, so that they can be compared.
         log: Logging-related arguments. See ``litgpt.args.LogArgs`` for details.
-        optimizer: An optimizer name (such as "AdamW") or config.
+        optimizer: An optimizer name (such as "AdamW") or config. With more than one device it must step on sharded
+            parameters as on whole ones, which of PyTorch's own Adafactor, Muon and Rprop do not.
         logger_name: The name of the logger to send metrics to. A CSV file has them in any case.
         seed: The random seed to use for reproducibility.
         access_token: Optional API token to access models with restrictions.
@@ -139,11 +140,18 @@ def setup(
     check_lora_args(teacher_checkpoint_dir, teacher, lora, train)
     changes = {"resume": resume, "accept_changes": accept_changes}
     check_no_effect(data, teacher, distill, eval, log, logger_name=logger_name, **changes)
-    # a misspelt optimizer is found before anything is loaded
-    make_scheduler(make_optimizer(optimizer, torch.nn.Linear(1, 1)), warmup=0, steps=1, min_lr=train.min_lr)
     cuda = torch.cuda.is_available() or (dry_run and device_memory is not None)
     precision, devices = choose_precision(precision, cuda), parse_devices(devices)
     check_run_args(keep_last, devices, num_nodes, hybrid_sharding)
+    fused = check_optimizer(
+        optimizer,
+        min_lr=train.min_lr,
+        vectors=lora.r is None,
+        dtype=torch.bfloat16 if precision == "bf16-true" else torch.float32,
+        devices=devices,
+        num_nodes=num_nodes,
+        cuda=cuda,
+    )
     if teacher.quantize is not None:
         check_quantization(teacher.quantize, devices * num_nodes, needed=not dry_run)
     check_cpu_offload(teacher, devices * num_nodes, cuda)
@@ -156,7 +164,7 @@ def setup(
     models = models_of(pair) if pair else find_models(checkpoint_dir, teacher_dir)
     plan = make_plan(
         models,
-        partial(make_optimizer, optimizer),
+        partial(make_optimizer, optimizer, fused=fused),
         distill,
         train,
         data,

@@ -108,7 +108,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor] | None, trained_on
     """
     for name, parameter in bare(model).named_parameters():
         if parameter.requires_grad or not trained_only:
-            parameter.copy_(_share_out(None if weights is None else weights[name], parameter))
+            parameter.copy_(_share_out(None if weights is None else weights[name], parameter, parameter.dtype))
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any] | None) -> None:
@@ -120,29 +120,36 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
             for name, value in entries.items():
                 if isinstance(value, Tensor) and value.shape == parameters[number].shape:
                     tensors[number, name] = value
+        # of what is sent by itself, the type
         rest = {
-            number: {name: None if (number, name) in tensors else value for name, value in entries.items()}
+            number: {name: value.dtype if (number, name) in tensors else value for name, value in entries.items()}
             for number, entries in saved["state"].items()
         }
         described = saved | {"state": rest}
     described = from_rank_zero(described)
     for number, entries in described["state"].items():
         for name, value in entries.items():
-            if value is None:
-                entries[name] = _share_out(tensors.get((number, name)), parameters[number])
+            if isinstance(value, torch.dtype):
+                entries[name] = _share_out(tensors.get((number, name)), parameters[number], value)
     optimizer.load_state_dict(described)
+    for number, entries in described["state"].items():
+        loaded = optimizer.state[parameters[number]]
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.dtype != loaded[name].dtype:
+                # PyTorch has given it the parameter's type, in which half-precision training would go on with less
+                loaded[name] = value.to(loaded[name].device)
 
 
-def _share_out(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """A tensor of process 0, on the device, with the dtype and the sharding of ``like``, which has its shape."""
+def _share_out(tensor: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of process 0, on the device and with the sharding of ``like``, which has its shape."""
     if not isinstance(like, DTensor):
         # a view of a file may not outlive it
-        return tensor.to(like.device, like.dtype, copy=True)
+        return tensor.to(like.device, dtype, copy=True)
     # shards may lie in CPU memory, but GPUs exchange what is on them
     device = like.device_mesh.device_type
     if tensor is None:
-        tensor = torch.empty(like.shape, dtype=like.dtype, device=device)
-    return distribute_tensor(tensor.to(device, like.dtype), like.device_mesh, like.placements)
+        tensor = torch.empty(like.shape, dtype=dtype, device=device)
+    return distribute_tensor(tensor.to(device, dtype), like.device_mesh, like.placements)
 
 
 def bare(model: nn.Module) -> nn.Module:

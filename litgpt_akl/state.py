@@ -8,7 +8,7 @@ import torch
 from litgpt.model import GPT
 
 from litgpt_akl.cache.caches import Caches, read_head, write_head
-from litgpt_akl.checkpoint import load_training_state, read_training_state
+from litgpt_akl.checkpoint import draw_own_numbers, load_training_state, read_training_state
 from litgpt_akl.data.stores import Store
 from litgpt_akl.errors import UserError
 from litgpt_akl.frozen import load_frozen
@@ -56,7 +56,7 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
     # Fabric makes the tables of positions as coarse as half-precision weights
     student.module.reset_parameters()
     student.train()
-    optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student))
+    optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student, run.plan.optimizer_is_fused))
     steps, warmup = total_steps(run.train, len(store)), warmup_steps(run.train, len(store))
     state = {
         "student": student,
@@ -84,6 +84,8 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
         weights = with_new_adapters(student, weights, run.seed)
     if run.resume is None or run.lora.r is not None:
         load_weights(student, weights)
+    # on GPUs, setting models up has given all processes the random numbers of the first
+    draw_own_numbers(0)
     if run.resume is not None:
         resume(fabric, run, state)
     return state

@@ -1,9 +1,11 @@
 """Runs with a LoRA student: in any number of processes, resumed, taught by its own base, taken by LitGPT."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import lightning as L
@@ -22,6 +24,7 @@ from test_sharding import RATE, UNEVEN, difference, losses_in
 
 from litgpt_akl import distil as run_module
 from litgpt_akl.args import LoRAArgs, TeacherArgs
+from litgpt_akl.checkpoint import random_state
 from litgpt_akl.errors import UserError
 from litgpt_akl.lora import adapters_of
 from litgpt_akl.sharding import return_freed_memory
@@ -175,6 +178,74 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(student_dir, alice_json, tmp_p
     with torch.no_grad():
         logits = litgpt_lora_model(student_dir, lora, read_adapters(checkpoint))(IDS)
         assert (litgpt_model(checkpoint, read(checkpoint))(IDS) - logits).abs().max() < 1e-5
+
+
+def record_draws(out_dir: Path, processes: int, student: Path, data: Path, **changes) -> None:
+    """Writes what each process of a run draws: its masks of dropout, examples, and what it would draw next."""
+    masks, examples, example_prompt = [], [], run_module.example_prompt
+
+    def keep_mask(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        if isinstance(module, torch.nn.Dropout) and module.training and torch.is_grad_enabled():
+            masks.append(output == 0)
+
+    def keep_example(*arguments) -> torch.Tensor | None:
+        examples.append(example_prompt(*arguments))
+        return examples[-1]
+
+    run_module.example_prompt = keep_example
+    torch.nn.modules.module.register_module_forward_hook(keep_mask)
+    steps = {"global_batch_size": 6, "micro_batch_size": 1, "max_steps": 4, "save_interval": 2}
+    options = {"train": steps, "eval": {"interval": 2, "max_new_tokens": 4, "evaluate_example": "random"}}
+    train(adapted("all", dropout=0.5), student, None, data, out_dir / "run", devices=processes, **options, **changes)
+    rank = int(os.environ["RANK"])
+    torch.save({"masks": masks, "examples": examples, "random": random_state()}, out_dir / f"{rank}.pth")
+
+
+def test_processes_draw_masks_of_their_own_and_all_else_together(student_dir, tmp_path):
+    (tmp_path / "data").mkdir()
+    record = {"instruction": "Who are you?", "input": "", "output": "A cat, and a grin without one, as you see."}
+    for name in ("train", "val"):
+        # one record many times, so that all masks have the same shapes, but prompts that tell examples apart
+        records = [record | {"instruction": f"Who are you {letter}?"} for letter in "abcdefghijkl"]
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps(records))
+    found, resumed = {}, tmp_path / "2" / "run" / "step-000002"
+    for name, processes, changes in (
+        ("1", 1, {}),
+        ("2", 2, {}),
+        ("2 again", 2, {}),
+        ("2 resumed", 2, {"resume": resumed}),
+        ("3 resumed", 3, {"resume": resumed}),
+        ("3 resumed again", 3, {"resume": resumed}),
+    ):
+        (tmp_path / name).mkdir()
+        in_processes(
+            processes, partial(record_draws, tmp_path / name, processes, student_dir, tmp_path / "data", **changes)
+        )
+        found[name] = [torch.load(tmp_path / name / f"{rank}.pth", weights_only=False) for rank in range(processes)]
+
+    def alike(one: dict, other: dict) -> float:
+        """The share of two processes' masks that is the same."""
+        pairs = [(a, b) for a, b in zip(one["masks"], other["masks"], strict=False) if a.shape == b.shape]
+        assert len(pairs) > 10
+        return sum((a == b).sum().item() for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+
+    for several in found.values():
+        for one, other in combinations(several, 2):
+            assert alike(one, other) == pytest.approx(0.5, abs=0.02)
+            assert not torch.equal(one["random"]["torch"], other["random"]["torch"])
+            for name in ("python", "numpy"):
+                assert one["random"][name] == other["random"][name]
+            assert len(one["examples"]) == len(other["examples"]) > 0
+            assert all(map(torch.equal, one["examples"], other["examples"]))
+    # the first process draws what a lone one does
+    assert alike(found["1"][0], found["2"][0]) == 1
+    for name in ("2", "3 resumed"):
+        for one, again in zip(found[name], found[f"{name} again"], strict=True):
+            assert alike(one, again) == 1
+    for whole, rest in zip(found["2"], found["2 resumed"], strict=True):
+        assert alike({"masks": whole["masks"][-len(rest["masks"]) :]}, rest) == 1
+    for two, three in zip(found["2 resumed"], found["3 resumed"], strict=False):
+        assert alike(two, three) == 1
 
 
 def test_what_is_trained_cannot_change_in_a_run(student_dir, teacher_dir, alice_json, tmp_path):

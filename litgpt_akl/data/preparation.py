@@ -149,7 +149,8 @@ class Preparation(datasets.ArrowBasedBuilder):
         starts = list(accumulate(config.sizes, initial=0))
         options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1}
         with progress_bar(total=starts[-1], desc="preparing data", **options) as bar:
-            portions = fetch(Rows(config.settings), _portions(config.files), config.num_proc)
+            fewer = f"Prepare in fewer processes than --data.num_proc {config.num_proc}, or free some memory."
+            portions = fetch(Rows(config.settings), _portions(config.files), config.num_proc, fewer)
             batches: list[pa.RecordBatch] = []
             try:
                 for number, (file, bytes_read, rows) in enumerate(portions):

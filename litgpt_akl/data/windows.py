@@ -239,7 +239,8 @@ def load(windows: Windows, numbers: Sequence[int], num_workers: int) -> Fetched:
             f" {fitting * prefetched} of {workers * PREFETCHED} steps are fetched ahead, by {fitting} of {workers}"
             " processes. A larger one lifts this, in Docker by `docker run --shm-size 8g`."
         )
-    return fetch(windows, numbers, fitting, prefetched)
+    fewer = f"Lower --data.num_workers {num_workers}; with 0 the run itself fetches, without such processes."
+    return fetch(windows, numbers, fitting, fewer, prefetched)
 
 
 def most_bytes(windows: Windows, measure: bool = True) -> int:

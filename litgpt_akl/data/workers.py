@@ -73,16 +73,37 @@ class _Reporting(Dataset):
 
 
 class Fetched(Iterator):
-    """What a loader gives, in its order; a user's mistake in a worker is raised here."""
+    """What a loader gives, in its order; a user's mistake in a worker, or the loss of one, is raised here."""
 
-    def __init__(self, loader: DataLoader) -> None:
-        self.loader, self._iterator = loader, iter(loader)
+    def __init__(self, loader: DataLoader, fewer: str) -> None:
+        self.loader, self._fewer = loader, fewer
+        handler = signal.getsignal(signal.SIGCHLD)
+        try:
+            self._iterator = iter(loader)
+        finally:
+            # torch's own would raise the loss of a worker wherever the main process is just then
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, handler)
 
     def __next__(self) -> Any:
-        found = next(self._iterator)
+        try:
+            found = next(self._iterator)
+        except (RuntimeError, OSError, EOFError):
+            self._check_workers()
+            raise
         if isinstance(found, UserError):
             raise found
         return found
+
+    def _check_workers(self) -> None:
+        workers = getattr(self._iterator, "_workers", [])
+        for number, worker in enumerate(workers, start=1):
+            if worker.exitcode is not None and worker.exitcode < 0:
+                by = signal.Signals(-worker.exitcode).name
+                raise UserError(
+                    f"Worker {number} of {len(workers)}, process {worker.pid}, was killed while it fetched data ({by}):"
+                    f" most likely memory or /dev/shm is full.\n{self._fewer}"
+                ) from None
 
     def stop(self) -> None:
         """End the workers, also before the last key; they would go on for 10 s."""
@@ -91,10 +112,15 @@ class Fetched(Iterator):
             self._iterator._shutdown_workers()
 
 
-def fetch(dataset: Dataset, keys: Iterable, num_workers: int, prefetched: int = PREFETCHED) -> Fetched:
-    """What ``dataset`` holds under each of the keys, in their order, fetched ahead by ``num_workers`` processes.
+def fetch(dataset: Dataset, keys: Iterable, num_workers: int, fewer: str, prefetched: int = PREFETCHED) -> Fetched:
+    """What ``dataset`` holds under each of the keys, in their order, fetched ahead; to be stopped in the end.
 
-    Each of them is ``prefetched`` keys ahead. It is to be stopped in the end.
+    Args:
+        dataset: is read in the workers.
+        keys: are read in this process.
+        num_workers: processes that fetch; with 0 this process does.
+        fewer: tells a user how to have fewer of them.
+        prefetched: keys that each of them is ahead.
     """
     loader = DataLoader(
         _Reporting(dataset),
@@ -110,7 +136,7 @@ def fetch(dataset: Dataset, keys: Iterable, num_workers: int, prefetched: int = 
     if num_workers > 0:
         # a collection writes to every object there is, and so copies all memory that forked processes share
         gc.freeze()
-    return Fetched(loader)
+    return Fetched(loader, fewer)
 
 
 def _depend_on_the_main_process(worker: int) -> None:
@@ -135,8 +161,6 @@ def _end_after(parent: int) -> None:
 @atexit.register
 def _end_workers() -> None:
     """Python's own exit asks workers to end by SIGTERM, which they ignore, and then waits for them."""
-    # torch's handler would take an ended worker for an error
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

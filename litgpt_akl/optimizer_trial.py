@@ -1,0 +1,139 @@
+"""Steps of an optimizer on small parameters, whole and shared out, to see whether and how a run can use it.
+
+FSDP2 hands an optimizer DTensors, and not every operation has a rule for them. Which have one depends on PyTorch's
+release and on the optimizer's options, and the optimizer may be anybody's: only a trial tells.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from litgpt_akl.errors import UserError, reason
+from litgpt_akl.run import make_optimizer
+from litgpt_akl.train import make_scheduler
+
+STEPS, RATE = 2, 0.01
+TOLERANCE = 1e-3
+"""By how much a step may differ on shared parameters, as a part of the largest change of any number."""
+
+
+def check_optimizer(
+    optimizer: str | dict,
+    *,
+    min_lr: float,
+    vectors: bool,
+    dtype: torch.dtype,
+    devices: int,
+    num_nodes: int,
+    cuda: bool,
+) -> bool:
+    """See that an optimizer can take a run's steps.
+
+    Args:
+        optimizer: of the command.
+        min_lr: of the command.
+        vectors: whether not only matrices are trained.
+        dtype: of the student.
+        devices: processes on each node.
+        num_nodes: nodes.
+        cuda: whether the devices are GPUs; they are not asked.
+
+    Returns:
+        Whether it is to be fused, if PyTorch has it fused.
+
+    Raises:
+        UserError: it cannot be made or takes no steps; or on parameters that processes share none, or others.
+    """
+    name = optimizer if isinstance(optimizer, str) else optimizer["class_path"]
+    starts = small_parameters(vectors)
+    make_scheduler(make_optimizer(optimizer, _model(starts)), warmup=0, steps=1, min_lr=min_lr)
+    try:
+        _changes(optimizer, [start.to(dtype) for start in starts], True, cuda)
+    except Exception as error:
+        raise UserError(
+            f"--optimizer {name} can take no steps here: {reason(error)}.\nUse another one, such as AdamW."
+        ) from error
+    if devices * num_nodes == 1:
+        return True
+    expected, failure = _changes(optimizer, starts, True, cuda), ""
+    with _absent_processes() as mesh:
+        wanted = [_share(change, mesh).to_local() for change in expected]
+        limit = TOLERANCE * max(change.abs().max() for change in expected)
+        for fused in (True, False):
+            try:
+                found = _changes(optimizer, starts, fused, cuda, mesh)
+            except Exception as error:
+                failure = f"parameters that processes share are too much for it ({reason(error).rstrip('.')})"
+                continue
+            if all(((one - other).abs() <= limit).all() for one, other in zip(found, wanted, strict=True)):
+                return fused
+            failure = "on parameters that processes share it takes other steps than on whole ones"
+    raise UserError(
+        f"--optimizer {name} with --devices {devices} --num_nodes {num_nodes}: {failure}.\nUse one device, or another"
+        " optimizer, such as AdamW."
+    )
+
+
+def small_parameters(vectors: bool) -> list[Tensor]:
+    """Matrices such as a run trains, and a vector if it does not train adapters alone; the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(50, 20), (20, 50), (50,)][: 3 if vectors else 2]
+    # larger towards their ends, so that it shows if something is computed of one share alone
+    return [torch.randn(shape, generator=generator) * torch.arange(shape[-1]) / 10 for shape in shapes]
+
+
+def _model(parameters: list[Tensor]) -> nn.Module:
+    return nn.ParameterList(map(nn.Parameter, parameters))
+
+
+def _share(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
+    # nothing is sent: every process has the whole
+    return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+
+
+def _changes(
+    optimizer: str | dict, starts: list[Tensor], fused: bool, cuda: bool, mesh: DeviceMesh | None = None
+) -> list[Tensor]:
+    """By how much some steps change parameters, or this process's shares of them."""
+
+    def placed(tensor: Tensor) -> Tensor:
+        return tensor.clone() if mesh is None else _share(tensor, mesh)
+
+    model = _model([placed(start) for start in starts])
+    tried = make_optimizer(optimizer, model, fused)
+    for group in tried.param_groups:
+        group["lr"] = RATE
+        if cuda and not group.get("fused") and group.get("foreach", True) is None:
+            # PyTorch's own choice on a GPU
+            group["foreach"] = True
+    for step in range(STEPS):
+        for parameter, start in zip(model, starts, strict=True):
+            parameter.grad = placed(start.flip(0) * (step + 0.5))
+        tried.step()
+    changes = [parameter.detach() - placed(start) for parameter, start in zip(model, starts, strict=True)]
+    return [change.to_local() if isinstance(change, DTensor) else change for change in changes]
+
+
+@contextmanager
+def _absent_processes() -> Iterator[DeviceMesh]:
+    """This process as one of two, or of as many as there are, whose collectives do nothing.
+
+    An optimizer that needs them thus takes other steps.
+    """
+    # the import makes the backend known to older releases of PyTorch
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if distributed.is_initialized():
+        group = distributed.new_group(backend="fake")
+    else:
+        distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        group = distributed.group.WORLD
+    try:
+        # what PyTorch has found out for a mesh it remembers by its names, too
+        yield DeviceMesh.from_group(group, "cpu", mesh_dim_names=("trial",))
+    finally:
+        distributed.destroy_process_group(group)
