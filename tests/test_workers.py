@@ -77,7 +77,8 @@ def kill_first_worker() -> None:
         while not (workers := multiprocessing.active_children()):
             time.sleep(0.01)
         time.sleep(0.2)
-        os.kill(workers[0].pid, signal.SIGKILL)
+        # they are in no order
+        os.kill(min(worker.pid for worker in workers), signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
 
