@@ -66,7 +66,7 @@ def write_student(
         recipe: The run's configuration, as YAML.
     """
     if directory is not None:
-        copy_model_files(source_dir, directory)
+        copy_model_files(source_dir, directory, prompt_style)
         if (directory / "config.json").is_file():
             describe_to_hugging_face(directory / "config.json", tied, student.lm_head.weight.dtype)
         if prompt_style is not None:

@@ -74,7 +74,7 @@ def write_export(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str 
         shared = head.data_ptr() == weights["transformer.wte.weight"].data_ptr()
         weights["lm_head.weight"] = head.clone() if shared else head
     with write_directory(out_dir) as directory, explain_failure(out_dir):
-        copy_hf_files(checkpoint_dir, directory)
+        copy_hf_files(checkpoint_dir, directory, for_transformers=True)
         write_json(directory / "config.json", hf_config)
         write(directory, config, weights, max_shard_size)
     if not tied and hf_config["model_type"].startswith("gemma"):
