@@ -79,20 +79,22 @@ def copy_hf_files(
     return rules.add_bos_token
 
 
-def describe_to_hugging_face(path: Path, tied: bool, dtype: torch.dtype) -> None:
-    """Write into a config.json whether embeddings and LM head are one matrix, and the weights' dtype."""
+def describe_to_hugging_face(path: Path, tied: bool, dtype: torch.dtype, ids: int | None = None) -> None:
+    """Write into a config.json whether embeddings and LM head are one matrix, the weights' dtype, and how many ids."""
     hf_config = json.loads(path.read_text(encoding="utf-8"))
-    describe_weights(hf_config, tied, dtype)
+    describe_weights(hf_config, tied, dtype, ids)
     write_json(path, hf_config)
 
 
-def describe_weights(hf_config: dict[str, Any], tied: bool, dtype: torch.dtype) -> None:
+def describe_weights(hf_config: dict[str, Any], tied: bool, dtype: torch.dtype, ids: int | None = None) -> None:
     """What :func:`describe_to_hugging_face` writes, put into the content of a config.json."""
     # models with several parts, such as Gemma 3, describe the language model in an entry of its own
     for config in (hf_config, hf_config.get("text_config", hf_config)):
         config["tie_word_embeddings"] = tied
         for key in config.keys() & {"dtype", "torch_dtype"}:
             config[key] = str(dtype).removeprefix("torch.")
+    if ids is not None:
+        hf_config.get("text_config", hf_config)["vocab_size"] = ids
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
