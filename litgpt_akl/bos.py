@@ -100,15 +100,12 @@ def bos_rules(checkpoint_dir: Path, style: PromptStyle | None, for_transformers:
 
 
 def _style_writes(checkpoint_dir: Path, style: PromptStyle | None, bos: str) -> bool:
-    if style is None:
-        if has_prompt_style(checkpoint_dir):
+    # a style of the user's own may be elsewhere, or need more than an instruction
+    with suppress(OSError, ImportError, AttributeError, KeyError, TypeError):
+        if style is None and has_prompt_style(checkpoint_dir):
             style = load_prompt_style(checkpoint_dir)
-        elif (checkpoint_dir / "model_config.yaml").is_file():
+        elif style is None:
             style = PromptStyle.from_config(Config.from_file(checkpoint_dir / "model_config.yaml"))
-        else:
-            return False
-    # a style of the user's own may need more than an instruction
-    with suppress(AttributeError, KeyError, TypeError):
         return style.apply("probe").startswith(bos)
     return False
 

@@ -46,9 +46,7 @@ def make_student(teacher_dir: Path, out_dir: Path, *, layers: int | list[int]) -
         config = config_without_padding(_student_config(teacher_config, kept), ids)
         save_config(config, student_dir)
         if (student_dir / "config.json").is_file():
-            _edit_hf_config(
-                student_dir / "config.json", teacher_config, kept, min(ids, teacher_config.padded_vocab_size)
-            )
+            _edit_hf_config(student_dir / "config.json", teacher_config, kept, config.padded_vocab_size)
         student_weights = _student_weights(without_padding(teacher_weights, ids), kept)
         save_tensors(student_weights, student_dir / "lit_model.pth")
     print(
