@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from litgpt.model import GPT
 from litgpt.prompts import Alpaca, Default, Gemma, Llama3, OLMo, PromptStyle, Qwen2_5, SmolLM2, save_prompt_style
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import save_config
+from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
@@ -63,9 +65,15 @@ KINDS = {
 }
 
 
-def write_model(kind: Kind, directory: Path) -> None:
+@cache
+def trained_tokenizer() -> str:
     tokenizer = train_tokenizer("byte-level")
     tokenizer.add_special_tokens(["<|begin_of_text|>"])
+    return tokenizer.to_str()
+
+
+def write_model(kind: Kind, directory: Path) -> None:
+    tokenizer = FastTokenizer.from_str(trained_tokenizer())
     if kind.adds_bos:
         bos = (kind.bos, tokenizer.token_to_id(kind.bos))
         template = processors.TemplateProcessing(
@@ -122,6 +130,7 @@ def prompts(kind: Kind) -> list[str]:
     return [kind.style.apply(question) for question in QUESTIONS]
 
 
+@cache
 def transformers_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(path)
 
