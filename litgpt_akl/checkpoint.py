@@ -18,6 +18,7 @@ from litgpt_akl.errors import UserError
 from litgpt_akl.lora import ADAPTERS, adapters_of, read_trained, store_adapters, store_merged
 from litgpt_akl.manifest import MANIFEST, STEPS, damage, newest_first, remove_old, step_of, write_manifest
 from litgpt_akl.model_files import copy_model_files, describe_to_hugging_face
+from litgpt_akl.padding import write_config_without_padding
 from litgpt_akl.sharding import (
     from_each,
     from_rank_zero,
@@ -50,6 +51,7 @@ def write_student(
     tied: bool,
     prompt_style: PromptStyle | None,
     recipe: str,
+    ids: int | None = None,
 ) -> None:
     """Write a LitGPT checkpoint that every consumer takes as it is: flat weights and what is read beside them.
 
@@ -64,11 +66,14 @@ def write_student(
             models throw away the LM head of a model that is said to be tied.
         prompt_style: What the prompts were made with, if the data module tells.
         recipe: The run's configuration, as YAML.
+        ids: Rows of the student's embeddings and LM head, if it lost those that were padding.
     """
     if directory is not None:
-        copy_model_files(source_dir, directory)
+        copy_model_files(source_dir, directory, prompt_style)
         if (directory / "config.json").is_file():
-            describe_to_hugging_face(directory / "config.json", tied, student.lm_head.weight.dtype)
+            describe_to_hugging_face(directory / "config.json", tied, student.lm_head.weight.dtype, ids)
+        if ids is not None:
+            write_config_without_padding(source_dir, directory, ids)
         if prompt_style is not None:
             save_prompt_style(prompt_style, directory)
         (directory / "hyperparameters.yaml").write_text(recipe, encoding="utf-8")

@@ -15,6 +15,7 @@ from litgpt_akl.data.windows import Window
 from litgpt_akl.export_hf import write_export
 from litgpt_akl.loggers import continue_metrics, flushed_metrics
 from litgpt_akl.monitor import Progress
+from litgpt_akl.padding import describe_padding
 from litgpt_akl.processes import ending_together
 from litgpt_akl.report.examples import forget, remember
 from litgpt_akl.report.keeping import refresh_page
@@ -146,6 +147,8 @@ def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store
         layers, parameters = model.config.n_layer, num_parameters(model) / 1e6
         kept = "its LM head" if isinstance(model, LoneHead) else f"{layers} layers"
         fabric.print(f"{role.capitalize()}: {directory}, {kept}, {parameters:,.1f} M parameters")
+    if padding := describe_padding(run.pair.student_config, state["student"].config.padded_vocab_size):
+        fabric.print(f"{padding} The student is trained and written without them.")
     if run.lora.r is not None:
         trained, shares = num_parameters(state["student"], requires_grad=True) / 1e6, run.plan.shares_base
         fabric.print(

@@ -11,6 +11,7 @@ from litgpt_akl.hf_config import make_hf_config
 from litgpt_akl.hf_weights import translate_back, write
 from litgpt_akl.model_files import copy_hf_files, write_json
 from litgpt_akl.models import is_tied
+from litgpt_akl.padding import config_without_padding, count_ids, describe_padding, without_padding
 from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
 
 MAX_SHARD_SIZE = "5GB"
@@ -64,7 +65,9 @@ def write_export(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str 
         UserError: the checkpoint cannot be read or converted, or ``out_dir`` not be written, which is then as it was.
     """
     config = read_config(checkpoint_dir)
-    weights = open_weights(checkpoint_dir, config)
+    weights, ids = open_weights(checkpoint_dir, config), count_ids(checkpoint_dir)
+    padding = describe_padding(config, ids)
+    weights, config = without_padding(weights, ids), config_without_padding(config, ids)
     check_export(checkpoint_dir, config)
     tied = is_tied(checkpoint_dir, weights, None)
     head = weights.pop("lm_head.weight")
@@ -74,9 +77,11 @@ def write_export(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str 
         shared = head.data_ptr() == weights["transformer.wte.weight"].data_ptr()
         weights["lm_head.weight"] = head.clone() if shared else head
     with write_directory(out_dir) as directory, explain_failure(out_dir):
-        copy_hf_files(checkpoint_dir, directory)
+        copy_hf_files(checkpoint_dir, directory, for_transformers=True)
         write_json(directory / "config.json", hf_config)
         write(directory, config, weights, max_shard_size)
+    if padding:
+        print(f"{out_dir}: {padding} It has none of them.")
     if not tied and hf_config["model_type"].startswith("gemma"):
         print(
             f"{out_dir}: vLLM refuses a Gemma whose embeddings and LM head are two matrices, and llama.cpp's converter"

@@ -63,14 +63,13 @@ def make_hf_config(checkpoint_dir: Path, config: Config, tied: bool, dtype: torc
                 f"{path} is of another model: {entry} is {hf_config[entry]}, and model_config.yaml says"
                 f" {getattr(config, name)}.\nCorrect it; `litgpt make_student` writes both."
             )
-    # what is in the file is what counts: it may be padded
-    hf_config["vocab_size"] = config.padded_vocab_size
     # the module that it names is not here, and would be looked for where remote code is trusted
     hf_config.pop("auto_map", None)
     if not hf_config.keys() & {"dtype", "torch_dtype"}:
         # of the two names the one that every version knows
         hf_config["torch_dtype"] = None
-    describe_weights(hf_config, tied, dtype)
+    # what is in the file is what counts: it may be padded
+    describe_weights(hf_config, tied, dtype, config.padded_vocab_size)
     return hf_config
 
 

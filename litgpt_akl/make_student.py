@@ -12,6 +12,7 @@ from litgpt.utils import save_config
 from litgpt_akl.directories import check_new_directory, explain_failure, write_directory
 from litgpt_akl.errors import UserError
 from litgpt_akl.model_files import copy_model_files, write_json
+from litgpt_akl.padding import config_without_padding, count_ids, describe_padding, without_padding
 from litgpt_akl.tensor_file import save_tensors
 from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
 
@@ -39,19 +40,22 @@ def make_student(teacher_dir: Path, out_dir: Path, *, layers: int | list[int]) -
     check_new_directory(out_dir)
     teacher_config = read_config(teacher_dir)
     kept = _kept_layers(layers, teacher_config.n_layer)
-    teacher_weights = open_weights(teacher_dir, teacher_config)
+    teacher_weights, ids = open_weights(teacher_dir, teacher_config), count_ids(teacher_dir)
     with write_directory(out_dir) as student_dir, explain_failure(out_dir):
         copy_model_files(teacher_dir, student_dir)
-        save_config(_student_config(teacher_config, kept), student_dir)
+        config = config_without_padding(_student_config(teacher_config, kept), ids)
+        save_config(config, student_dir)
         if (student_dir / "config.json").is_file():
-            _edit_hf_config(student_dir / "config.json", teacher_config, kept)
-        student_weights = _student_weights(teacher_weights, kept)
+            _edit_hf_config(student_dir / "config.json", teacher_config, kept, config.padded_vocab_size)
+        student_weights = _student_weights(without_padding(teacher_weights, ids), kept)
         save_tensors(student_weights, student_dir / "lit_model.pth")
     print(
         f"{out_dir}: a student with {len(kept)} of the {teacher_config.n_layer} layers of {teacher_dir} "
         f"({', '.join(map(str, kept))}), {_count_parameters(student_weights) / 1e6:.1f} M of its "
         f"{_count_parameters(teacher_weights) / 1e6:.1f} M parameters."
     )
+    if padding := describe_padding(teacher_config, ids):
+        print(f"{padding} The student has none of them.")
 
 
 def _kept_layers(layers: int | list[int], n_layer: int) -> list[int]:
@@ -93,12 +97,13 @@ def _leading_layers(count: int | None, kept: list[int]) -> int | None:
     return None if count is None else sum(layer < count for layer in kept)
 
 
-def _edit_hf_config(path: Path, teacher: Config, kept: list[int]) -> None:
+def _edit_hf_config(path: Path, teacher: Config, kept: list[int], ids: int) -> None:
     """Makes a Hugging Face config.json describe a model of the kept layers only."""
     hf_config = json.loads(path.read_text(encoding="utf-8"))
     # models with several parts, such as Gemma 3, describe the language model in an entry of its own
     text_config: dict[str, Any] = hf_config.get("text_config", hf_config)
     text_config["num_hidden_layers"] = len(kept)
+    text_config["vocab_size"] = ids
     for name in HF_LAYER_LISTS:
         if isinstance(text_config.get(name), list):
             text_config[name] = [text_config[name][layer] for layer in kept]

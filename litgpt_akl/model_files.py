@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
-from tokenizers import Tokenizer as FastTokenizer
 
+from litgpt_akl.bos import bos_rules, write_bos_rule
 from litgpt_akl.errors import UserError
 
 HF_FILES = (
@@ -27,88 +28,73 @@ HF_FILES = (
 COPIED_FILES = ("config.json", "model_config.yaml", "prompt_style.yaml", *HF_FILES)
 
 
-def copy_model_files(source_dir: Path, out_dir: Path) -> None:
+def copy_model_files(source_dir: Path, out_dir: Path, style: PromptStyle | None = None) -> None:
     """Copies what a consumer reads beside the weights: configs, tokenizer, chat template and prompt style.
 
     LitGPT decides by the folder's name whether a text starts with a BOS token, so the same files mean something else
-    in another folder, and Hugging Face tokenizers ask tokenizer.json instead. The source's decision is written into
-    both: as ``add_bos_token`` into tokenizer_config.json and as post-processor into tokenizer.json.
+    in another folder, and Hugging Face tokenizers ask tokenizer.json instead: both are made to say what holds for the
+    source, as in :func:`~litgpt_akl.bos.bos_rules`.
+
+    Args:
+        source_dir: a checkpoint.
+        out_dir: where they are to be.
+        style: what makes prompts, if it is not what LitGPT would take for the source.
 
     Raises:
         UserError: The name of ``out_dir`` makes LitGPT add a BOS token that the source does not use.
     """
-    copy_hf_files(source_dir, out_dir, COPIED_FILES)
-    if (out_dir / "tokenizer_config.json").is_file() and _uses_bos(out_dir) != _uses_bos(source_dir):
+    use_bos = copy_hf_files(source_dir, out_dir, COPIED_FILES, style=style)
+    if use_bos is not None and bool(Tokenizer.check_if_bos_token_used(None, out_dir)) != use_bos:
         raise UserError(
             f"In a folder named {out_dir.name} LitGPT puts a BOS token before every text; {source_dir} uses none.\n"
             "Give a directory whose name does not start with Llama-3, Meta-Llama-3 or SmolLM2."
         )
 
 
-def copy_hf_files(source_dir: Path, out_dir: Path, names: tuple[str, ...] = HF_FILES) -> None:
-    """Copies ``names`` as far as they are there, and tokenizer_config.json with LitGPT's decision about BOS tokens."""
+def copy_hf_files(
+    source_dir: Path,
+    out_dir: Path,
+    names: tuple[str, ...] = HF_FILES,
+    *,
+    style: PromptStyle | None = None,
+    for_transformers: bool = False,
+) -> bool | None:
+    """Copies ``names`` as far as they are there, and tokenizer_config.json with what holds about BOS tokens.
+
+    Returns:
+        Whether LitGPT begins texts with a BOS token; None without a tokenizer_config.json.
+    """
     for name in names:
         if (source_dir / name).is_file():
             # copyfile, not copy: a read-only source must not make a read-only copy
             shutil.copyfile(source_dir / name, out_dir / name)
     if not (source_dir / "tokenizer_config.json").is_file():
-        return
+        return None
+    rules = bos_rules(source_dir, style, for_transformers)
     tokenizer_config = json.loads((source_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
-    use_bos = _uses_bos(source_dir)
-    tokenizer_config["add_bos_token"] = use_bos
+    tokenizer_config["add_bos_token"] = rules.add_bos_token
     write_json(out_dir / "tokenizer_config.json", tokenizer_config)
-    if (out_dir / "tokenizer.json").is_file():
-        _write_bos_rule(out_dir / "tokenizer.json", Tokenizer(source_dir).bos_id, use_bos)
+    if rules.changes_json:
+        write_bos_rule(out_dir / "tokenizer.json", rules)
+    return rules.add_bos_token
 
 
-def _uses_bos(checkpoint_dir: Path) -> bool:
-    # LitGPT's rule needs no tokenizer, only the folder: reading the vocabulary for it would take seconds
-    return bool(Tokenizer.check_if_bos_token_used(None, checkpoint_dir))
-
-
-def _write_bos_rule(path: Path, bos_id: int | None, use_bos: bool) -> None:
-    """Make a tokenizer.json start every text with the BOS token, or not."""
-    processor = FastTokenizer.from_file(str(path))
-    if bos_id is None or (processor.encode("a").ids[:1] == [bos_id]) == use_bos:
-        return
-    bos = processor.id_to_token(bos_id)
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    processors = _post_processors(tokenizer)
-    templates = [entry for entry in processors if entry["type"] == "TemplateProcessing"]
-    if use_bos and not templates:
-        sequence = [{"Sequence": {"id": name, "type_id": type_id}} for type_id, name in enumerate("AB")]
-        templates = [{"type": "TemplateProcessing", "single": sequence[:1], "pair": sequence, "special_tokens": {}}]
-        processors += templates
-    for template in templates:
-        for name in ("single", "pair"):
-            kept = [piece for piece in template[name] if piece.get("SpecialToken", {}).get("id") != bos]
-            template[name] = [{"SpecialToken": {"id": bos, "type_id": 0}}, *kept] if use_bos else kept
-        template["special_tokens"][bos] = {"id": bos, "ids": [bos_id], "tokens": [bos]}
-    tokenizer["post_processor"] = {"type": "Sequence", "processors": processors}
-    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
-
-
-def _post_processors(tokenizer: dict[str, Any]) -> list[dict[str, Any]]:
-    whole = tokenizer.get("post_processor")
-    if whole is None:
-        return []
-    return whole["processors"] if whole["type"] == "Sequence" else [whole]
-
-
-def describe_to_hugging_face(path: Path, tied: bool, dtype: torch.dtype) -> None:
-    """Write into a config.json whether embeddings and LM head are one matrix, and the weights' dtype."""
+def describe_to_hugging_face(path: Path, tied: bool, dtype: torch.dtype, ids: int | None = None) -> None:
+    """Write into a config.json whether embeddings and LM head are one matrix, the weights' dtype, and how many ids."""
     hf_config = json.loads(path.read_text(encoding="utf-8"))
-    describe_weights(hf_config, tied, dtype)
+    describe_weights(hf_config, tied, dtype, ids)
     write_json(path, hf_config)
 
 
-def describe_weights(hf_config: dict[str, Any], tied: bool, dtype: torch.dtype) -> None:
+def describe_weights(hf_config: dict[str, Any], tied: bool, dtype: torch.dtype, ids: int | None = None) -> None:
     """What :func:`describe_to_hugging_face` writes, put into the content of a config.json."""
     # models with several parts, such as Gemma 3, describe the language model in an entry of its own
     for config in (hf_config, hf_config.get("text_config", hf_config)):
         config["tie_word_embeddings"] = tied
         for key in config.keys() & {"dtype", "torch_dtype"}:
             config[key] = str(dtype).removeprefix("torch.")
+    if ids is not None:
+        hf_config.get("text_config", hf_config)["vocab_size"] = ids
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

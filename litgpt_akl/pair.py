@@ -6,6 +6,7 @@ from pathlib import Path
 from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_akl.bos import OneBosTokenizer
 from litgpt_akl.errors import UserError
 from litgpt_akl.weights import find_checkpoint_dir, read_config
 
@@ -80,7 +81,7 @@ def token_map(tokenizer: Tokenizer) -> dict[int, str]:
 
 def _read_tokenizer(checkpoint_dir: Path, role: str) -> Tokenizer:
     try:
-        return Tokenizer(checkpoint_dir)
+        return OneBosTokenizer(checkpoint_dir)
     except Exception as error:
         raise UserError(f"The {role}'s tokenizer in {checkpoint_dir} cannot be read: {error}") from error
 

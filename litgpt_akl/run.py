@@ -109,4 +109,5 @@ def export_options(run: Run, state: dict) -> dict[str, Any]:
         "tied": state["tied"],
         "prompt_style": getattr(run.data, "prompt_style", None),
         "recipe": run.recipe,
+        "ids": state["student"].config.padded_vocab_size,
     }

@@ -23,6 +23,7 @@ from litgpt_akl.models import (
     set_up_teacher,
 )
 from litgpt_akl.on_policy import OwnAnswers
+from litgpt_akl.padding import config_without_padding, count_ids, without_padding
 from litgpt_akl.recipe import differences
 from litgpt_akl.run import Run, longest_sample, make_optimizer
 from litgpt_akl.sharding import load_weights
@@ -40,14 +41,15 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
         UserError: a checkpoint that cannot be read or does not fit, or one of another run.
     """
     pair, weights, tied = run.pair, None, None
+    config = config_without_padding(pair.student_config, count_ids(pair.student_dir, pair.tokenizer))
     if fabric.is_global_zero:
         weights = open_weights(pair.student_dir, pair.student_config)
+        weights = without_padding(weights, config.padded_vocab_size)
         tied = is_tied(pair.student_dir, weights, run.train.tie_embeddings)
     tied = fabric.broadcast(tied)
     teacher = None if run.plan.shares_base else make_teacher(fabric, run, caches)
-    config = pair.student_config if run.lora.r is None else lora_config(pair.student_config, run.lora)
     with empty_weights(fabric):
-        student = build_model(config, tied)
+        student = build_model(config if run.lora.r is None else lora_config(config, run.lora), tied)
     if run.compile:
         compile_blocks(student)
     if run.activation_checkpointing:

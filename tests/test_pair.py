@@ -57,8 +57,9 @@ def test_widths_may_differ_by_padding_only(teacher_dir, student_dir, alice_json,
         assert check_pair(directory, teacher_dir).vocab_size == 1024
         finals.append(distil(directory, teacher_dir, alice_json, tmp_path / f"out-{width}"))
     for name, weight in finals[0].items():
-        torch.testing.assert_close(finals[1][name][: len(weight)], weight, rtol=0, atol=1e-6)
-    assert finals[1]["lm_head.weight"].shape == (1088, 64)
+        torch.testing.assert_close(finals[1][name], weight, rtol=0, atol=1e-6)
+    # whoever reads the student draws from all rows
+    assert finals[1]["lm_head.weight"].shape == (1024, 64)
 
 
 def test_special_tokens_lie_inside_the_computed_range(teacher_dir, student_dir, tmp_path):

@@ -26,7 +26,7 @@ from litgpt_akl.data.workers import fetch
 from litgpt_akl.errors import UserError
 from litgpt_akl.progress import progress_bar
 
-FORMAT = 1
+FORMAT = 2
 """Goes into every fingerprint; to be raised when the same records become other rows."""
 PORTION = 256
 """Records that are encoded together."""

@@ -1,0 +1,148 @@
+"""One BOS token where a text begins, and no second one: in training, and for whoever reads what is written.
+
+LitGPT goes by the folder's name and ``add_bos_token``, Transformers by the post-processor of tokenizer.json. Both can
+put a BOS token before a text that begins with one already: prompt styles and chat templates write it themselves.
+"""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from litgpt.config import Config
+from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
+from litgpt.tokenizer import Tokenizer
+from tokenizers import processors
+
+from litgpt_akl.data.chat_template import ChatTemplate
+from litgpt_akl.errors import UserError
+
+PROBE = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe"}]
+
+
+class OneBosTokenizer(Tokenizer):
+    """LitGPT's tokenizer for training: a BOS token that a text begins with stays, and never gets another before it.
+
+    Whether other texts get one is LitGPT's rule; where that knows nothing, tokenizer.json's own.
+    """
+
+    def __init__(self, checkpoint_dir: Path) -> None:
+        super().__init__(checkpoint_dir)
+        self.bos = bos_text(self)
+        self.adds_bos = self.bos is not None and self.processor.encode("a").ids[:1] == [self.bos_id]
+        """Whether tokenizer.json itself puts a BOS token before every text, as it does for Transformers."""
+        post_processor = self.processor.post_processor if self.bos is not None else None
+        state = None if post_processor is None else json.loads(post_processor.__getstate__())
+        self.names_bos = any(self.bos in entry.get("special_tokens", {}) for entry in _processors(state))
+        """Whether it does, or did before the token was taken out of its rule."""
+        if self.adds_bos:
+            self.use_bos = bool(self.use_bos) or _entry(checkpoint_dir) is None
+            without = processors.Sequence([])
+            without.__setstate__(json.dumps(_with_bos_rule(state, self.bos, self.bos_id, False)).encode())
+            self.processor.post_processor = without
+
+    def encode(self, string: str, device=None, bos: bool | None = None, eos: bool = False, max_length: int = -1):
+        """LitGPT's, but for a text that begins with a BOS token: LitGPT takes it away where it adds none."""
+        if bos is None and self.bos is not None and string.startswith(self.bos):
+            bos = True
+        return super().encode(string, device, bos, eos, max_length)
+
+
+def bos_text(tokenizer: Tokenizer) -> str | None:
+    """What a BOS token is in a text; None if there is none, or if it cannot be written (SentencePiece)."""
+    if tokenizer.backend != "huggingface" or tokenizer.bos_id is None:
+        return None
+    return tokenizer.processor.id_to_token(tokenizer.bos_id)
+
+
+def _entry(checkpoint_dir: Path) -> bool | None:
+    path = checkpoint_dir / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("add_bos_token") if path.is_file() else None
+
+
+class BosRules(NamedTuple):
+    """How a folder says what texts begin with."""
+
+    add_bos_token: bool
+    """For LitGPT: it puts BOS before a text that lacks one; without, it takes away the one that a text begins with."""
+    in_json: bool
+    """Whether tokenizer.json puts BOS before every text, which is all that it can do, and Transformers' rule."""
+    bos: str | None
+    bos_id: int | None
+    changes_json: bool
+    """Whether the checkpoint's tokenizer.json says otherwise."""
+
+
+def bos_rules(checkpoint_dir: Path, style: PromptStyle | None, for_transformers: bool) -> BosRules:
+    """The rules for a copy of a checkpoint's tokenizer, under which no text gets a second BOS token from LitGPT.
+
+    Where prompts have a BOS token of their own, tokenizer.json must not put another one before it. Where the original's
+    does all the same, as Llama 3's, it stays so for Transformers, whose ``apply_chat_template`` goes around it.
+
+    Args:
+        checkpoint_dir: the checkpoint's.
+        style: what makes a prompt of an instruction; None for what LitGPT would take.
+        for_transformers: whether the copy is for Transformers alone.
+    """
+    if not any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return BosRules(bool(Tokenizer.check_if_bos_token_used(None, checkpoint_dir)), False, None, None, False)
+    tokenizer = OneBosTokenizer(checkpoint_dir)
+    bos = tokenizer.bos
+    if bos is None:
+        return BosRules(bool(tokenizer.use_bos), False, None, None, False)
+    style_writes = _style_writes(checkpoint_dir, style, bos)
+    add = bool(tokenizer.use_bos) or style_writes
+    in_json = add and (
+        (tokenizer.names_bos and (for_transformers or not style_writes))
+        or not (style_writes or _template_writes(checkpoint_dir, bos))
+    )
+    return BosRules(add, in_json, bos, tokenizer.bos_id, in_json != tokenizer.adds_bos)
+
+
+def _style_writes(checkpoint_dir: Path, style: PromptStyle | None, bos: str) -> bool:
+    # a style of the user's own may be elsewhere, or need more than an instruction
+    with suppress(OSError, ImportError, AttributeError, KeyError, TypeError):
+        if style is None and has_prompt_style(checkpoint_dir):
+            style = load_prompt_style(checkpoint_dir)
+        elif style is None:
+            style = PromptStyle.from_config(Config.from_file(checkpoint_dir / "model_config.yaml"))
+        return style.apply("probe").startswith(bos)
+    return False
+
+
+def _template_writes(checkpoint_dir: Path, bos: str) -> bool:
+    # what is wrong with a template is said where it is used
+    with suppress(UserError, ValueError):
+        template = ChatTemplate.find(checkpoint_dir)
+        return template is not None and template.render(PROBE)[0].startswith(bos)
+    return False
+
+
+def _with_bos_rule(processor: dict[str, Any] | None, bos: str, bos_id: int, use_bos: bool) -> dict[str, Any]:
+    """A post-processor of tokenizer.json that puts the BOS token before every text, or before none."""
+    entries = _processors(processor)
+    templates = [entry for entry in entries if entry["type"] == "TemplateProcessing"]
+    if use_bos and not templates:
+        sequence = [{"Sequence": {"id": name, "type_id": type_id}} for type_id, name in enumerate("AB")]
+        templates = [{"type": "TemplateProcessing", "single": sequence[:1], "pair": sequence, "special_tokens": {}}]
+        entries += templates
+    for template in templates:
+        for name in ("single", "pair"):
+            kept = [piece for piece in template[name] if piece.get("SpecialToken", {}).get("id") != bos]
+            template[name] = [{"SpecialToken": {"id": bos, "type_id": 0}}, *kept] if use_bos else kept
+        template["special_tokens"][bos] = {"id": bos, "ids": [bos_id], "tokens": [bos]}
+    return {"type": "Sequence", "processors": entries}
+
+
+def _processors(processor: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if processor is None:
+        return []
+    return processor["processors"] if processor["type"] == "Sequence" else [processor]
+
+
+def write_bos_rule(path: Path, rules: BosRules) -> None:
+    """Make a tokenizer.json put the BOS token before every text, or before none; nothing else in it changes."""
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    rule = _with_bos_rule(tokenizer.get("post_processor"), rules.bos, rules.bos_id, rules.in_json)
+    tokenizer["post_processor"] = rule
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
