@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,6 +12,8 @@ from typing import Any
 import xxhash
 
 from litgpt_akl.directories import remove_directory
+from litgpt_akl.errors import UserError
+from litgpt_akl.reading import plain_names, with_checksum, without_checksum
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -37,7 +40,7 @@ def write_manifest(directory: Path, step: int, validation_loss: float | None) ->
     }
     loss = validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None
     manifest = {"format": FORMAT, "step": step, "validation_loss": loss, "files": files}
-    text = json.dumps({**manifest, "xxh3_128": _own_checksum(manifest)}, indent=2)
+    text = json.dumps(with_checksum(manifest), indent=2)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -61,15 +64,28 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise Damaged(f"{MANIFEST} is garbled")
     if manifest["format"] != FORMAT:
         raise Damaged(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}")
-    if manifest.pop("xxh3_128", None) != _own_checksum(manifest):
-        raise Damaged(f"{MANIFEST} has changed (checksum)")
+    try:
+        manifest = without_checksum(manifest, required=True)
+    except ValueError:
+        raise Damaged(f"{MANIFEST} has changed (checksum)") from None
+    if not isinstance(manifest.get("files"), dict):
+        raise Damaged(f"{MANIFEST} is garbled")
+    try:
+        plain_names(manifest["files"], MANIFEST)
+    except UserError as error:
+        raise Damaged(str(error).partition("\n")[0].removesuffix(".")) from None
     return manifest
 
 
-def damage(directory: Path) -> str | None:
-    """None if the directory holds what was written into it, else what is wrong, in a short phrase."""
+def damage(directory: Path, chosen: Callable[[str], bool] = bool) -> str | None:
+    """None if the directory holds what was written into it, else what is wrong, in a short phrase.
+
+    Args:
+        directory: with a manifest.
+        chosen: whether a file of that name is looked at; by default all are.
+    """
     try:
-        files = read_manifest(directory)["files"]
+        files = {name: entry for name, entry in read_manifest(directory)["files"].items() if chosen(name)}
         for name, expected in files.items():
             _check_size(directory / name, name, expected["bytes"])
         for name, expected in files.items():
@@ -124,10 +140,6 @@ def _check_size(path: Path, name: str, expected: int) -> None:
     found = path.stat().st_size
     if found != expected:
         raise Damaged(f"{name} has {found:,} bytes, {expected:,} were written")
-
-
-def _own_checksum(manifest: dict[str, Any]) -> str:
-    return xxhash.xxh3_128(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from litgpt.tokenizer import Tokenizer
+from litgpt.utils import fix_and_load_json
 from tokenizers import Tokenizer as FastTokenizer
 
 from litgpt_akl.errors import UserError
+from litgpt_akl.reading import explain_damage, read_json, read_yaml
 
 HF_FILES = (
     "generation_config.json",
@@ -25,6 +27,53 @@ HF_FILES = (
 """What Hugging Face's libraries read beside config.json, tokenizer_config.json and the weights."""
 
 COPIED_FILES = ("config.json", "model_config.yaml", "prompt_style.yaml", *HF_FILES)
+
+
+def check_model_files(directory: Path) -> None:
+    """See that what lies beside a model's weights can be read, as far as it is there: much of it is only copied later.
+
+    Raises:
+        UserError: a file cannot be; the message names it.
+    """
+    for name in (*COPIED_FILES, "tokenizer_config.json"):
+        path = directory / name
+        if not path.is_file():
+            continue
+        if name == "config.json":
+            read_hf_config(path)
+        elif name == "generation_config.json":
+            # some publishers' have commas too many, which LitGPT forgives
+            with explain_damage(path, "JSON"):
+                dict(fix_and_load_json(path.read_text(encoding="utf-8")))
+        elif name == "prompt_style.yaml":
+            read_yaml(path)
+        elif path.suffix == ".json" and name != "tokenizer.json":
+            read_json(path)
+        elif path.suffix in (".txt", ".jinja"):
+            with explain_damage(path, "text"):
+                path.read_text(encoding="utf-8")
+
+
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """The entries of a config.json; raises UserError if there are none."""
+    way_out = "Copy the original model's to there."
+    hf_config = read_json(path, way_out)
+    with explain_damage(path, "a model's configuration", way_out):
+        # models with several parts describe the language model in an entry of its own
+        dict(hf_config.get("text_config", {}))
+    return hf_config
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """LitGPT's tokenizer of a checkpoint.
+
+    Raises:
+        UserError: it cannot be read, or names tokens that it does not have.
+    """
+    names = ("tokenizer.json", "tokenizer.model")
+    vocabulary = next((directory / name for name in names if (directory / name).is_file()), directory)
+    with explain_damage(vocabulary, "a tokenizer with the tokens of tokenizer_config.json"):
+        return Tokenizer(directory)
 
 
 def copy_model_files(source_dir: Path, out_dir: Path) -> None:
@@ -53,17 +102,20 @@ def copy_hf_files(source_dir: Path, out_dir: Path, names: tuple[str, ...] = HF_F
             shutil.copyfile(source_dir / name, out_dir / name)
     if not (source_dir / "tokenizer_config.json").is_file():
         return
-    tokenizer_config = json.loads((source_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer_config = read_json(source_dir / "tokenizer_config.json")
     use_bos = _uses_bos(source_dir)
     tokenizer_config["add_bos_token"] = use_bos
     write_json(out_dir / "tokenizer_config.json", tokenizer_config)
     if (out_dir / "tokenizer.json").is_file():
-        _write_bos_rule(out_dir / "tokenizer.json", Tokenizer(source_dir).bos_id, use_bos)
+        bos_id = read_tokenizer(source_dir).bos_id
+        with explain_damage(source_dir / "tokenizer.json", "a tokenizer"):
+            _write_bos_rule(out_dir / "tokenizer.json", bos_id, use_bos)
 
 
 def _uses_bos(checkpoint_dir: Path) -> bool:
-    # LitGPT's rule needs no tokenizer, only the folder: reading the vocabulary for it would take seconds
-    return bool(Tokenizer.check_if_bos_token_used(None, checkpoint_dir))
+    with explain_damage(checkpoint_dir / "tokenizer_config.json", "JSON"):
+        # LitGPT's rule needs no tokenizer, only the folder: reading the vocabulary for it would take seconds
+        return bool(Tokenizer.check_if_bos_token_used(None, checkpoint_dir))
 
 
 def _write_bos_rule(path: Path, bos_id: int | None, use_bos: bool) -> None:
@@ -97,7 +149,7 @@ def _post_processors(tokenizer: dict[str, Any]) -> list[dict[str, Any]]:
 
 def describe_to_hugging_face(path: Path, tied: bool, dtype: torch.dtype) -> None:
     """Write into a config.json whether embeddings and LM head are one matrix, and the weights' dtype."""
-    hf_config = json.loads(path.read_text(encoding="utf-8"))
+    hf_config = read_hf_config(path)
     describe_weights(hf_config, tied, dtype)
     write_json(path, hf_config)
 

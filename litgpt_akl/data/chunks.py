@@ -16,6 +16,7 @@ from litgpt.data import LitData
 from torch import Tensor
 
 from litgpt_akl.errors import UserError, reason
+from litgpt_akl.reading import explain_damage, plain_names
 
 LEAST_CACHED = 4
 """Remote chunks that are kept, however little room there is."""
@@ -34,11 +35,16 @@ class ChunkStore:
         folder = StreamingDataset(input_dir).input_dir
         self._place, self._folder, self._url, self._block_size = input_dir, Path(folder.path), folder.url, block_size
         content = (self._folder / "index.json").read_bytes()
-        index = json.loads(content)
-        self._chunks, config = index.get("chunks", []), index.get("config", {})
-        token_sizes = {
-            (chunk["chunk_bytes"] - _header_size(chunk)) / chunk["dim"] for chunk in self._chunks if chunk["dim"]
-        }
+        with explain_damage(f"{input_dir}/index.json", "an index of LitData's chunks"):
+            index = json.loads(content)
+            self._chunks, config = index.get("chunks", []), index.get("config", {})
+            token_sizes = {
+                (chunk["chunk_bytes"] - _header_size(chunk)) / chunk["dim"] for chunk in self._chunks if chunk["dim"]
+            }
+            names = plain_names((chunk["filename"] for chunk in self._chunks), f"{input_dir}/index.json")
+            if not all(name.endswith(".bin") for name in names):
+                # in the cache for remote chunks there are other files, too
+                raise ValueError("a chunk's name does not end with .bin")
         if config.get("compression") or config.get("encryption") or token_sizes not in ({1}, {2}, {4}, {8}):
             raise UserError(
                 f"{input_dir} has other chunks than plain ones of tokens.\n"
@@ -91,8 +97,8 @@ class ChunkStore:
     def _path(self, chunk: dict) -> Path:
         return self._folder / chunk["filename"]
 
-    def _check(self, chunk: dict) -> None:
-        path = self._path(chunk)
+    def _check(self, chunk: dict, path: Path | None = None) -> None:
+        path = path or self._path(chunk)
         if not path.exists() or path.stat().st_size < chunk["chunk_bytes"]:
             raise UserError(f"{path} is missing or breaks off. Copy it again, or delete it if it is a copy.")
 
@@ -111,12 +117,15 @@ class ChunkStore:
                     self._make_room(chunk["chunk_bytes"])
                     part = f"{path}.part"
                     get_downloader(self._url, str(self._folder), self._chunks).download_file(remote_path, part)
+                    self._check(chunk, Path(part))
                     os.replace(part, path)
         except FileNotFoundError as error:
             raise UserError(
                 f"{remote_path} is gone, or the cache {self._folder} was deleted while it was in use.\n"
                 "Mend the data, and go on with the command that was running."
             ) from error
+        except UserError:
+            raise
         # every kind of remote storage has exceptions of its own
         except Exception as error:
             raise UserError(f"{remote_path} cannot be fetched: {reason(error)}") from error
