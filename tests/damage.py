@@ -294,8 +294,9 @@ def classify(kind: Kind, path: Path, outcome: Outcome, expected: str) -> str:
     if outcome.is_traceback:
         return "traceback"
     if outcome.error is not None:
-        names = path.name in outcome.error or path.parent.name in outcome.error
-        return "refused" if names and len(outcome.error.splitlines()) <= 2 else "traceback"
+        names = {path.name, path.parent.name, path.stem.replace("_", " ")}
+        is_named = any(name in outcome.error for name in names)
+        return "refused" if is_named and len(outcome.error.splitlines()) <= 2 else "traceback"
     if outcome.digest == expected:
         return "mended" if "damaged" in outcome.said else "harmless"
     return "wrong" if kind.guarded else "unnoticeable"

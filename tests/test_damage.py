@@ -101,7 +101,7 @@ def test_what_a_run_has_written_is_held_against_its_manifest(material, tmp_path,
 def test_a_made_student_has_a_manifest_and_a_trained_one_is_no_checkpoint(material, tmp_path):
     make_student(material / "teacher", tmp_path / "made", layers=2)
     assert damage(tmp_path / "made") is None and damage(material / "run" / "final") is None
-    with pytest.raises(UserError, match="a student without the state of its training.*\n.*step-000001 is whole"):
+    with pytest.raises(UserError, match="a student without the state of its training.*\n.*step-000002 is whole"):
         find_training_state(material / "run" / "final", tmp_path, print)
 
 

@@ -25,7 +25,9 @@ LEAST_CACHED = 4
 class ChunkStore:
     """Blocks of as many tokens each, every one of which counts; reading one fetches its chunk if it is not there."""
 
-    def __init__(self, input_dir: str, block_size: int, cut_by: str = "--train.max_seq_length") -> None:
+    def __init__(
+        self, input_dir: str, block_size: int, cut_by: str = "--train.max_seq_length", vocab_size: int | None = None
+    ) -> None:
         from litdata.streaming import StreamingDataset
         from litdata.utilities.format import _resolve_max_cache_size
 
@@ -34,6 +36,7 @@ class ChunkStore:
             raise UserError(f"{input_dir} has no index.json. Give the folder that litdata.optimize wrote.")
         folder = StreamingDataset(input_dir).input_dir
         self._place, self._folder, self._url, self._block_size = input_dir, Path(folder.path), folder.url, block_size
+        self._vocab_size = vocab_size
         content = (self._folder / "index.json").read_bytes()
         with explain_damage(f"{input_dir}/index.json", "an index of LitData's chunks"):
             index = json.loads(content)
@@ -92,6 +95,12 @@ class ChunkStore:
                 continue
             if len(block) < self._block_size:
                 self._check(chunk)
+            highest = int(block.max(initial=0))
+            if self._vocab_size is not None and highest >= self._vocab_size:
+                raise UserError(
+                    f"{self._path(chunk)} holds the id {highest:,}, and the tokenizer has {self._vocab_size:,} ids: the"
+                    " chunk is damaged, or another tokenizer's.\nCopy it again, or make it with this tokenizer."
+                )
             return torch.from_numpy(block.astype(np.int64))
 
     def _path(self, chunk: dict) -> Path:
@@ -151,11 +160,15 @@ def _header_size(chunk: dict) -> int:
 
 
 def open_chunks(
-    data: LitData, block_size: int, cut_by: str = "--train.max_seq_length"
+    data: LitData, block_size: int, cut_by: str = "--train.max_seq_length", vocab_size: int | None = None
 ) -> tuple[ChunkStore, ChunkStore]:
     """Training and validation blocks; as in LitGPT the same ones, if ``split_names`` names no folders.
 
-    ``cut_by`` is the command's option that says how long a block is, for messages.
+    Args:
+        data: where they are.
+        block_size: tokens of each.
+        cut_by: the command's option that says how long a block is, for messages.
+        vocab_size: ids that the tokenizer has; a chunk with others is refused when it is read.
 
     Raises:
         UserError: no chunks of tokens are there, or litdata is not installed.
@@ -163,7 +176,7 @@ def open_chunks(
     path = str(data.data_path)
     folders = [os.path.join(path, name) for name in data.split_names] if data.split_names else [path]
     try:
-        stores = [ChunkStore(folder, block_size, cut_by) for folder in folders]
+        stores = [ChunkStore(folder, block_size, cut_by, vocab_size) for folder in folders]
     except UserError:
         raise
     # every kind of remote storage has exceptions of its own
