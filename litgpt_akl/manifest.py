@@ -143,7 +143,7 @@ def _check_size(path: Path, name: str, expected: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Stamp:
+class Stamp:
     """Of a file; the same as long as nobody writes to the file, also when its directory is renamed."""
 
     path: Path = field(compare=False)
@@ -154,14 +154,19 @@ class _Stamp:
     changed: int
 
 
-def _checksum(path: Path) -> str:
+def stamp_of(path: Path) -> Stamp:
+    """A file's stamp as it is now; raises OSError if there is none."""
     found = path.stat()
-    return _read_checksum(_Stamp(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+    return Stamp(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _checksum(path: Path) -> str:
+    return _read_checksum(stamp_of(path))
 
 
 # at every save the question which older directories are whole comes up anew, and each may hold many gigabytes
 @lru_cache(maxsize=4096)
-def _read_checksum(stamp: _Stamp) -> str:
+def _read_checksum(stamp: Stamp) -> str:
     digest, block = xxhash.xxh3_128(), bytearray(2**20)
     with stamp.path.open("rb", buffering=0) as file:
         while count := file.readinto(block):

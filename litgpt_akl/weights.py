@@ -1,6 +1,7 @@
 """A LitGPT checkpoint directory as it is read: is it there, is it whole, does it fit its own configuration?"""
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,7 +16,7 @@ from torch import Tensor
 from litgpt_akl import hf_weights
 from litgpt_akl.errors import UserError
 from litgpt_akl.lora import ADAPTERS
-from litgpt_akl.manifest import MANIFEST, damage
+from litgpt_akl.manifest import MANIFEST, Stamp, damage, stamp_of
 from litgpt_akl.model_files import check_model_files, read_hf_config
 from litgpt_akl.reading import explain_damage, read_yaml
 from litgpt_akl.tensor_file import check_tensors, read_tensors
@@ -139,11 +140,17 @@ def open_weights(checkpoint_dir: Path, config: Config) -> dict[str, Tensor]:
         return _open_hf_weights(checkpoint_dir, config)
     weights = read_tensors(path, "weights", CONVERT_AGAIN)
     if not _check_written(checkpoint_dir, lambda name: name == path.name):
-        check_tensors(path, "weights", CONVERT_AGAIN)
+        _check_own_checksums(stamp_of(path))
     weights = weights.get("model", weights) if isinstance(weights, dict) else {}
     weights = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     _check_fit(weights, config, path)
     return weights
+
+
+# a run opens its teacher's weights more than once
+@lru_cache(maxsize=64)
+def _check_own_checksums(stamp: Stamp) -> None:
+    check_tensors(stamp.path, "weights", CONVERT_AGAIN)
 
 
 def _open_hf_weights(checkpoint_dir: Path, config: Config) -> dict[str, Tensor]:

@@ -289,7 +289,7 @@ def copied(material: Path) -> Iterator[Path]:
         yield copy
 
 
-def classify(kind: Kind, path: Path, outcome: Outcome, expected: str) -> str:
+def classify(kind: Kind, path: Path, outcome: Outcome, expected: str | None) -> str:
     """One of ``RESULTS``."""
     if outcome.is_traceback:
         return "traceback"
@@ -310,16 +310,16 @@ def survey(material: Path, cases: int, seed: int, names: list[str] | None = None
     for number in range(cases):
         name = kinds[number % len(kinds)]
         command = draw.choice(KINDS[name].commands)
-        if command not in known:
-            with copied(material) as directory:
-                outcome = run(command, directory)
-            assert outcome.error is None, outcome.error
-            known[command] = outcome.digest
         with copied(material) as directory:
             path = draw.choice(sorted(path for path in directory.glob(KINDS[name].pattern) if path.stat().st_size))
             how = damage_file(path, draw)
             outcome = run(command, directory)
-            result = classify(KINDS[name], path, outcome, known[command])
+        if outcome.error is None and command not in known:
+            with copied(material) as undamaged:
+                expected = run(command, undamaged)
+            assert expected.error is None, expected.error
+            known[command] = expected.digest
+        result = classify(KINDS[name], path, outcome, known.get(command))
         counts[name, result] += 1
         if result in ("wrong", "traceback"):
             called = getattr(command, "__qualname__", "")

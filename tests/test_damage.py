@@ -20,7 +20,7 @@ from litgpt_akl.manifest import MANIFEST, damage
 from litgpt_akl.reading import explain_damage, plain_names, with_checksum
 from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
 
-CASES = int(os.environ.get("LITGPT_AKL_DAMAGES", 130))
+CASES = int(os.environ.get("LITGPT_AKL_DAMAGES", 78))
 """Damages that the survey tries, a few of each kind of file."""
 
 
