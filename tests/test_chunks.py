@@ -224,7 +224,7 @@ def rewrite_index(folder: Path, **changes) -> None:
     [
         (shutil.rmtree, BLOCK, r"cannot be read: .*(does not|doesn't) exist"),
         (lambda folder: (folder / "index.json").unlink(), BLOCK, "no index.json|index.json$"),
-        (lambda folder: (folder / "index.json").write_text("{"), BLOCK, "cannot be read( as an index of LitData's .*)?: "),
+        (lambda folder: (folder / "index.json").write_text("{"), BLOCK, "cannot be read( as an index of .*)?: "),
         (lambda folder: rewrite_index(folder, compression="zstd"), BLOCK, "neither compressed nor encrypted"),
         (lambda folder: rewrite_index(folder, encryption={"a": 1}), BLOCK, "neither compressed nor encrypted"),
         (None, 1000, r"no chunk of 1000 tokens. Lower --train.max_seq_length"),
