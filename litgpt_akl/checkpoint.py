@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from litgpt_akl.directories import clear_leftovers, explain_failure, restore_previous, write_directory
 from litgpt_akl.errors import UserError
 from litgpt_akl.lora import ADAPTERS, adapters_of, read_trained, store_adapters, store_merged
-from litgpt_akl.manifest import MANIFEST, STEPS, damage, newest_first, remove_old, step_of, write_manifest
+from litgpt_akl.manifest import (
+    MANIFEST,
+    STEPS,
+    damage,
+    newest_first,
+    read_manifest,
+    remove_old,
+    step_of,
+    write_manifest,
+)
 from litgpt_akl.model_files import copy_model_files, describe_to_hugging_face
 from litgpt_akl.padding import write_config_without_padding
 from litgpt_akl.sharding import (
@@ -26,7 +35,7 @@ from litgpt_akl.sharding import (
     load_weights,
     rank,
 )
-from litgpt_akl.tensor_file import TensorFile, tensor_file
+from litgpt_akl.tensor_file import TensorFile, read_tensors, tensor_file
 
 POSITION = (
     "step_count",
@@ -85,13 +94,15 @@ def write_student(
 
 
 def save_student(directory: Path, state: dict, *, source_dir: Path, **options) -> None:
-    """Write the trained student; ``options`` are those of :func:`write_student`. All processes take part.
+    """Write the trained student and its manifest; ``options`` are those of :func:`write_student`. All take part.
 
     Raises:
         UserError: ``directory`` cannot be written; it is as it was.
     """
     with _write_in_one_process(directory) as partial, explain_failure(directory):
         write_student(partial, state["student"], source_dir, **options)
+        if partial is not None:
+            write_manifest(partial, state["step_count"], None)
 
 
 def save_training_state(
@@ -245,6 +256,8 @@ def _whole_or_error(resume: Path) -> Path:
     with explain_failure(directory):
         restore_previous(directory.parent, STEPS)
     what = damage(directory)
+    if what is None and "training_state.pth" not in read_manifest(directory)["files"]:
+        what = "it is a student without the state of its training"
     if what is None:
         return directory
     near = (path for place in (directory.parent, directory) for path in newest_first(place))
@@ -257,7 +270,7 @@ def _whole_or_error(resume: Path) -> Path:
 
 def read_training_state(directory: Path) -> dict[str, Any]:
     """What :func:`save_training_state` wrote, all but the student; tensors are memory-mapped."""
-    return torch.load(directory / "training_state.pth", map_location="cpu", mmap=True, weights_only=True)
+    return read_tensors(directory / "training_state.pth", "the state of a training")
 
 
 def load_training_state(directory: Path, state: dict) -> None:

@@ -1,16 +1,14 @@
 """The config.json that Hugging Face's libraries, vLLM and llama.cpp read, of a LitGPT checkpoint."""
 
-import json
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from litgpt.config import Config
-from litgpt.tokenizer import Tokenizer
 
-from litgpt_akl.errors import UserError, reason
-from litgpt_akl.model_files import describe_weights
+from litgpt_akl.errors import UserError
+from litgpt_akl.model_files import describe_weights, read_hf_config, read_tokenizer
 
 SIZES = {
     "num_hidden_layers": "n_layer",
@@ -50,7 +48,7 @@ def make_hf_config(checkpoint_dir: Path, config: Config, tied: bool, dtype: torc
         UserError: the checkpoint's config.json is none, or one of another model; or there is none and none can be made.
     """
     path = checkpoint_dir / "config.json"
-    hf_config = _of_language_model(_read(path)) if path.is_file() else _make(checkpoint_dir, config)
+    hf_config = _of_language_model(read_hf_config(path)) if path.is_file() else _make(checkpoint_dir, config)
     for entry in ("architectures", "model_type"):
         if not hf_config.get(entry):
             raise UserError(
@@ -71,13 +69,6 @@ def make_hf_config(checkpoint_dir: Path, config: Config, tied: bool, dtype: torc
     # what is in the file is what counts: it may be padded
     describe_weights(hf_config, tied, dtype, config.padded_vocab_size)
     return hf_config
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read ({reason(error)}). Copy the original model's to there.") from error
 
 
 def _of_language_model(hf_config: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +95,7 @@ def _make(checkpoint_dir: Path, config: Config) -> dict[str, Any]:
     family = "qwen3" if config.norm_qk else "qwen2" if config.attn_bias else "llama"
     if config.norm_qk and config.attn_bias:
         _refuse(checkpoint_dir, config, "attn_bias")
-    tokenizer = Tokenizer(checkpoint_dir)
+    tokenizer = read_tokenizer(checkpoint_dir)
     hf_config = {
         "architectures": [f"{family.capitalize()}ForCausalLM"],
         "model_type": family,

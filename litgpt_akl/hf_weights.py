@@ -17,6 +17,10 @@ from torch import Tensor
 
 from litgpt_akl.errors import UserError, reason
 from litgpt_akl.model_files import write_json
+from litgpt_akl.reading import explain_damage, plain_names, read_json
+
+INDEX = "model.safetensors.index.json"
+"""Says which tensor is in which of several files."""
 
 BY_NAME: dict[str, Callable] = {
     # LitGPT asks for gemma-2, which Gemma-2b begins with, too
@@ -50,13 +54,46 @@ BACK_BY_NAME: dict[str, Callable] = {
 
 
 def files_in(directory: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face checkpoint, in the order of their names."""
-    return sorted(directory.glob("*.safetensors"))
+    """The safetensors files of a Hugging Face checkpoint: those that its index names, without one all there are.
+
+    Raises:
+        UserError: the index is damaged, or names something else than files beside it.
+    """
+    if not (directory / INDEX).is_file():
+        return sorted(directory.glob("*.safetensors"))
+    return [directory / name for name in sorted(set(_read_index(directory).values()))]
 
 
-def read(directory: Path, config: Config) -> dict[str, Tensor]:
-    """Tensors by LitGPT's names, memory-mapped but for the joined query, key and value weights."""
-    found = {name: tensor for path in files_in(directory) for name, tensor in load_file(path).items()}
+def _read_index(directory: Path) -> dict[str, str]:
+    """The names of tensors, and of the files that they are in."""
+    path = directory / INDEX
+    places = read_json(path).get("weight_map")
+    with explain_damage(path, "an index of safetensors files"):
+        plain_names(dict.fromkeys(places.values()), path)
+    return places
+
+
+def read(directory: Path, way_out: str) -> dict[str, Tensor]:
+    """Tensors by Hugging Face's names, memory-mapped.
+
+    Raises:
+        UserError: a file is damaged or missing, or lacks what the index says is in it; ``way_out`` is its second line.
+    """
+    found: dict[str, Tensor] = {}
+    places = _read_index(directory) if (directory / INDEX).is_file() else {}
+    for path in files_in(directory):
+        with explain_damage(path, "safetensors", way_out):
+            tensors = load_file(path)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise UserError(f"{path} holds {twice[0]}, which another file of {directory} holds, too.\n{way_out}")
+        if lacking := sorted(name for name, place in places.items() if place == path.name and name not in tensors):
+            raise UserError(f"{path} lacks {lacking[0]}, which is in it by {directory / INDEX}.\n{way_out}")
+        found |= tensors
+    return found
+
+
+def translate(config: Config, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by LitGPT's names from those by Hugging Face's; new are only joined query, key and value weights."""
     weights: dict[str, Tensor] = {}
     _translation(config)(weights, found)
     return weights
@@ -140,4 +177,4 @@ def write(directory: Path, config: Config, weights: dict[str, Tensor], max_shard
             (directory / file_name).chmod(directory.stat().st_mode & 0o666)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / INDEX, index)

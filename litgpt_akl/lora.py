@@ -16,7 +16,7 @@ from torch.func import functional_call
 from litgpt_akl.args import LoRAArgs
 from litgpt_akl.errors import UserError
 from litgpt_akl.sharding import bare, whole
-from litgpt_akl.tensor_file import TensorFile
+from litgpt_akl.tensor_file import TensorFile, read_tensors
 
 ADAPTERS = "lit_model.pth.lora"
 """LitGPT's name for a file with adapters alone, under the key ``model``."""
@@ -129,11 +129,11 @@ def read_trained(directory: Path, model: nn.Module) -> dict[str, Tensor]:
     """
     adapters, path = adapters_of(model), directory / ADAPTERS
     if adapters and path.is_file():
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["model"]
+        saved = read_tensors(path, "LoRA adapters")["model"]
         if {name: value.shape for name, value in saved.items()} == {name: p.shape for name, p in adapters.items()}:
             return saved
     elif not adapters and not path.is_file():
-        return torch.load(directory / "lit_model.pth", map_location="cpu", mmap=True, weights_only=True)
+        return read_tensors(directory / "lit_model.pth", "weights")
     raise UserError(
         f"{directory} was saved with other --lora options ({'some' if path.is_file() else 'no'} adapters), and what is"
         " trained cannot change in a run.\nGive the --lora options that it was started with."

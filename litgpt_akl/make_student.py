@@ -1,6 +1,5 @@
 """`litgpt make_student`: a student made from some of its teacher's layers."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ from litgpt.utils import save_config
 
 from litgpt_akl.directories import check_new_directory, explain_failure, write_directory
 from litgpt_akl.errors import UserError
-from litgpt_akl.model_files import copy_model_files, write_json
+from litgpt_akl.manifest import write_manifest
+from litgpt_akl.model_files import copy_model_files, read_hf_config, write_json
 from litgpt_akl.padding import config_without_padding, count_ids, describe_padding, without_padding
+from litgpt_akl.reading import explain_damage
 from litgpt_akl.tensor_file import save_tensors
 from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
 
@@ -46,9 +47,11 @@ def make_student(teacher_dir: Path, out_dir: Path, *, layers: int | list[int]) -
         config = config_without_padding(_student_config(teacher_config, kept), ids)
         save_config(config, student_dir)
         if (student_dir / "config.json").is_file():
-            _edit_hf_config(student_dir / "config.json", teacher_config, kept, config.padded_vocab_size)
+            with explain_damage(teacher_dir / "config.json", "the teacher's configuration"):
+                _edit_hf_config(student_dir / "config.json", teacher_config, kept, config.padded_vocab_size)
         student_weights = _student_weights(without_padding(teacher_weights, ids), kept)
         save_tensors(student_weights, student_dir / "lit_model.pth")
+        write_manifest(student_dir, 0, None)
     print(
         f"{out_dir}: a student with {len(kept)} of the {teacher_config.n_layer} layers of {teacher_dir} "
         f"({', '.join(map(str, kept))}), {_count_parameters(student_weights) / 1e6:.1f} M of its "
@@ -99,7 +102,7 @@ def _leading_layers(count: int | None, kept: list[int]) -> int | None:
 
 def _edit_hf_config(path: Path, teacher: Config, kept: list[int], ids: int) -> None:
     """Makes a Hugging Face config.json describe a model of the kept layers only."""
-    hf_config = json.loads(path.read_text(encoding="utf-8"))
+    hf_config = read_hf_config(path)
     # models with several parts, such as Gemma 3, describe the language model in an entry of its own
     text_config: dict[str, Any] = hf_config.get("text_config", hf_config)
     text_config["num_hidden_layers"] = len(kept)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -11,6 +12,8 @@ from typing import Any
 import xxhash
 
 from litgpt_akl.directories import remove_directory
+from litgpt_akl.errors import UserError
+from litgpt_akl.reading import plain_names, with_checksum, without_checksum
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -37,7 +40,7 @@ def write_manifest(directory: Path, step: int, validation_loss: float | None) ->
     }
     loss = validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None
     manifest = {"format": FORMAT, "step": step, "validation_loss": loss, "files": files}
-    text = json.dumps({**manifest, "xxh3_128": _own_checksum(manifest)}, indent=2)
+    text = json.dumps(with_checksum(manifest), indent=2)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
@@ -61,15 +64,28 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise Damaged(f"{MANIFEST} is garbled")
     if manifest["format"] != FORMAT:
         raise Damaged(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}")
-    if manifest.pop("xxh3_128", None) != _own_checksum(manifest):
-        raise Damaged(f"{MANIFEST} has changed (checksum)")
+    try:
+        manifest = without_checksum(manifest, required=True)
+    except ValueError:
+        raise Damaged(f"{MANIFEST} has changed (checksum)") from None
+    if not isinstance(manifest.get("files"), dict):
+        raise Damaged(f"{MANIFEST} is garbled")
+    try:
+        plain_names(manifest["files"], MANIFEST)
+    except UserError as error:
+        raise Damaged(str(error).partition("\n")[0].removesuffix(".")) from None
     return manifest
 
 
-def damage(directory: Path) -> str | None:
-    """None if the directory holds what was written into it, else what is wrong, in a short phrase."""
+def damage(directory: Path, chosen: Callable[[str], bool] = bool) -> str | None:
+    """None if the directory holds what was written into it, else what is wrong, in a short phrase.
+
+    Args:
+        directory: with a manifest.
+        chosen: whether a file of that name is looked at; by default all are.
+    """
     try:
-        files = read_manifest(directory)["files"]
+        files = {name: entry for name, entry in read_manifest(directory)["files"].items() if chosen(name)}
         for name, expected in files.items():
             _check_size(directory / name, name, expected["bytes"])
         for name, expected in files.items():
@@ -126,12 +142,8 @@ def _check_size(path: Path, name: str, expected: int) -> None:
         raise Damaged(f"{name} has {found:,} bytes, {expected:,} were written")
 
 
-def _own_checksum(manifest: dict[str, Any]) -> str:
-    return xxhash.xxh3_128(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
-class _Stamp:
+class Stamp:
     """Of a file; the same as long as nobody writes to the file, also when its directory is renamed."""
 
     path: Path = field(compare=False)
@@ -142,14 +154,19 @@ class _Stamp:
     changed: int
 
 
-def _checksum(path: Path) -> str:
+def stamp_of(path: Path) -> Stamp:
+    """A file's stamp as it is now; raises OSError if there is none."""
     found = path.stat()
-    return _read_checksum(_Stamp(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+    return Stamp(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _checksum(path: Path) -> str:
+    return _read_checksum(stamp_of(path))
 
 
 # at every save the question which older directories are whole comes up anew, and each may hold many gigabytes
 @lru_cache(maxsize=4096)
-def _read_checksum(stamp: _Stamp) -> str:
+def _read_checksum(stamp: Stamp) -> str:
     digest, block = xxhash.xxh3_128(), bytearray(2**20)
     with stamp.path.open("rb", buffering=0) as file:
         while count := file.readinto(block):

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
+from litgpt.utils import fix_and_load_json
 
-from litgpt_akl.bos import bos_rules, write_bos_rule
+from litgpt_akl.bos import OneBosTokenizer, bos_rules, write_bos_rule
 from litgpt_akl.errors import UserError
+from litgpt_akl.reading import explain_damage, read_json, read_yaml
 
 HF_FILES = (
     "generation_config.json",
@@ -26,6 +28,53 @@ HF_FILES = (
 """What Hugging Face's libraries read beside config.json, tokenizer_config.json and the weights."""
 
 COPIED_FILES = ("config.json", "model_config.yaml", "prompt_style.yaml", *HF_FILES)
+
+
+def check_model_files(directory: Path) -> None:
+    """See that what lies beside a model's weights can be read, as far as it is there: much of it is only copied later.
+
+    Raises:
+        UserError: a file cannot be; the message names it.
+    """
+    for name in (*COPIED_FILES, "tokenizer_config.json"):
+        path = directory / name
+        if not path.is_file():
+            continue
+        if name == "config.json":
+            read_hf_config(path)
+        elif name == "generation_config.json":
+            # some publishers' have commas too many, which LitGPT forgives
+            with explain_damage(path, "JSON"):
+                dict(fix_and_load_json(path.read_text(encoding="utf-8")))
+        elif name == "prompt_style.yaml":
+            read_yaml(path)
+        elif path.suffix == ".json" and name != "tokenizer.json":
+            read_json(path)
+        elif path.suffix in (".txt", ".jinja"):
+            with explain_damage(path, "text"):
+                path.read_text(encoding="utf-8")
+
+
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """The entries of a config.json; raises UserError if there are none."""
+    way_out = "Copy the original model's to there."
+    hf_config = read_json(path, way_out)
+    with explain_damage(path, "a model's configuration", way_out):
+        # models with several parts describe the language model in an entry of its own
+        dict(hf_config.get("text_config", {}))
+    return hf_config
+
+
+def read_tokenizer(directory: Path) -> OneBosTokenizer:
+    """LitGPT's tokenizer of a checkpoint, under which no text gets a second BOS token.
+
+    Raises:
+        UserError: it cannot be read, or names tokens that it does not have.
+    """
+    names = ("tokenizer.json", "tokenizer.model")
+    vocabulary = next((directory / name for name in names if (directory / name).is_file()), directory)
+    with explain_damage(vocabulary, "a tokenizer with the tokens of tokenizer_config.json"):
+        return OneBosTokenizer(directory)
 
 
 def copy_model_files(source_dir: Path, out_dir: Path, style: PromptStyle | None = None) -> None:
@@ -70,8 +119,9 @@ def copy_hf_files(
             shutil.copyfile(source_dir / name, out_dir / name)
     if not (source_dir / "tokenizer_config.json").is_file():
         return None
-    rules = bos_rules(source_dir, style, for_transformers)
-    tokenizer_config = json.loads((source_dir / "tokenizer_config.json").read_text(encoding="utf-8"))
+    tokenizer_config = read_json(source_dir / "tokenizer_config.json")
+    with explain_damage(source_dir / "tokenizer.json", "a tokenizer with the tokens of tokenizer_config.json"):
+        rules = bos_rules(source_dir, style, for_transformers)
     tokenizer_config["add_bos_token"] = rules.add_bos_token
     write_json(out_dir / "tokenizer_config.json", tokenizer_config)
     if rules.changes_json:
@@ -81,7 +131,7 @@ def copy_hf_files(
 
 def describe_to_hugging_face(path: Path, tied: bool, dtype: torch.dtype, ids: int | None = None) -> None:
     """Write into a config.json whether embeddings and LM head are one matrix, the weights' dtype, and how many ids."""
-    hf_config = json.loads(path.read_text(encoding="utf-8"))
+    hf_config = read_hf_config(path)
     describe_weights(hf_config, tied, dtype, ids)
     write_json(path, hf_config)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_akl.bos import OneBosTokenizer
 from litgpt_akl.errors import UserError
+from litgpt_akl.model_files import read_tokenizer
 from litgpt_akl.weights import find_checkpoint_dir, read_config
 
 
@@ -52,7 +52,7 @@ def check_pair(
     student_dir = find_checkpoint_dir(student_dir, "student", access_token)
     teacher_dir = find_checkpoint_dir(teacher_dir, "teacher", access_token, teacher_weights_needed)
     configs = {"student": read_config(student_dir), "teacher": read_config(teacher_dir)}
-    tokenizer, teacher_tokenizer = _read_tokenizer(student_dir, "student"), _read_tokenizer(teacher_dir, "teacher")
+    tokenizer, teacher_tokenizer = read_tokenizer(student_dir), read_tokenizer(teacher_dir)
     tokens = token_map(tokenizer)
     _check_same_tokens(tokens, token_map(teacher_tokenizer), student_dir, teacher_dir)
     vocab_size = max(tokens) + 1
@@ -63,7 +63,7 @@ def check_pair(
                 f" {vocab_size:,} ({tokens[vocab_size - 1]!r} is the last).\nUse the tokenizer it was trained with."
             )
     for role, reader in (("student", tokenizer), ("teacher", teacher_tokenizer)):
-        if reader.eos_id is None or reader.eos_id >= vocab_size:
+        if not isinstance(reader.eos_id, int) or not 0 <= reader.eos_id < vocab_size:
             raise UserError(
                 f"The {role}'s end-of-text id is {reader.eos_id}; its tokenizer has the ids 0 to {vocab_size - 1}.\n"
                 "Set eos_token in its tokenizer_config.json to a token of the tokenizer."
@@ -77,13 +77,6 @@ def token_map(tokenizer: Tokenizer) -> dict[int, str]:
     if tokenizer.backend == "huggingface":
         return {id: token for token, id in processor.get_vocab(with_added_tokens=True).items()}
     return {id: processor.id_to_piece(id) for id in range(processor.vocab_size())}
-
-
-def _read_tokenizer(checkpoint_dir: Path, role: str) -> Tokenizer:
-    try:
-        return OneBosTokenizer(checkpoint_dir)
-    except Exception as error:
-        raise UserError(f"The {role}'s tokenizer in {checkpoint_dir} cannot be read: {error}") from error
 
 
 def _check_same_tokens(student: dict[int, str], teacher: dict[int, str], student_dir: Path, teacher_dir: Path) -> None:

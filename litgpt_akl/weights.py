@@ -1,20 +1,29 @@
 """A LitGPT checkpoint directory as it is read: is it there, is it whole, does it fit its own configuration?"""
 
-import json
-import pickle
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import xxhash
 from litgpt.config import Config, configs
 from litgpt.model import GPT
 from litgpt.utils import auto_download_checkpoint, extend_checkpoint_dir
-from safetensors import SafetensorError
 from torch import Tensor
 
 from litgpt_akl import hf_weights
-from litgpt_akl.errors import UserError, reason
+from litgpt_akl.errors import UserError
 from litgpt_akl.lora import ADAPTERS
+from litgpt_akl.manifest import MANIFEST, Stamp, damage, stamp_of
+from litgpt_akl.model_files import check_model_files, read_hf_config
+from litgpt_akl.reading import explain_damage, read_yaml
+from litgpt_akl.tensor_file import check_tensors, read_tensors
+
+READ_LATER = ("lit_model.pth", ADAPTERS, "training_state.pth", "metrics.csv")
+"""Files of a saved directory that are checked when they are read, if they are."""
+CONVERT_AGAIN = "Download or convert the model again."
 
 
 def find_checkpoint_dir(path: Path, role: str, access_token: str | None = None, weights_needed: bool = True) -> Path:
@@ -58,6 +67,8 @@ def find_checkpoint_dir(path: Path, role: str, access_token: str | None = None, 
                 else "`litgpt convert_to_litgpt` makes one from a Hugging Face model."
             )
         )
+    _check_written(directory, lambda name: name not in READ_LATER)
+    check_model_files(directory)
     return directory
 
 
@@ -65,27 +76,60 @@ def _has_config(directory: Path) -> bool:
     return (directory / "model_config.yaml").is_file() or any(config["name"] == directory.name for config in configs)
 
 
+def _check_written(directory: Path, chosen: Callable[[str], bool]) -> bool:
+    """See that chosen files of a directory are as its manifest says, if it has one; whether it has."""
+    if not (directory / MANIFEST).is_file():
+        return False
+    what = damage(directory, chosen)
+    if what is not None:
+        raise UserError(
+            f"{directory} is not as it was written: {what}.\n"
+            f"Copy it again or take another one; if the change is meant, delete its {MANIFEST}."
+        )
+    return True
+
+
 def read_config(checkpoint_dir: Path) -> Config:
-    """The model's configuration; raises UserError if model_config.yaml is none."""
-    try:
-        return Config.from_checkpoint(checkpoint_dir)
-    except Exception as error:
-        raise UserError(f"{checkpoint_dir / 'model_config.yaml'} is not a model configuration: {error}") from error
+    """The model's configuration; raises UserError if model_config.yaml is none, or no model can be made by it."""
+    path = checkpoint_dir / "model_config.yaml"
+    with explain_damage(path, "a model configuration", CONVERT_AGAIN):
+        if path.is_file() and "vocab_size" not in read_yaml(path, CONVERT_AGAIN):
+            # the last entry of a file by LitGPT
+            raise ValueError("it lacks vocab_size")
+        config = Config.from_checkpoint(checkpoint_dir)
+        for name, kind in get_type_hints(Config).items():
+            if not _is_of_kind(getattr(config, name), kind):
+                raise ValueError(f"{name} is {getattr(config, name)!r}, and should be {kind}")
+        with torch.device("meta"):
+            GPT(config)
+    return config
+
+
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    """Whether a value is what a type hint of LitGPT's configuration says; one number is as good as another."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_of_kind(value, option) for option in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind in (int, float):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, get_origin(kind) or kind)
 
 
 def is_said_to_be_tied(checkpoint_dir: Path) -> bool | None:
     """What config.json says of embeddings and LM head, if it does; the weights decide."""
     path = checkpoint_dir / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("tie_word_embeddings") if path.is_file() else None
+    return read_hf_config(path).get("tie_word_embeddings") if path.is_file() else None
 
 
 def open_weights(checkpoint_dir: Path, config: Config) -> dict[str, Tensor]:
-    """Tensors by name, memory-mapped from a flat file or from the ``model`` entry of one; nothing is read yet.
+    """Tensors by name, memory-mapped from a flat file or from the ``model`` entry of one.
 
-    Without such a file, those of Hugging Face's safetensors files.
+    The file is first read once, to hold it against the directory's manifest or its own checksums. Without such a file,
+    the tensors are those of Hugging Face's safetensors files, which have none.
 
     Raises:
-        UserError: a file is truncated, holds something else, or does not fit ``config``.
+        UserError: a file is truncated or has changed, holds something else, or does not fit ``config``.
     """
     path = checkpoint_dir / "lit_model.pth"
     if not weights_files(checkpoint_dir):
@@ -94,27 +138,26 @@ def open_weights(checkpoint_dir: Path, config: Config) -> dict[str, Tensor]:
         )
     if not path.is_file():
         return _open_hf_weights(checkpoint_dir, config)
-    try:
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read as weights: truncated, or no checkpoint.\n"
-            "Download or convert the model again."
-        ) from error
+    weights = read_tensors(path, "weights", CONVERT_AGAIN)
+    if not _check_written(checkpoint_dir, lambda name: name == path.name):
+        _check_own_checksums(stamp_of(path))
     weights = weights.get("model", weights) if isinstance(weights, dict) else {}
     weights = {name: tensor for name, tensor in weights.items() if isinstance(tensor, Tensor)}
     _check_fit(weights, config, path)
     return weights
 
 
+# a run opens its teacher's weights more than once
+@lru_cache(maxsize=64)
+def _check_own_checksums(stamp: Stamp) -> None:
+    check_tensors(stamp.path, "weights", CONVERT_AGAIN)
+
+
 def _open_hf_weights(checkpoint_dir: Path, config: Config) -> dict[str, Tensor]:
-    try:
-        weights = hf_weights.read(checkpoint_dir, config)
-    except (SafetensorError, KeyError, NotImplementedError) as error:
-        raise UserError(
-            f"The safetensors files in {checkpoint_dir} cannot be read as {config.name}: {type(error).__name__}:"
-            f" {reason(error)}.\nDownload them again, or convert them: litgpt convert_to_litgpt {checkpoint_dir}"
-        ) from error
+    way_out = f"Download them again, or convert them: litgpt convert_to_litgpt {checkpoint_dir}"
+    found = hf_weights.read(checkpoint_dir, way_out)
+    with explain_damage(checkpoint_dir, f"{config.name} in safetensors files", way_out):
+        weights = hf_weights.translate(config, found)
     _check_fit(weights, config, checkpoint_dir)
     return weights
 

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from cache_runs import assert_equal, chunks, fill, run
+from fsspec.implementations.local import LocalFileSystem
 from litgpt.prompts import Alpaca
 from ranks import in_processes
 
 from litgpt_akl.cache import cache as cache_module
+from litgpt_akl.cache.cache import TeacherCache
 from litgpt_akl.errors import UserError
 
 ONE_EPOCH = {"train": {"epochs": 1}}
@@ -77,6 +79,48 @@ def test_damage_that_shows_up_in_the_middle_brings_the_teacher_back(
     said = capfd.readouterr()
     assert "all there: the teacher's body is not needed" in said.out and "is damaged" in said.err
     assert_equal(live, found)
+
+
+def fail_to_read(monkeypatch, times: int, first: int = 0) -> list[str]:
+    """Lets the next readings of bytes beyond ``first`` of a file go wrong; the files are whole. Who was read so."""
+    system, failed = LocalFileSystem, []
+
+    def damaged(self, path: str, start: int | None = None, end: int | None = None, **options) -> bytes:
+        content = read(self, path, start=start, end=end, **options)
+        if start is None or start < first or len(failed) == times:
+            return content
+        failed.append(path)
+        return bytes([content[0] ^ 1]) + content[1:]
+
+    read = system.cat_file
+    monkeypatch.setattr(system, "cat_file", damaged)
+    return failed
+
+
+@pytest.mark.parametrize("mode", ["auto", "read"])
+@pytest.mark.parametrize(("times", "first"), [(1, 0), (1, 1), (2, 1)])
+def test_what_is_read_wrongly_and_is_whole_is_not_given_up(
+    student_dir, teacher_dir, short, live, filled, tmp_path, monkeypatch, times, first, mode
+):
+    before = {path: path.read_bytes() for path in chunks(filled)}
+    failed = fail_to_read(monkeypatch, times, first)
+    if times == 2 and mode == "read":
+        cache = TeacherCache(str(filled / "training"), 40, torch.float32, 128, writable=False)
+        cache.verify()
+    else:
+        assert_equal(live, run(student_dir, teacher_dir, short, tmp_path / "run", filled, mode=mode, **ONE_EPOCH))
+    assert len(failed) == times
+    assert {path: path.read_bytes() for path in chunks(filled)} == before
+
+
+def test_records_that_are_whole_outlive_their_damaged_chunk(filled):
+    path = chunks(filled)[0]
+    DAMAGES["hidden state"](path)
+    cache = TeacherCache(str(filled / "training"), 40, torch.float32, 128, writable=True)
+    there = len(cache.present())
+    cache.verify()
+    assert len(cache.present()) == there - 1 and not path.exists()
+    assert len(TeacherCache(str(filled / "training"), 40, torch.float32, 128, writable=False).present()) == there - 1
 
 
 @pytest.mark.parametrize("kind", ["flipped", "missing"])

@@ -224,7 +224,7 @@ def rewrite_index(folder: Path, **changes) -> None:
     [
         (shutil.rmtree, BLOCK, r"cannot be read: .*(does not|doesn't) exist"),
         (lambda folder: (folder / "index.json").unlink(), BLOCK, "no index.json|index.json$"),
-        (lambda folder: (folder / "index.json").write_text("{"), BLOCK, "cannot be read: "),
+        (lambda folder: (folder / "index.json").write_text("{"), BLOCK, "cannot be read( as an index of .*)?: "),
         (lambda folder: rewrite_index(folder, compression="zstd"), BLOCK, "neither compressed nor encrypted"),
         (lambda folder: rewrite_index(folder, encryption={"a": 1}), BLOCK, "neither compressed nor encrypted"),
         (None, 1000, r"no chunk of 1000 tokens. Lower --train.max_seq_length"),
@@ -256,6 +256,70 @@ def test_a_chunk_that_is_not_whole(chunks, tmp_path, damage):
     with pytest.raises(UserError, match=f"{folder}/chunk-0-1.bin is missing or breaks off. Copy it again"):
         open_chunks(LitData(folder), BLOCK)
     assert {path.suffix for path in folder.iterdir()} == {".bin", ".json"}
+
+
+FOREIGN = [
+    "../../victim.bin",
+    "..",
+    ".",
+    "",
+    "/{base}/victim.bin",
+    "a/b.bin",
+    "a\\b.bin",
+    "C:a.bin",
+    "a\0.bin",
+    5,
+    None,
+]
+
+
+@pytest.mark.parametrize("name", [*FOREIGN, "index.json", "fetch.lock", "chunk-0-0.bin"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_an_index_names_nothing_but_its_own_chunks(chunks, tmp_path, monkeypatch, cache_dir, name, remote):
+    monkeypatch.setenv("MAX_CACHE_SIZE", "1B")
+    folder = shutil.copytree(chunks / "int64", tmp_path / "data")
+    if isinstance(name, str):
+        name = name.format(base=str(tmp_path).lstrip("/"))
+    index = json.loads((folder / "index.json").read_text())
+    index["chunks"][1]["filename"] = name
+    (folder / "index.json").write_text(json.dumps(index))
+    victims = [tmp_path / "victim.bin", cache_dir / "victim.bin"]
+    for victim in victims:
+        victim.parent.mkdir(exist_ok=True)
+        victim.write_bytes(bytes(5000))
+    with pytest.raises(UserError, match=r"index.json (names|cannot be read as an index of LitData's chunks)") as caught:
+        store = open_chunks(LitData(f"local:{folder}" if remote else folder), BLOCK)[0]
+        store.read(range(len(store)))
+    assert len(str(caught.value).splitlines()) == 2
+    assert all(victim.read_bytes() == bytes(5000) for victim in victims)
+    # nothing was fetched
+    assert not list(cache_dir.rglob("chunk*"))
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_ids_that_the_tokenizer_does_not_have(chunks, remote):
+    place = f"local:{chunks / 'int64'}" if remote else chunks / "int64"
+    everything = range(len(open_chunks(LitData(place), BLOCK)[0]))
+    assert len(open_chunks(LitData(place), BLOCK, vocab_size=200)[0].read(everything)) == len(everything)
+    with pytest.raises(UserError, match=r"chunk-0-.*.bin holds the id 19\d, and the tokenizer has 190 ids"):
+        open_chunks(LitData(place), BLOCK, vocab_size=190)[0].read(everything)
+
+
+def test_a_chunk_that_breaks_off_while_it_is_fetched_is_fetched_again(chunks, monkeypatch, cache_dir):
+    from litdata.streaming.downloader import LocalDownloaderWithCache
+
+    download = LocalDownloaderWithCache.download_file
+
+    def cut(self, remote_path: str, local_path: str) -> None:
+        download(self, remote_path, local_path)
+        truncate(Path(local_path))
+
+    store = ChunkStore(f"local:{chunks / 'int64'}", BLOCK)
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalDownloaderWithCache, "download_file", cut)
+        with pytest.raises(UserError, match="chunk-0-0.bin.* breaks off"):
+            store.read([0])
+    assert store.read([0])[0]["input_ids"].tolist() == source(chunks / "int64", BLOCK)[0][0]
 
 
 def test_without_litdata(chunks, monkeypatch):

@@ -297,7 +297,7 @@ def test_transformers_need_not_be_there(untied_student_dir, tmp_path):
         ),
         (lambda source: add_weight(source, "transformer.h.0.attn.qkv.lora_A"), "holds LoRA weights. Merge them first"),
         (lambda source: (source / "lit_model.pth").write_bytes(b"PK"), "cannot be read as weights"),
-        (lambda source: (source / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda source: (source / "config.json").write_text("{"), r"config.json \(1 bytes\) cannot be read"),
         (lambda source: edit_json(source / "config.json", architectures=None), "lacks architectures"),
         (lambda source: edit_json(source / "config.json", hidden_size=65), "hidden_size is 65, and"),
         (lambda source: edit_json(source / "config.json", text_config={}), "of a model with several parts"),

@@ -61,7 +61,7 @@ def test_student_is_a_complete_checkpoint(teacher_dir, tmp_path):
     (teacher / "prompt_style.yaml").write_text("class_path: litgpt.prompts.Default\n")
     (teacher / "special_tokens_map.json").write_text("{}")
     make_student(teacher, tmp_path / "student", layers=2)
-    assert sorted(os.listdir(tmp_path / "student")) == sorted(os.listdir(teacher))
+    assert sorted(os.listdir(tmp_path / "student")) == sorted([*os.listdir(teacher), "manifest.json"])
     assert sorted(os.listdir(tmp_path)) == ["student", "teacher"]
     for name in ("tokenizer.json", "chat_template.jinja", "prompt_style.yaml", "generation_config.json"):
         assert (tmp_path / "student" / name).read_bytes() == (teacher / name).read_bytes()

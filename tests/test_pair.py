@@ -81,7 +81,7 @@ def test_tokenizers_that_differ(teacher_dir, student_dir, tmp_path):
     with pytest.raises(UserError, match=r"differ in 1 ids: id 1024 is 'another' in .*more \(1,025 ids\) and None in"):
         check_pair(more, teacher_dir)
     (more / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="The student's tokenizer in .*more cannot be read"):
+    with pytest.raises(UserError, match=r"more/tokenizer.json \(1 bytes\) cannot be read as a tokenizer"):
         check_pair(more, teacher_dir)
 
 
@@ -95,7 +95,7 @@ def test_directories(teacher_dir, student_dir, tmp_path):
         check_pair(tmp_path / "empty", teacher_dir)
     broken = altered(student_dir, tmp_path / "broken")
     (broken / "model_config.yaml").write_text("- 1\n")
-    with pytest.raises(UserError, match="model_config.yaml is not a model configuration"):
+    with pytest.raises(UserError, match=r"model_config.yaml \(4 bytes\) cannot be read as YAML"):
         check_pair(broken, teacher_dir)
 
 

@@ -301,7 +301,7 @@ def test_the_command_says_what_is_wrong(tmp_path):
     for runs, out, message in (
         ([tmp_path / "no"], "x.html", "no is not a directory. Give the --out_dir of a run"),
         ([tmp_path], "x.html", "holds no metrics"),
-        ([tmp_path / "broken"], "x.html", "metrics.csv cannot be read"),
+        ([tmp_path / "broken"], "x.html", r"metrics.csv \(.* bytes\) cannot be read"),
         ([tmp_path / "fine"], "out", "out is a directory. Give the name of a file"),
         ([tmp_path / "fine"], "none/x.html", "x.html cannot be written"),
     ):

@@ -58,6 +58,9 @@ class TeacherCache:
         """Find what was written since the last time, by this process or by others."""
         sizes = {path: size for path, size in list_chunks(self.directory).items() if path not in self._known}
         for found in open_chunks(self.directory, sizes):
+            if not isinstance(found, Chunk):
+                # a disk or a network may fail once
+                found = next(open_chunks(self.directory, {found[0]: sizes[found[0]]}))
             if isinstance(found, Chunk) and (found.dtype, found.width) != (self.dtype, self.width):
                 found = found.path, f"it holds {found.width} numbers of {found.dtype} for a token"
             if isinstance(found, Chunk):
@@ -102,12 +105,14 @@ class TeacherCache:
             return None
         self.check(keys)
         places = [(self._chunks[self._chunk_of[number]], int(self._row_of[number])) for number in keys[:, 0]]
-        found = read_records(self.directory, places)
-        for record, (chunk, _) in zip(found, places, strict=True):
-            if isinstance(record, Damaged):
-                self._salvage(chunk, str(record))
-                return None
-        return torch.cat(found)
+        # a disk or a network may fail once
+        for _ in range(2):
+            found = read_records(self.directory, places)
+            damaged = [at for at, record in enumerate(found) if isinstance(record, Damaged)]
+            if not damaged:
+                return torch.cat(found)
+        self._salvage(places[damaged[0]][0], str(found[damaged[0]]))
+        return None
 
     def add(self, records: Sequence[Record]) -> None:
         """Keep records that are not there, and write them when they are many; those of one call come into one chunk."""
@@ -173,11 +178,14 @@ class TeacherCache:
         self._chunks.append(chunk)
 
     def _salvage(self, chunk: Chunk, damage: str) -> None:
-        """Put those records of a chunk that are whole into another one, and forget the rest."""
-        self._discard(chunk.path, damage)
+        """Put those records of a chunk that are whole into another one, and forget the rest; keep it if all are."""
         rows = [(chunk, row) for row in range(len(chunk.index))]
         found = zip(chunk.index.tolist(), read_records(self.directory, rows), strict=True)
         whole = [Record(entry[NUMBER], entry[DIGEST], hidden) for entry, hidden in found if isinstance(hidden, Tensor)]
+        if len(whole) == len(rows):
+            print(f"The teacher cache: {chunk.path} is whole when it is read again ({damage}).", file=sys.stderr)
+            return
+        self._discard(chunk.path, damage)
         if whole:
             self._add_chunk(write_chunk(Path(self.directory), whole, self.dtype))
         self._delete(chunk.path)

@@ -9,6 +9,7 @@ import fsspec
 
 from litgpt_akl.directories import explain_failure, write_file
 from litgpt_akl.errors import UserError, reason
+from litgpt_akl.reading import with_checksum, without_checksum
 
 IDENTITY = "cache.json"
 FORMAT = 1
@@ -64,7 +65,7 @@ def check_identity(directory: str, identity: Identity, create: bool) -> str | No
     changes = [
         f"{name} {saved.get(name)!r} -> {value!r}"
         for name, value in asdict(identity).items()
-        if saved.get(name) != value and not (name == "teacher_weights" and value is None)
+        if name not in saved or saved[name] != value and not (name == "teacher_weights" and value is None)
     ]
     if changes:
         raise UserError(
@@ -83,8 +84,7 @@ def read_identity(directory: str) -> dict[str, Any] | None:
     path = f"{directory.rstrip('/')}/{IDENTITY}"
     try:
         with fsspec.open(path, "rt", encoding="utf-8") as file:
-            saved = json.load(file)
-        return {**saved}
+            return without_checksum(json.load(file))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
@@ -95,7 +95,7 @@ def read_identity(directory: str) -> dict[str, Any] | None:
 
 
 def _write(directory: Path, identity: Identity) -> None:
-    content = json.dumps(asdict(identity), indent=2) + "\n"
+    content = json.dumps(with_checksum(asdict(identity)), indent=2) + "\n"
     with explain_failure(directory):
         directory.mkdir(parents=True, exist_ok=True)
         # that of another job, which may be of something else, stays

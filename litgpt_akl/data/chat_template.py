@@ -14,6 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from litgpt_akl.errors import UserError
+from litgpt_akl.reading import explain_damage, read_json
 
 STAND_IN = secrets.token_hex(16)
 """What is rendered in place of an assistant's message to see where the template puts it; no data can hold it."""
@@ -66,11 +67,15 @@ class ChatTemplate:
         config = _read_json(checkpoint_dir / "tokenizer_config.json")
         path = checkpoint_dir / "chat_template.jinja"
         if path.is_file():
-            source = path.read_text(encoding="utf-8")
+            with explain_damage(path, "a chat template"):
+                source = path.read_text(encoding="utf-8")
         else:
             path, source = checkpoint_dir / "tokenizer_config.json", config.get("chat_template")
-            if isinstance(source, list):
-                source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            with explain_damage(path, "a file with chat templates"):
+                if isinstance(source, list):
+                    source = {entry["name"]: entry["template"] for entry in source}.get("default")
+                if not isinstance(source, (str, type(None))):
+                    raise TypeError(f"chat_template is {source!r}")
         if not source:
             return None
         try:
@@ -188,4 +193,4 @@ def _special_tokens(checkpoint_dir: Path, config: dict) -> dict[str, str]:
 
 
 def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

@@ -16,6 +16,7 @@ from litgpt.data import LitData
 from torch import Tensor
 
 from litgpt_akl.errors import UserError, reason
+from litgpt_akl.reading import explain_damage, plain_names
 
 LEAST_CACHED = 4
 """Remote chunks that are kept, however little room there is."""
@@ -24,7 +25,9 @@ LEAST_CACHED = 4
 class ChunkStore:
     """Blocks of as many tokens each, every one of which counts; reading one fetches its chunk if it is not there."""
 
-    def __init__(self, input_dir: str, block_size: int, cut_by: str = "--train.max_seq_length") -> None:
+    def __init__(
+        self, input_dir: str, block_size: int, cut_by: str = "--train.max_seq_length", vocab_size: int | None = None
+    ) -> None:
         from litdata.streaming import StreamingDataset
         from litdata.utilities.format import _resolve_max_cache_size
 
@@ -33,12 +36,18 @@ class ChunkStore:
             raise UserError(f"{input_dir} has no index.json. Give the folder that litdata.optimize wrote.")
         folder = StreamingDataset(input_dir).input_dir
         self._place, self._folder, self._url, self._block_size = input_dir, Path(folder.path), folder.url, block_size
+        self._vocab_size = vocab_size
         content = (self._folder / "index.json").read_bytes()
-        index = json.loads(content)
-        self._chunks, config = index.get("chunks", []), index.get("config", {})
-        token_sizes = {
-            (chunk["chunk_bytes"] - _header_size(chunk)) / chunk["dim"] for chunk in self._chunks if chunk["dim"]
-        }
+        with explain_damage(f"{input_dir}/index.json", "an index of LitData's chunks"):
+            index = json.loads(content)
+            self._chunks, config = index.get("chunks", []), index.get("config", {})
+            token_sizes = {
+                (chunk["chunk_bytes"] - _header_size(chunk)) / chunk["dim"] for chunk in self._chunks if chunk["dim"]
+            }
+            names = plain_names((chunk["filename"] for chunk in self._chunks), f"{input_dir}/index.json")
+            if not all(name.endswith(".bin") for name in names):
+                # in the cache for remote chunks there are other files, too
+                raise ValueError("a chunk's name does not end with .bin")
         if config.get("compression") or config.get("encryption") or token_sizes not in ({1}, {2}, {4}, {8}):
             raise UserError(
                 f"{input_dir} has other chunks than plain ones of tokens.\n"
@@ -86,13 +95,19 @@ class ChunkStore:
                 continue
             if len(block) < self._block_size:
                 self._check(chunk)
+            highest = int(block.max(initial=0))
+            if self._vocab_size is not None and highest >= self._vocab_size:
+                raise UserError(
+                    f"{self._path(chunk)} holds the id {highest:,}, and the tokenizer has {self._vocab_size:,} ids: the"
+                    " chunk is damaged, or another tokenizer's.\nCopy it again, or make it with this tokenizer."
+                )
             return torch.from_numpy(block.astype(np.int64))
 
     def _path(self, chunk: dict) -> Path:
         return self._folder / chunk["filename"]
 
-    def _check(self, chunk: dict) -> None:
-        path = self._path(chunk)
+    def _check(self, chunk: dict, path: Path | None = None) -> None:
+        path = path or self._path(chunk)
         if not path.exists() or path.stat().st_size < chunk["chunk_bytes"]:
             raise UserError(f"{path} is missing or breaks off. Copy it again, or delete it if it is a copy.")
 
@@ -111,12 +126,15 @@ class ChunkStore:
                     self._make_room(chunk["chunk_bytes"])
                     part = f"{path}.part"
                     get_downloader(self._url, str(self._folder), self._chunks).download_file(remote_path, part)
+                    self._check(chunk, Path(part))
                     os.replace(part, path)
         except FileNotFoundError as error:
             raise UserError(
                 f"{remote_path} is gone, or the cache {self._folder} was deleted while it was in use.\n"
                 "Mend the data, and go on with the command that was running."
             ) from error
+        except UserError:
+            raise
         # every kind of remote storage has exceptions of its own
         except Exception as error:
             raise UserError(f"{remote_path} cannot be fetched: {reason(error)}") from error
@@ -142,11 +160,15 @@ def _header_size(chunk: dict) -> int:
 
 
 def open_chunks(
-    data: LitData, block_size: int, cut_by: str = "--train.max_seq_length"
+    data: LitData, block_size: int, cut_by: str = "--train.max_seq_length", vocab_size: int | None = None
 ) -> tuple[ChunkStore, ChunkStore]:
     """Training and validation blocks; as in LitGPT the same ones, if ``split_names`` names no folders.
 
-    ``cut_by`` is the command's option that says how long a block is, for messages.
+    Args:
+        data: where they are.
+        block_size: tokens of each.
+        cut_by: the command's option that says how long a block is, for messages.
+        vocab_size: ids that the tokenizer has; a chunk with others is refused when it is read.
 
     Raises:
         UserError: no chunks of tokens are there, or litdata is not installed.
@@ -154,7 +176,7 @@ def open_chunks(
     path = str(data.data_path)
     folders = [os.path.join(path, name) for name in data.split_names] if data.split_names else [path]
     try:
-        stores = [ChunkStore(folder, block_size, cut_by) for folder in folders]
+        stores = [ChunkStore(folder, block_size, cut_by, vocab_size) for folder in folders]
     except UserError:
         raise
     # every kind of remote storage has exceptions of its own

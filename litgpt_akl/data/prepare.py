@@ -12,6 +12,7 @@ from litgpt_akl.data.stores import Store
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import IGNORE_INDEX
+from litgpt_akl.pair import token_map
 
 FOR_PRETRAINING = (MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories)
 
@@ -67,7 +68,8 @@ def prepare_stores(
             f"--data.ignore_index {ignored} is not supported: what does not count is {IGNORE_INDEX} here; remove it."
         )
     if isinstance(data, LitData):
-        return open_chunks(data, train.max_seq_length or context_length, cut_by)
+        vocab_size = max(token_map(tokenizer)) + 1
+        return open_chunks(data, train.max_seq_length or context_length, cut_by, vocab_size)
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=train.max_seq_length)
     if isinstance(data, StreamingSFT):
         return data.prepare(checkpoint_dir, context_length, cut_by)

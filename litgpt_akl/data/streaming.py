@@ -19,6 +19,7 @@ from litgpt_akl.data.files import find_files, identify
 from litgpt_akl.data.records import place
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.errors import UserError
+from litgpt_akl.reading import explain_damage
 
 MAX_BAD_SHARE = 0.01
 """Of all records; with more bad ones than this, something is wrong with the data or with how it is read."""
@@ -157,6 +158,11 @@ class StreamingSFT(DataModule):
 
 def own_prompt_style(checkpoint_dir: Path) -> PromptStyle:
     """The prompt style with which LitGPT talks to the model in ``checkpoint_dir``."""
+    path = checkpoint_dir / "prompt_style.yaml"
     if has_prompt_style(checkpoint_dir):
-        return load_prompt_style(checkpoint_dir)
+        with explain_damage(path, "a prompt style", "Copy it again, or remove it to use the model's default."):
+            style = load_prompt_style(checkpoint_dir)
+            if not isinstance(style, PromptStyle):
+                raise TypeError(f"{type(style).__name__} is no prompt style")
+            return style
     return PromptStyle.from_config(Config.from_file(checkpoint_dir / "model_config.yaml"))

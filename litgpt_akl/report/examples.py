@@ -15,11 +15,12 @@ from litgpt_akl.adaptive import in_head
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import in_order
 from litgpt_akl.directories import write_file
-from litgpt_akl.errors import reason
+from litgpt_akl.errors import UserError, reason
 from litgpt_akl.generation import generate, longest_prompt, stop_sequences, without_end
 from litgpt_akl.head_loss import IGNORE_INDEX
 from litgpt_akl.heads import Head
 from litgpt_akl.lora import without_adapters
+from litgpt_akl.reading import explain_damage, with_checksum, without_checksum
 from litgpt_akl.run import Run
 from litgpt_akl.sharding import from_rank_zero, reshard
 from litgpt_akl.teacher import LoneHead
@@ -36,11 +37,12 @@ CONTEXT = 20
 
 
 def read_examples(run_dir: Path) -> dict[str, Any] | None:
-    """The snapshots ``first`` and ``latest`` of a run; None if there are none, or not any more."""
-    try:
-        return json.loads((run_dir / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """The snapshots ``first`` and ``latest`` of a run; None if there are none. Raises UserError if they are damaged."""
+    path = run_dir / FILE
+    if not path.is_file():
         return None
+    with explain_damage(path, "examples of a run", "Delete it: the page is then without examples."):
+        return without_checksum(json.loads(path.read_text(encoding="utf-8")))
 
 
 def forget(run_dir: Path) -> None:
@@ -54,7 +56,7 @@ def remember(fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Callab
     All processes must ask together; process 0 writes, and only tells if the disk does not take it. Training's random
     numbers are left as they were.
     """
-    before = from_rank_zero(read_examples(run.out_dir) if fabric.is_global_zero else None)
+    before = from_rank_zero(_read_or_tell(run.out_dir, tell) if fabric.is_global_zero else None)
     records = range(min(len(store), RECORDS, run.eval.max_iters * run.train.micro_batch_size))
     latest = {"step": state["step_count"], **_answers(fabric, run, state, store.read(records), before)}
     latest["positions"] = [
@@ -65,9 +67,17 @@ def remember(fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Callab
     if fabric.is_global_zero:
         content = {"first": before["first"] if before else latest, "latest": latest}
         try:
-            write_file(run.out_dir / FILE, json.dumps(content, indent=1).encode("utf-8"))
+            write_file(run.out_dir / FILE, json.dumps(with_checksum(content), indent=1).encode("utf-8"))
         except OSError as error:
             tell(f"{run.out_dir / FILE} cannot be written ({reason(error)})")
+
+
+def _read_or_tell(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:
+    try:
+        return read_examples(run_dir)
+    except UserError as error:
+        tell(f"{str(error).splitlines()[0]} The examples begin anew.")
+        return None
 
 
 def _answers(

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import yaml
 from pyarrow import csv
 
-from litgpt_akl.errors import UserError, reason
+from litgpt_akl.errors import UserError
+from litgpt_akl.reading import explain_damage, read_yaml
 
 POINTS = 1000
 """A line has at most as many points; a plot is not wider on most screens."""
@@ -47,7 +47,10 @@ def read_history(run_dir: Path) -> History:
     columns = _read_columns(logs[max(logs)])
     recipe_file, recipe = run_dir / "hyperparameters.yaml", {}
     if recipe_file.is_file():
-        recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
+        recipe = read_yaml(recipe_file)
+        with explain_damage(recipe_file, "the recipe of a run"):
+            distill, *_ = (dict(recipe.get(name) or {}) for name in ("distill", "train", "data"))
+            float(distill.get("kd_ratio", 0.5))
     validated = np.zeros(len(columns["step"]), dtype=bool)
     for name, column in columns.items():
         if name.startswith("val_"):
@@ -62,11 +65,9 @@ def _read_columns(path: Path) -> dict[str, np.ndarray]:
     # the last row may be in the middle of being written
     options = csv.ParseOptions(invalid_row_handler=lambda row: "skip")
     numbers = csv.ConvertOptions(null_values=["", "None"])
-    try:
+    with explain_damage(path, "a table of numbers", "Name another run, or mend the file."):
         table = csv.read_csv(path, parse_options=options, convert_options=numbers)
         columns = {name: table[name].cast(pa.float64()).to_numpy() for name in table.column_names}
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}. Name another run, or mend the file.") from error
     if "step" not in columns:
         raise UserError(f"{path} has no column step: it is not a log of litgpt finetune_akl. Name another run.")
     return columns
