@@ -117,7 +117,7 @@ def report(
     """Validate, log, print and refresh the page; during training also print an example answer."""
     tell = progress.write if progress else fabric.print
     if len(store) > 0:
-        metrics = validate(fabric, state, store, run.eval.max_iters, run.train.micro_batch_size, stop)
+        metrics = validate(fabric, run, state, store, stop)
         state["caches"].flush()
         if metrics is None:
             return
