@@ -154,8 +154,7 @@ def open_chunks(directory: str, sizes: dict[str, int]) -> Iterator[Chunk | tuple
     paths = [*sizes]
     for start in range(0, len(paths), _READ_TOGETHER):
         some = paths[start : start + _READ_TOGETHER]
-        heads = system.cat_ranges(some, 0, _FIRST_READ, on_error="return")
-        for path, head in zip(some, heads, strict=True):
+        for path, head in zip(some, system.cat_ranges(some, 0, _FIRST_READ, on_error="return"), strict=True):
             try:
                 needed = _bytes_of_index(_check_read(path, head))
                 if len(head) < needed <= sizes[path]:
