@@ -19,7 +19,7 @@ from litgpt_akl.memory_report import report_memory
 from litgpt_akl.on_policy import check_prompts
 from litgpt_akl.planning import device_bytes
 from litgpt_akl.run import Run, longest_sample, step_plan, validation_records
-from litgpt_akl.sharding import highest_of_each, return_freed_memory
+from litgpt_akl.sharding import highest_of_each, return_freed_memory, wait_for_all
 from litgpt_akl.train import total_steps
 
 
@@ -122,4 +122,6 @@ def _open_out_dir(fabric: L.Fabric, run: Run) -> None:
     if fabric.is_global_zero:
         make_writable(run.out_dir)
         run.resume = find_training_state(run.resume, run.out_dir, warn=print)
+    # all of a large checkpoint has been read
+    wait_for_all()
     run.resume = fabric.broadcast(run.resume)

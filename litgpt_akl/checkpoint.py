@@ -24,6 +24,7 @@ from litgpt_akl.sharding import (
     load_optimizer_state,
     load_weights,
     rank,
+    wait_for_all,
 )
 from litgpt_akl.tensor_file import TensorFile, tensor_file
 
@@ -87,6 +88,7 @@ def save_student(directory: Path, state: dict, *, source_dir: Path, **options) -
     """
     with _write_in_one_process(directory) as partial, explain_failure(directory):
         write_student(partial, state["student"], source_dir, **options)
+    wait_for_all()
 
 
 def save_training_state(
@@ -127,6 +129,7 @@ def save_training_state(
             write_manifest(partial, state["step_count"], state.get("validation_loss") if validated else None)
     if keep_last is not None and rank() == 0:
         remove_old(directory.parent, keep_last, directory)
+    wait_for_all()
 
 
 def _write_in_one_process(directory: Path) -> AbstractContextManager[Path | None]:
@@ -144,6 +147,7 @@ def _training_state(state: dict, file: TensorFile) -> dict[str, Any]:
         number: {name: file.store(value) if isinstance(value, Tensor) else value for name, value in entries.items()}
         for number, entries in stateful["optimizer"]["state"].items()
     }
+    wait_for_all()
     return {**plain, **stateful, "random": from_each(random_state())}
 
 

@@ -19,6 +19,7 @@ from litgpt_akl.processes import ending_together
 from litgpt_akl.report.examples import forget, remember
 from litgpt_akl.report.keeping import refresh_page
 from litgpt_akl.run import Run, export_options, load_windows, make_windows
+from litgpt_akl.sharding import wait_for_all
 from litgpt_akl.signals import StopSignals, leave_if_stopped
 from litgpt_akl.state import make_state
 from litgpt_akl.teacher import LoneHead
@@ -59,7 +60,7 @@ def main(fabric: L.Fabric, run: Run) -> None:
     for logger in fabric.loggers:
         logger.finalize("success")
     # in every process the student is there when this returns
-    fabric.barrier()
+    wait_for_all()
     fabric.print(f"The student is in {run.out_dir / 'final'}: litgpt chat {run.out_dir / 'final'}")
     if run.export_hf:
         fabric.print(f"For Transformers, vLLM and llama.cpp it is in {run.out_dir / 'final-hf'}")

@@ -3,8 +3,7 @@
 import json
 import math
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 STEPS = "step-*"
 """Names of the directories that a run saves; which step one holds is in its manifest."""
+KNOWN = 4096
+"""Files whose checksums are kept in mind."""
 
 
 class Damaged(Exception):
@@ -134,7 +135,6 @@ def _own_checksum(manifest: dict[str, Any]) -> str:
 class _Stamp:
     """Of a file; the same as long as nobody writes to the file, also when its directory is renamed."""
 
-    path: Path = field(compare=False)
     device: int
     inode: int
     size: int
@@ -142,16 +142,32 @@ class _Stamp:
     changed: int
 
 
-def _checksum(path: Path) -> str:
-    found = path.stat()
-    return _read_checksum(_Stamp(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
-
-
 # at every save the question which older directories are whole comes up anew, and each may hold many gigabytes
-@lru_cache(maxsize=4096)
-def _read_checksum(stamp: _Stamp) -> str:
+_known: dict[_Stamp, str] = {}
+
+
+def know_checksum(path: Path, checksum: str) -> None:
+    """Keep in mind what was computed while a file was written; from then on nobody may write to it."""
+    if len(_known) >= KNOWN:
+        _known.pop(next(iter(_known)))
+    _known[_stamp(path)] = checksum
+
+
+def _checksum(path: Path) -> str:
+    stamp = _stamp(path)
+    if stamp not in _known:
+        know_checksum(path, _read_checksum(path))
+    return _known[stamp]
+
+
+def _stamp(path: Path) -> _Stamp:
+    found = path.stat()
+    return _Stamp(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def _read_checksum(path: Path) -> str:
     digest, block = xxhash.xxh3_128(), bytearray(2**20)
-    with stamp.path.open("rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(memoryview(block)[:count])
     return digest.hexdigest()
