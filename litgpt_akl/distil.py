@@ -82,10 +82,10 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
 
     def on_nonfinite(window: Window, result: StepResult) -> str:
         path = run.out_dir / f"nonfinite-step-{state['step_count']:06d}.json"
-        samples = [{"number": int(number), "place": store.place(int(number))} for number in window.numbers]
-        values = {"loss": str(result.loss), "gradient_norm": str(result.gradient_norm)}
-        content = {"step": state["step_count"], "epoch": window.epoch, **values, "samples": samples}
         if fabric.is_global_zero:
+            samples = [{"number": number, "place": store.place(number)} for number in window.numbers.tolist()]
+            values = {"loss": str(result.loss), "gradient_norm": str(result.gradient_norm)}
+            content = {"step": state["step_count"], "epoch": window.epoch, **values, "samples": samples}
             path.write_text(json.dumps(content, indent=1), encoding="utf-8")
         return check_nonfinite(state, result, path, run.on_nonfinite)
 

@@ -166,7 +166,7 @@ class OwnAnswers:
         found = {}
         # a process that has no prompts left takes part in the turns of the others
         for turn in range(max(map(len, batches))):
-            batch = [shares[rank][place] for place in batches[rank][turn]] if turn < len(batches[rank]) else []
+            batch = [shares[rank][index] for index in batches[rank][turn]] if turn < len(batches[rank]) else []
             temperature = self.distill.on_policy_temperature
             answers = generate(
                 self.fabric,
