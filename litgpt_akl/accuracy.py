@@ -92,7 +92,7 @@ def _depends_on(
         "samples": [digest(sample) for sample in samples],
         "vocab_size": run.pair.vocab_size,
         "device": device_type,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "bitsandbytes": None if run.teacher.quantize is None else version("bitsandbytes"),
     }
 
@@ -138,7 +138,7 @@ def loss_of_storage(teacher: nn.Module, dtype: torch.dtype, batches: list[MicroB
     Args:
         teacher: from :func:`~litgpt_akl.models.set_up_teacher`.
         dtype: of the hidden states on disk.
-        batches: what is read, from its first response tokens on.
+        batches: of whose response tokens some are compared.
         vocab_size: ids that tokenizer and head have.
     """
     hidden, found = _read_samples(teacher, batches), None
@@ -164,7 +164,8 @@ def loss_of_quantization(
 
 def _read_samples(teacher: nn.Module, batches: list[MicroBatch]) -> Tensor:
     """A teacher's final hidden states ``[n, D]`` at some response tokens of micro-batches."""
-    device = next(teacher.parameters()).device
+    # that which it computes on; its weights may lie elsewhere
+    device = teacher.cos.device
     step = math.ceil(sum(len(batch.positions) for batch in batches) / TOKENS)
     places = [(batch.input_ids.to(device), batch.positions[::step].to(device)) for batch in batches]
     return torch.cat([hidden_states(teacher, *place) for place in places])
