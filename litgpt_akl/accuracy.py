@@ -171,6 +171,7 @@ def _read_samples(teacher: nn.Module, batches: list[MicroBatch]) -> Tensor:
     return torch.cat([hidden_states(teacher, *place) for place in places])
 
 
+@torch.no_grad()
 def compare_teachers(expected: Tensor, head: Head, found: Tensor, found_head: Head, vocab_size: int) -> Loss:
     """How far one teacher's distributions are from another's at some tokens, both heads read a block at a time.
 
@@ -193,8 +194,12 @@ def _logits(head: Head, hidden: Tensor, vocab_size: int) -> Tensor:
     """``[n, vocab_size]`` in float32 on the CPU."""
     weight = head.weight[:vocab_size]
     hidden = hidden.to(weight.device).float()
-    parts = weight.split(max(1, _HEAD_NUMBERS // weight.size(1)))
-    logits = torch.cat([hidden @ part.float().T for part in parts], dim=1)
+    logits, rows = hidden.new_empty(len(hidden), vocab_size), max(1, _HEAD_NUMBERS // weight.size(1))
+    # one block for all: what glibc is given back in so large pieces it does not always use again
+    block = hidden.new_empty(min(rows, vocab_size), weight.size(1))
+    for start in range(0, vocab_size, rows):
+        part = weight[start : start + rows]
+        logits[:, start : start + len(part)] = hidden @ block[: len(part)].copy_(part).T
     if head.bias is not None:
         logits += head.bias[:vocab_size]
     return (logits if head.softcap is None else do_softcapping(logits, head.softcap)).cpu()
