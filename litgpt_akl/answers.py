@@ -21,7 +21,7 @@ from tqdm import tqdm
 from litgpt_akl.args import GenerationArgs
 from litgpt_akl.data.stores import Store
 from litgpt_akl.errors import UserError
-from litgpt_akl.generation import generate, without_end
+from litgpt_akl.generation import generate, together, without_end
 from litgpt_akl.head_loss import IGNORE_INDEX
 from litgpt_akl.progress import progress_bar
 from litgpt_akl.sharding import from_each
@@ -83,6 +83,7 @@ class Asker:
         stop: what ends an answer, from :func:`~litgpt_akl.generation.stop_sequences`.
         vocab_size: ids that the tokenizer has.
         args: of the command.
+        most_tokens: of prompts that are read together, padding counted; None for no such limit.
     """
 
     def __init__(
@@ -93,12 +94,11 @@ class Asker:
         stop: Sequence[list[int]],
         vocab_size: int,
         args: GenerationArgs,
+        most_tokens: int | None,
     ) -> None:
         self.fabric, self.questions, self.tokenizer = fabric, questions, tokenizer
         self.stop, self.vocab_size, self.args = stop, vocab_size, args
-        # those of like length together
-        order = sorted(range(len(questions)), key=lambda place: len(questions[place].prompt))
-        self._batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
+        self._batches = together([question.prompt for question in questions], args.batch_size, most_tokens)
 
     def ask(self, model: nn.Module, name: str) -> list[Answers]:
         """A model's answers for each seed; all processes ask together, and each has all answers in the end."""

@@ -18,8 +18,8 @@ from litgpt_akl.errors import UserError
 from litgpt_akl.memory_report import report_memory
 from litgpt_akl.on_policy import check_prompts
 from litgpt_akl.planning import device_bytes
-from litgpt_akl.run import Run, longest_sample, step_plan
-from litgpt_akl.sharding import highest_of_each, return_freed_memory
+from litgpt_akl.run import Run, longest_sample, step_plan, validation_records
+from litgpt_akl.sharding import highest_of_each, return_freed_memory, wait_for_all
 from litgpt_akl.train import total_steps
 
 
@@ -93,10 +93,10 @@ def _needed_samples(run: Run, stores: tuple[Store, Store]) -> tuple[np.ndarray, 
     """The numbers of the training and of the validation samples that a run comes to; a filling one, to all of them."""
     plan, steps = step_plan(run, stores[0]), total_steps(run.train, len(stores[0]))
     validates = run.eval.initial_validation or run.eval.final_validation or run.eval.interval < steps
-    validated = run.eval.max_iters * run.train.micro_batch_size if validates else 0
+    validated = validation_records(run, stores[1]) if validates else range(0)
     if run.teacher.cache_mode == "fill":
         steps = plan.steps_per_epoch
-    return needed_samples(plan, steps), np.arange(min(len(stores[1]), validated))
+    return needed_samples(plan, steps), np.array(validated, dtype=np.int64)
 
 
 def _report_cache(
@@ -122,4 +122,6 @@ def _open_out_dir(fabric: L.Fabric, run: Run) -> None:
     if fabric.is_global_zero:
         make_writable(run.out_dir)
         run.resume = find_training_state(run.resume, run.out_dir, warn=print)
+    # all of a large checkpoint has been read
+    wait_for_all()
     run.resume = fabric.broadcast(run.resume)

@@ -34,6 +34,7 @@ from litgpt_akl.sharding import (
     load_optimizer_state,
     load_weights,
     rank,
+    wait_for_all,
 )
 from litgpt_akl.tensor_file import TensorFile, read_tensors, tensor_file
 
@@ -103,6 +104,7 @@ def save_student(directory: Path, state: dict, *, source_dir: Path, **options) -
         write_student(partial, state["student"], source_dir, **options)
         if partial is not None:
             write_manifest(partial, state["step_count"], None)
+    wait_for_all()
 
 
 def save_training_state(
@@ -143,6 +145,7 @@ def save_training_state(
             write_manifest(partial, state["step_count"], state.get("validation_loss") if validated else None)
     if keep_last is not None and rank() == 0:
         remove_old(directory.parent, keep_last, directory)
+    wait_for_all()
 
 
 def _write_in_one_process(directory: Path) -> AbstractContextManager[Path | None]:
@@ -160,6 +163,7 @@ def _training_state(state: dict, file: TensorFile) -> dict[str, Any]:
         number: {name: file.store(value) if isinstance(value, Tensor) else value for name, value in entries.items()}
         for number, entries in stateful["optimizer"]["state"].items()
     }
+    wait_for_all()
     return {**plain, **stateful, "random": from_each(random_state())}
 
 

@@ -20,6 +20,7 @@ from litgpt_akl.processes import ending_together
 from litgpt_akl.report.examples import forget, remember
 from litgpt_akl.report.keeping import refresh_page
 from litgpt_akl.run import Run, export_options, load_windows, make_windows
+from litgpt_akl.sharding import wait_for_all
 from litgpt_akl.signals import StopSignals, leave_if_stopped
 from litgpt_akl.state import make_state
 from litgpt_akl.teacher import LoneHead
@@ -60,7 +61,7 @@ def main(fabric: L.Fabric, run: Run) -> None:
     for logger in fabric.loggers:
         logger.finalize("success")
     # in every process the student is there when this returns
-    fabric.barrier()
+    wait_for_all()
     fabric.print(f"The student is in {run.out_dir / 'final'}: litgpt chat {run.out_dir / 'final'}")
     if run.export_hf:
         fabric.print(f"For Transformers, vLLM and llama.cpp it is in {run.out_dir / 'final-hf'}")
@@ -82,10 +83,10 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
 
     def on_nonfinite(window: Window, result: StepResult) -> str:
         path = run.out_dir / f"nonfinite-step-{state['step_count']:06d}.json"
-        samples = [{"number": int(number), "place": store.place(int(number))} for number in window.numbers]
-        values = {"loss": str(result.loss), "gradient_norm": str(result.gradient_norm)}
-        content = {"step": state["step_count"], "epoch": window.epoch, **values, "samples": samples}
         if fabric.is_global_zero:
+            samples = [{"number": number, "place": store.place(number)} for number in window.numbers.tolist()]
+            values = {"loss": str(result.loss), "gradient_norm": str(result.gradient_norm)}
+            content = {"step": state["step_count"], "epoch": window.epoch, **values, "samples": samples}
             path.write_text(json.dumps(content, indent=1), encoding="utf-8")
         return check_nonfinite(state, result, path, run.on_nonfinite)
 
@@ -118,7 +119,7 @@ def report(
     """Validate, log, print and refresh the page; during training also print an example answer."""
     tell = progress.write if progress else fabric.print
     if len(store) > 0:
-        metrics = validate(fabric, state, store, run.eval.max_iters, run.train.micro_batch_size, stop)
+        metrics = validate(fabric, run, state, store, stop)
         state["caches"].flush()
         if metrics is None:
             return

@@ -53,6 +53,11 @@ class Evaluation:
     out_dir: Path
     settings: dict[str, Any]
 
+    @property
+    def micro_batch_tokens(self) -> int | None:
+        """Of records that are read together, if it is told, in place of ``batch_size``."""
+        return getattr(self.data, "micro_batch_tokens", None)
+
 
 def evaluate_akl(
     checkpoint_dir: Path,
@@ -89,7 +94,8 @@ def evaluate_akl(
             so that prompts are the same.
         split: Which of the data's records to read.
         max_records: How many of them, from the first on (default: all).
-        batch_size: Records that the models read together. Changes speed and memory, not the results, up to rounding.
+        batch_size: Records that the models read together; with ``--data.micro_batch_tokens``, as many as have so many
+            tokens. Changes speed and memory, not the results, up to rounding.
         max_seq_length: Tokens to which records are cut (default: the models' context; longer ones are refused).
         mu: Mass of the teacher's distribution that counts as its head, in adaptive KL.
         head_rule: Whether the id that crosses mu belongs to the head (paper), or not, as in the authors' code
@@ -225,14 +231,16 @@ def _prepare_questions(
                 "Evaluate records with shorter ones, or leave answers out with --generation.seeds '[]'."
             )
         fabric.print(f"{left_out:,} of {len(found):,} prompts are left out of the answers: they are {why}")
-    return Asker(fabric, questions[: args.max_prompts], pair.tokenizer, stop, pair.vocab_size, args), left_out
+    options = pair.tokenizer, stop, pair.vocab_size, args, evaluation.micro_batch_tokens
+    return Asker(fabric, questions[: args.max_prompts], *options), left_out
 
 
 def _read_and_ask(
     fabric: L.Fabric, evaluation: Evaluation, store: Store, numbers: Sequence[int], asker: Asker | None
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[Answers]]]:
     """What is measured of each model, and its answers, by role; one student at a time is in memory."""
-    options = {"batch_size": evaluation.batch_size, "vocab_size": evaluation.pairs["student"].vocab_size}
+    micro_batch = evaluation.batch_size, evaluation.micro_batch_tokens
+    options = {"micro_batch": micro_batch, "vocab_size": evaluation.pairs["student"].vocab_size}
     found: dict[str, dict[str, float]] = {}
     answers: dict[str, list[Answers]] = {}
 

@@ -10,10 +10,10 @@ from litgpt_akl.beginning import begin
 from litgpt_akl.cache.cache import TeacherCache
 from litgpt_akl.cache.caches import Caches
 from litgpt_akl.data.stores import Store
-from litgpt_akl.data.windows import MicroBatch, in_order
+from litgpt_akl.data.windows import MicroBatch
 from litgpt_akl.processes import ending_together
 from litgpt_akl.progress import progress_bar
-from litgpt_akl.run import Run, load_windows, make_windows, step_plan
+from litgpt_akl.run import Run, load_windows, make_windows, step_plan, validation_batches
 from litgpt_akl.signals import StopSignals, leave_if_stopped
 from litgpt_akl.state import make_teacher
 from litgpt_akl.teacher import Teacher
@@ -58,10 +58,8 @@ def _fill_training(
 def _fill_validation(
     fabric: L.Fabric, run: Run, teacher: Teacher, store: Store, caches: Caches, stop: StopSignals
 ) -> None:
-    size, share = run.train.micro_batch_size, (fabric.global_rank, fabric.world_size)
     if len(store) and run.teacher.part()[0] == 0:
-        records = range(min(len(store), run.eval.max_iters * size))
-        batches = [[batch] for batch in in_order(store, records, size, *share, caches.validation)]
+        batches = [[batch] for batch in validation_batches(fabric, run, store, caches.validation)]
         _ask(fabric, teacher, batches, len(batches), caches.validation, stop, "validation samples")
 
 

@@ -16,6 +16,7 @@ from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from torch import Tensor, nn
 
+from litgpt_akl.data.windows import cut
 from litgpt_akl.errors import UserError
 from litgpt_akl.sharding import bare, highest, reshard
 
@@ -42,6 +43,20 @@ def stop_sequences(tokenizer: Tokenizer, prompt_style: PromptStyle | None) -> li
 def without_end(answer: list[int], ends: Sequence[list[int]]) -> list[int]:
     """An answer without the sequence that has ended it."""
     return next((answer[: -len(end)] for end in ends if answer[-len(end) :] == end), answer)
+
+
+def together(prompts: Sequence[Tensor], most: int, most_tokens: int | None) -> list[list[int]]:
+    """The places of the prompts of each batch, those of like length together.
+
+    Args:
+        prompts: the ids of each, ``[time]``.
+        most: prompts of a batch.
+        most_tokens: of a batch, padding counted; None for no such limit. A longer prompt comes alone.
+    """
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    parts = cut(np.array([len(prompts[place]) for place in order]), most, most_tokens)
+    starts = [(start, part.stop) for part in parts for start in range(part.start, part.stop, most)]
+    return [order[start : min(start + most, stop)] for start, stop in starts]
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 STEPS = "step-*"
 """Names of the directories that a run saves; which step one holds is in its manifest."""
+KNOWN = 4096
+"""Files whose checksums are kept in mind."""
 
 
 class Damaged(Exception):
@@ -160,15 +161,27 @@ def stamp_of(path: Path) -> Stamp:
     return Stamp(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def _checksum(path: Path) -> str:
-    return _read_checksum(stamp_of(path))
-
-
 # at every save the question which older directories are whole comes up anew, and each may hold many gigabytes
-@lru_cache(maxsize=4096)
-def _read_checksum(stamp: Stamp) -> str:
+_known: dict[Stamp, str] = {}
+
+
+def know_checksum(path: Path, checksum: str) -> None:
+    """Keep in mind what was computed while a file was written; from then on nobody may write to it."""
+    if len(_known) >= KNOWN:
+        _known.pop(next(iter(_known)))
+    _known[stamp_of(path)] = checksum
+
+
+def _checksum(path: Path) -> str:
+    stamp = stamp_of(path)
+    if stamp not in _known:
+        know_checksum(path, _read_checksum(path))
+    return _known[stamp]
+
+
+def _read_checksum(path: Path) -> str:
     digest, block = xxhash.xxh3_128(), bytearray(2**20)
-    with stamp.path.open("rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(memoryview(block)[:count])
     return digest.hexdigest()

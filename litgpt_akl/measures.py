@@ -44,7 +44,7 @@ def measure(
     store: Store,
     numbers: Sequence[int],
     *,
-    batch_size: int,
+    micro_batch: tuple[int, int | None],
     vocab_size: int,
     name: str,
 ) -> Measures:
@@ -57,7 +57,7 @@ def measure(
         loss: adaptive KL with the head that is meant.
         store: of the samples.
         numbers: of the samples in it.
-        batch_size: samples that are read together.
+        micro_batch: samples that are read together, and if not None, the tokens that count in their place.
         vocab_size: ids that tokenizer and both heads have.
         name: of the student, for the progress line.
 
@@ -69,9 +69,9 @@ def measure(
     sums = torch.zeros(1 + len(STATISTICS), device=fabric.device, dtype=torch.float64)
     calibration = []
     share = fabric.global_rank, fabric.world_size
-    batches = math.ceil(len(numbers) / batch_size)
-    bar = progress_bar(total=batches, desc=f"{name}: reading", unit="batch", disable=not fabric.is_global_zero)
-    for batch in in_order(store, numbers, batch_size, *share):
+    quiet = not fabric.is_global_zero
+    bar = progress_bar(total=len(numbers), desc=f"{name}: reading", unit="record", disable=quiet)
+    for batch in in_order(store, numbers, *micro_batch, *share):
         began = time.perf_counter()
         for moved, teacher_hidden in Teacher(fabric, teacher).answers([batch]):
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
@@ -80,7 +80,7 @@ def measure(
         calibration.append(torch.stack([result.values[STATISTICS.index(name)] for name in CALIBRATION]).cpu())
         rate = batch.input_ids.numel() * fabric.world_size / (time.perf_counter() - began)
         bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-        bar.update(min(fabric.world_size, batches - bar.n))
+        bar.update(min(fabric.world_size * len(batch.input_ids), len(numbers) - bar.n))
     bar.close()
     reshard(student)
     tokens, *totals = fabric.all_reduce(sums, reduce_op="sum").tolist()

@@ -3,7 +3,6 @@
 Source: Agarwal et al., "On-Policy Distillation of Language Models" (GKD), arXiv 2306.13649.
 """
 
-import math
 import time
 from dataclasses import replace
 
@@ -17,7 +16,7 @@ from litgpt_akl.args import DistillArgs
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import PART, Window, Windows, collate, cut, padded, turns
 from litgpt_akl.errors import UserError
-from litgpt_akl.generation import generate, longest_prompt
+from litgpt_akl.generation import generate, longest_prompt, together
 from litgpt_akl.head_loss import IGNORE_INDEX
 from litgpt_akl.sharding import from_each
 
@@ -140,7 +139,7 @@ class OwnAnswers:
         if not window.prompts:
             return window
         began = time.perf_counter()
-        samples = self._answer(window)
+        samples = self._answer(window, windows.micro_batch_tokens)
         self.answered += len(samples)
         lengths = np.array([len(sample["input_ids"]) for sample in samples])
         cuts = cut(lengths, windows.micro_batch_size, windows.micro_batch_tokens)
@@ -157,14 +156,17 @@ class OwnAnswers:
             prompts={},
         )
 
-    def _answer(self, window: Window) -> list[dict[str, Tensor]]:
+    def _answer(self, window: Window, most_tokens: int | None) -> list[dict[str, Tensor]]:
         """Samples of prompts and answers, the shortest first, in every process."""
         prompts, place = window.prompts, (self.seed, window.epoch, window.step)
         rank, world_size = self.fabric.global_rank, self.fabric.world_size
         order = sorted(prompts, key=lambda number: (len(prompts[number]), number))
-        own, found = order[rank::world_size], {}
-        for turn in range(math.ceil(math.ceil(len(order) / world_size) / BATCH)):
-            batch = own[turn * BATCH : (turn + 1) * BATCH]
+        shares = [order[start::world_size] for start in range(world_size)]
+        batches = [together([prompts[number] for number in share], BATCH, most_tokens) for share in shares]
+        found = {}
+        # a process that has no prompts left takes part in the turns of the others
+        for turn in range(max(map(len, batches))):
+            batch = [shares[rank][index] for index in batches[rank][turn]] if turn < len(batches[rank]) else []
             temperature = self.distill.on_policy_temperature
             answers = generate(
                 self.fabric,

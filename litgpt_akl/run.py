@@ -1,6 +1,6 @@
 """One run of the command: what it was asked for, and which samples, optimizer and export follow from that."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from litgpt.utils import instantiate_torch_optimizer
 from litgpt_akl.args import DistillArgs, LoRAArgs, TeacherArgs
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.stores import Store
-from litgpt_akl.data.windows import Memory, Windows, load
+from litgpt_akl.data.windows import Memory, MicroBatch, Windows, in_order, load
 from litgpt_akl.data.workers import Fetched
 from litgpt_akl.errors import UserError
 from litgpt_akl.memory_plan import MemoryPlan
@@ -51,6 +51,11 @@ class Run:
     out_dir: Path
     recipe: str
 
+    @property
+    def micro_batch(self) -> tuple[int, int | None]:
+        """Samples that go through a model together, and if told, the tokens that count in their place."""
+        return self.train.micro_batch_size, getattr(self.data, "micro_batch_tokens", None)
+
 
 HOW_IT_WORKS = {"fused", "foreach", "capturable", "differentiable"}
 """Options of an optimizer that PyTorch can fuse, which do not go with each other."""
@@ -86,9 +91,19 @@ def step_plan(run: Run, store: Store) -> Plan:
 
 def make_windows(fabric: L.Fabric, run: Run, store: Store, memory: Memory | None) -> Windows:
     """This process's share of every step's samples, all of them as they were recorded."""
-    micro_batch_tokens = getattr(run.data, "micro_batch_tokens", None)
     share = fabric.global_rank, fabric.world_size
-    return Windows(store, step_plan(run, store), run.train.micro_batch_size, micro_batch_tokens, *share, memory)
+    return Windows(store, step_plan(run, store), *run.micro_batch, *share, memory)
+
+
+def validation_records(run: Run, store: Store) -> range:
+    """The numbers of the samples that every validation reads."""
+    return range(min(len(store), run.eval.max_iters * run.train.micro_batch_size))
+
+
+def validation_batches(fabric: L.Fabric, run: Run, store: Store, memory: Memory | None) -> Iterator[MicroBatch]:
+    """This process's share of them."""
+    share = fabric.global_rank, fabric.world_size
+    return in_order(store, validation_records(run, store), *run.micro_batch, *share, memory)
 
 
 def load_windows(run: Run, windows: Windows, numbers: Sequence[int]) -> Fetched:
@@ -98,7 +113,7 @@ def load_windows(run: Run, windows: Windows, numbers: Sequence[int]) -> Fetched:
 
 def longest_sample(run: Run) -> int:
     """Tokens that a prompt with the student's own answer may have."""
-    limits = (run.pair.context_length, run.train.max_seq_length, getattr(run.data, "micro_batch_tokens", None))
+    limits = (run.pair.context_length, run.train.max_seq_length, run.micro_batch[1])
     return min(limit for limit in limits if limit is not None)
 
 

@@ -6,6 +6,7 @@ With one process everything here is what its name says, without any communicatio
 import ctypes
 import sys
 from contextlib import suppress
+from datetime import timedelta
 from functools import lru_cache, partial
 from typing import Any
 
@@ -171,6 +172,22 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes there are."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Wait for every process, however long that takes; other communication fails when one of them comes late.
+
+    It goes before what processes exchange after one of them may have read or written for hours. One that has gone ends
+    the wait with an error.
+    """
+    if world_size() > 1:
+        distributed.barrier(_patient_group(distributed.group.WORLD))
+
+
+@lru_cache
+def _patient_group(everyone: distributed.ProcessGroup) -> distributed.ProcessGroup:
+    # as in Lightning's rank_zero_first: only gloo has no limit but this
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=10000))
 
 
 def highest(fabric: L.Fabric, value: int) -> int:

@@ -1,5 +1,6 @@
 """Files for ``torch.load``: read, and written one tensor at a time, so that sharded ones are never whole at once."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -8,11 +9,13 @@ from typing import Any, BinaryIO
 from zipfile import ZipFile, ZipInfo
 
 import torch
+import xxhash
 from litgpt.utils import SavingProxyForTensor, incremental_save
 from torch import Tensor
 
+from litgpt_akl.manifest import know_checksum
 from litgpt_akl.reading import COPY_AGAIN, explain_damage
-from litgpt_akl.sharding import whole
+from litgpt_akl.sharding import wait_for_all, whole
 
 BLOCK = 2**20
 """Bytes that are read together."""
@@ -68,6 +71,8 @@ class TensorFile:
             What stands for it in the object that is saved.
         """
         if id(tensor) not in self._stored:
+            # the process that writes may still be busy with the tensor before
+            wait_for_all()
             # the tensor is kept, for its id to stay its own
             self._stored[id(tensor)] = tensor, self.write(whole(tensor))
         return self._stored[id(tensor)][1]
@@ -98,6 +103,9 @@ def tensor_file(path: Path | None) -> Iterator[TensorFile]:
         try:
             yield TensorFile(writer)
             writer.finish()
+            # on some network disks a file's time changes when its bytes arrive
+            opened.flush()
+            os.fsync(opened.fileno())
         except RuntimeError:
             if file.error is None:
                 raise
@@ -106,6 +114,7 @@ def tensor_file(path: Path | None) -> Iterator[TensorFile]:
             # what torch leaves open it would end itself, with an error that nobody can catch
             with suppress(RuntimeError):
                 writer.finish()
+    know_checksum(path, file.checksum.hexdigest())
 
 
 def save_tensors(content: Any, path: Path) -> None:
@@ -133,13 +142,14 @@ class _Writer(incremental_save):
 
 
 class _File:
-    """Hands on what torch writes and keeps the error of a failed write, which torch hides behind its own."""
+    """Hands on what torch writes, and keeps its checksum, and the error of a failed write, which torch hides."""
 
     def __init__(self, file: BinaryIO):
-        self.file = file
+        self.file, self.checksum = file, xxhash.xxh3_128()
         self.error: BaseException | None = None
 
     def write(self, data: memoryview) -> int:
+        self.checksum.update(data)
         try:
             return self.file.write(data)
         except BaseException as error:

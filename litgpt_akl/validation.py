@@ -14,19 +14,17 @@ from torch import Tensor
 
 from litgpt_akl.data.arrow_store import ArrowStore
 from litgpt_akl.data.stores import Store
-from litgpt_akl.data.windows import in_order
 from litgpt_akl.generation import generate, longest_prompt, stop_sequences, without_end
 from litgpt_akl.models import distillation_loss
 from litgpt_akl.pair import Pair
+from litgpt_akl.run import Run, validation_batches
 from litgpt_akl.scoring import STATISTICS
 from litgpt_akl.sharding import reshard
 from litgpt_akl.signals import StopSignals
 
 
 @torch.no_grad()
-def validate(
-    fabric: L.Fabric, state: dict, store: Store, max_iters: int, micro_batch_size: int, stop: StopSignals
-) -> dict[str, float] | None:
+def validate(fabric: L.Fabric, run: Run, state: dict, store: Store, stop: StopSignals) -> dict[str, float] | None:
     """Means over the response tokens of the first ``max_iters`` micro-batches' worth of records.
 
     Returns:
@@ -37,11 +35,10 @@ def validate(
         (NaN if there was no gap, or no validation at the start).
     """
     student, teacher, cache = state["student"], state["teacher"], state["caches"].validation
-    records = range(min(len(store), max_iters * micro_batch_size))
     # loss, response tokens, statistics
     sums = torch.zeros(2 + len(STATISTICS), device=fabric.device, dtype=torch.float64)
     student.eval()
-    for batch in in_order(store, records, micro_batch_size, fabric.global_rank, fabric.world_size, cache):
+    for batch in validation_batches(fabric, run, store, cache):
         if stopped := stop.agreed(fabric) is not None:
             break
         for moved, teacher_hidden in teacher.answers([batch], cache):

@@ -143,6 +143,15 @@ class WaitsForAnother(FailsInOne):
         return result
 
 
+class SavesForHours(torch.optim.AdamW):
+    """Process 0 is busy with its first save when process 1 ends."""
+
+    def state_dict(self):
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1000)
+
+
 LONG = ["--devices", "2", "--train.max_steps", "100000", "--train.epochs", "100000"]
 
 
@@ -214,6 +223,14 @@ def test_a_killed_process_ends_the_run(long_run, tmp_path):
     assert process.returncode == 1
     assert "has ended without a word" in printed.splitlines()[-2]
     assert "Traceback" not in printed
+
+
+def test_a_process_that_is_killed_while_another_one_saves_ends_the_run(long_run):
+    options = ("--optimizer.class_path", "test_processes.SavesForHours", "--optimizer.lr", "1e-3")
+    process, log = long_run(*options, "--train.save_interval", "1")
+    printed = end(process, log, 90)
+    assert process.returncode == 1
+    assert "has ended without a word" in printed.splitlines()[-2]
 
 
 def test_the_others_end_with_a_killed_main_process(long_run, tmp_path):

@@ -43,7 +43,7 @@ def test_it_is_near_its_full_weights_and_as_near_as_is_said(teacher_dir, kind):
     with torch.no_grad():
         expected, found = (torch.log_softmax(model(ids).flatten(0, 1)[positions], -1) for model in (full, teacher))
     kl = (expected.exp() * (expected - found)).sum().item()
-    said = loss_of_quantization(teacher, config, weights, batch, config.vocab_size)
+    said = str(loss_of_quantization(teacher, config, weights, [batch], config.vocab_size))
     assert float(said.split()[0]) == pytest.approx(kl / 5, rel=1e-2, abs=5e-5) and said.endswith("of 5 response tokens")
     assert 0 < kl / 5 < FORWARD_KL[kind]
 

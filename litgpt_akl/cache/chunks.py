@@ -32,6 +32,8 @@ LEFT_BEHIND = 600
 """Seconds after which a file that is not finished has been left by a killed process; writing one takes a few."""
 
 _FIRST_READ = 2**16
+_READ_TOGETHER = 128
+"""Files whose begins are in memory at a time: as many as fsspec asks a remote system for at once."""
 _LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -149,15 +151,17 @@ def open_chunks(directory: str, sizes: dict[str, int]) -> Iterator[Chunk | tuple
         UserError: one cannot be read.
     """
     system, _ = fsspec.core.url_to_fs(directory)
-    heads = system.cat_ranges([*sizes], 0, _FIRST_READ, on_error="return") if sizes else []
-    for (path, size), head in zip(sizes.items(), heads, strict=True):
-        try:
-            needed = _bytes_of_index(_check_read(path, head))
-            if len(head) < needed <= size:
-                head = system.cat_file(path, 0, needed)
-            yield _parse(path, head, size)
-        except Damaged as error:
-            yield path, str(error)
+    paths = [*sizes]
+    for start in range(0, len(paths), _READ_TOGETHER):
+        some = paths[start : start + _READ_TOGETHER]
+        for path, head in zip(some, system.cat_ranges(some, 0, _FIRST_READ, on_error="return"), strict=True):
+            try:
+                needed = _bytes_of_index(_check_read(path, head))
+                if len(head) < needed <= sizes[path]:
+                    head = system.cat_file(path, 0, needed)
+                yield _parse(path, head, sizes[path])
+            except Damaged as error:
+                yield path, str(error)
 
 
 def read_records(directory: str, chunks: list[tuple[Chunk, int]]) -> list[Tensor | Damaged]:

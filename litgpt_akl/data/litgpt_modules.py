@@ -1,7 +1,8 @@
 """Samples of LitGPT's own data modules for finetuning, tokenised into memory."""
 
 import json
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 from litgpt.data import DataModule
@@ -105,20 +106,23 @@ def _place(dataset: Dataset, number: int, data: DataModule) -> str:
         path = data.find_split(split)
     if path is None:
         return f"{type(data).__name__}: record {number}"
-    text = path.read_text(encoding="utf-8")
-    line = number + 1 if path.suffix == ".jsonl" else _line_of_record(text, number)
+    line = number + 1 if path.suffix == ".jsonl" else _lines_of_records(path, path.stat().st_mtime_ns)[number]
     return f"{path}, line {line} (record {number})"
 
 
-def _line_of_record(text: str, number: int) -> int:
-    """The line on which record ``number`` of a JSON list begins."""
-    decoder, position = json.JSONDecoder(), text.index("[") + 1
-    for _ in range(number + 1):
+@lru_cache(maxsize=2)
+def _lines_of_records(path: Path, changed: int) -> list[int]:
+    """The line on which each record of a JSON list begins; found once, since all of a step's may be asked for."""
+    text, decoder, lines, line, before = path.read_text(encoding="utf-8"), json.JSONDecoder(), [], 1, 0
+    position = text.index("[") + 1
+    while True:
         while text[position] in " \t\r\n,":
             position += 1
-        start = position
+        if text[position] == "]":
+            return lines
+        line, before = line + text.count("\n", before, position), position
+        lines.append(line)
         _, position = decoder.raw_decode(text, position)
-    return text.count("\n", 0, start) + 1
 
 
 def _describe_bad_record(dataset: Dataset, number: int, data: DataModule, error: Exception) -> str:

@@ -45,7 +45,8 @@ class StreamingSFT(DataModule):
     on_error: Literal["stop", "skip"] = "stop"
     """Whether to stop at a bad record or to leave bad records out; more than 1 % of them always stop."""
     micro_batch_tokens: int | None = None
-    """Tokens of a micro-batch, padding counted; in place of ``train.micro_batch_size``."""
+    """Tokens of a micro-batch, padding counted; in place of ``train.micro_batch_size``, or ``batch_size`` of
+    evaluate_akl. Prompts that a model answers together have no more of them either."""
     num_workers: int = 2
     """How many DataLoader processes to use for loading."""
     num_proc: int | None = None
@@ -112,9 +113,10 @@ class StreamingSFT(DataModule):
             train, validation = self._stores(self.path, settings, [(fraction, math.inf), (0.0, fraction)])
         if len(train) == 0:
             raise UserError(f"--data.path {self.path} leaves no training records. Hold fewer out, or give more.")
-        if self.micro_batch_tokens is not None and train.longest > self.micro_batch_tokens:
+        longest = max(train.longest, validation.longest)
+        if self.micro_batch_tokens is not None and longest > self.micro_batch_tokens:
             raise UserError(
-                f"--data.micro_batch_tokens {self.micro_batch_tokens} is less than the {train.longest} tokens of the"
+                f"--data.micro_batch_tokens {self.micro_batch_tokens} is less than the {longest} tokens of the"
                 f" longest sample.\nRaise it, or cut samples with {cut_by}."
             )
         return train, validation

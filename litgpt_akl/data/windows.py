@@ -211,6 +211,7 @@ def in_order(
     store: Store,
     numbers: Sequence[int],
     micro_batch_size: int,
+    micro_batch_tokens: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     memory: Memory | None = None,
@@ -219,7 +220,8 @@ def in_order(
     numbers = np.asarray(numbers)
     lengths = store.lengths(numbers)
     order = np.argsort(lengths, kind="stable")
-    yield from _share(store, numbers[order], cut(lengths[order], micro_batch_size), rank, world_size, memory)
+    cuts = cut(lengths[order], micro_batch_size, micro_batch_tokens)
+    yield from _share(store, numbers[order], cuts, rank, world_size, memory)
 
 
 def load(windows: Windows, numbers: Sequence[int], num_workers: int) -> Fetched:

@@ -16,12 +16,12 @@ from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import in_order
 from litgpt_akl.directories import write_file
 from litgpt_akl.errors import UserError, reason
-from litgpt_akl.generation import generate, longest_prompt, stop_sequences, without_end
+from litgpt_akl.generation import generate, longest_prompt, stop_sequences, together, without_end
 from litgpt_akl.head_loss import IGNORE_INDEX
 from litgpt_akl.heads import Head
 from litgpt_akl.lora import without_adapters
 from litgpt_akl.reading import explain_damage, with_checksum, without_checksum
-from litgpt_akl.run import Run
+from litgpt_akl.run import Run, validation_records
 from litgpt_akl.sharding import from_rank_zero, reshard
 from litgpt_akl.teacher import LoneHead
 
@@ -57,13 +57,9 @@ def remember(fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Callab
     numbers are left as they were.
     """
     before = from_rank_zero(_read_or_tell(run.out_dir, tell) if fabric.is_global_zero else None)
-    records = range(min(len(store), RECORDS, run.eval.max_iters * run.train.micro_batch_size))
+    records = validation_records(run, store)[:RECORDS]
     latest = {"step": state["step_count"], **_answers(fabric, run, state, store.read(records), before)}
-    latest["positions"] = [
-        position
-        for start in range(0, len(records), run.train.micro_batch_size)
-        for position in _positions(fabric, run, state, store, records[start : start + run.train.micro_batch_size])
-    ]
+    latest["positions"] = _positions(fabric, run, state, store, records)
     if fabric.is_global_zero:
         content = {"first": before["first"] if before else latest, "latest": latest}
         try:
@@ -118,17 +114,21 @@ def _generate(fabric: L.Fabric, run: Run, model: torch.nn.Module, prompts: list[
     """What a model holds most probable, token by token."""
     tokenizer, stop = run.pair.tokenizer, stop_sequences(run.pair.tokenizer, getattr(run.data, "prompt_style", None))
     options = {"max_new_tokens": run.eval.max_new_tokens, "stop": stop, "vocab_size": run.pair.vocab_size}
-    answers = generate(fabric, model, prompts, **options)
-    return [tokenizer.decode(torch.tensor(without_end(answer, stop))) for answer in answers]
+    answers: dict[int, list[int]] = {}
+    for places in together(prompts, len(prompts), run.micro_batch[1]):
+        found = generate(fabric, model, [prompts[place] for place in places], **options)
+        answers.update(zip(places, found, strict=True))
+    return [tokenizer.decode(torch.tensor(without_end(answers[place], stop))) for place in range(len(prompts))]
 
 
 @torch.no_grad()
 def _positions(fabric: L.Fabric, run: Run, state: dict, store: Store, records: range) -> list[dict[str, Any]]:
-    """Both models' distributions at positions spread over the responses of those records, which are one micro-batch."""
+    """Both models' distributions at positions spread over the responses of those records, the shortest first."""
     student, teacher, cache = state["student"], state["teacher"], state["caches"].validation
     student.eval()
     positions = []
-    for batch, hidden in teacher.answers(list(in_order(store, records, len(records), memory=cache)), cache):
+    batches = list(in_order(store, records, *run.micro_batch, memory=cache))
+    for batch, hidden in teacher.answers(batches, cache):
         chosen = torch.tensor(_spread(batch.counts), device=fabric.device)
         places = batch.positions[chosen]
         with student.lm_head.giving(partial(_both_logits, teacher.model, hidden[chosen], places)):
