@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from litgpt_akl.directories import clear_leftovers, explain_failure, restore_previous, write_directory
 from litgpt_akl.errors import UserError
 from litgpt_akl.lora import ADAPTERS, adapters_of, read_trained, store_adapters, store_merged
-from litgpt_akl.manifest import MANIFEST, STEPS, damage, newest_first, remove_old, step_of, write_manifest
+from litgpt_akl.manifest import (
+    MANIFEST,
+    STEPS,
+    damage,
+    newest_first,
+    remove_old,
+    remove_timed,
+    step_of,
+    write_manifest,
+)
 from litgpt_akl.model_files import copy_model_files, describe_to_hugging_face
 from litgpt_akl.sharding import (
     from_each,
@@ -79,14 +88,23 @@ def write_student(
             file.save(store_adapters(student, file))
 
 
-def save_student(directory: Path, state: dict, *, source_dir: Path, **options) -> None:
-    """Write the trained student; ``options`` are those of :func:`write_student`. All processes take part.
+def save_student(directory: Path, state: dict, *, steps: int, source_dir: Path, **options) -> None:
+    """Write the trained student, and a manifest that says of which run. All processes take part.
+
+    Args:
+        directory: Where it is to appear.
+        state: As in :func:`save_training_state`.
+        steps: Of the whole run, which may have ended before.
+        source_dir: The student's original checkpoint directory.
+        options: Those of :func:`write_student`.
 
     Raises:
         UserError: ``directory`` cannot be written; it is as it was.
     """
     with _write_in_one_process(directory) as partial, explain_failure(directory):
         write_student(partial, state["student"], source_dir, **options)
+        if partial is not None:
+            write_manifest(partial, state["step_count"], None, steps=steps, **{name: state[name] for name in IDENTITY})
 
 
 def save_training_state(
@@ -96,6 +114,7 @@ def save_training_state(
     source_dir: Path,
     metrics_file: Path | None,
     keep_last: int | None,
+    timed: bool = False,
     **options,
 ) -> None:
     """Write a ``step-...`` directory: the student, and what training goes on from; then delete older ones.
@@ -108,6 +127,7 @@ def save_training_state(
         source_dir: The student's original checkpoint directory.
         metrics_file: The metrics so far, of which a copy is kept, if there are any.
         keep_last: As in :func:`remove_old`; None keeps all.
+        timed: Whether only the clock asks for it: the next save then deletes it.
         options: Those of :func:`write_student`.
 
     Raises:
@@ -124,9 +144,12 @@ def save_training_state(
             if metrics_file is not None and metrics_file.is_file():
                 shutil.copyfile(metrics_file, partial / "metrics.csv")
             validated = state.get("last_validation") == state["step_count"]
-            write_manifest(partial, state["step_count"], state.get("validation_loss") if validated else None)
-    if keep_last is not None and rank() == 0:
-        remove_old(directory.parent, keep_last, directory)
+            loss = state.get("validation_loss") if validated else None
+            write_manifest(partial, state["step_count"], loss, timed=timed)
+    if rank() == 0:
+        remove_timed(directory.parent, directory)
+        if keep_last is not None:
+            remove_old(directory.parent, keep_last, directory)
 
 
 def _write_in_one_process(directory: Path) -> AbstractContextManager[Path | None]:

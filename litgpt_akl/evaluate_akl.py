@@ -127,7 +127,7 @@ def evaluate_akl(
             " read together."
         )
     devices = parse_devices(devices)
-    check_run_args(None, devices, num_nodes, hybrid_sharding)
+    check_run_args(devices, num_nodes, hybrid_sharding)
     students = {"student": checkpoint_dir, "before": before_checkpoint_dir}
     pairs = {
         role: check_pair(directory, teacher_checkpoint_dir, access_token)

@@ -59,6 +59,7 @@ def setup(
     compile: bool = False,
     resume: bool | Literal["auto"] | Path = False,
     accept_changes: bool = False,
+    save_minutes: float | None = 15.0,
     keep_last: int | None = None,
     export_hf: bool = False,
     on_nonfinite: Literal["stop", "skip"] = "stop",
@@ -106,8 +107,10 @@ def setup(
         resume: Path to a ``step-...`` directory of an interrupted run to go on from, ``true`` for the latest one in
             ``out_dir``, or ``auto`` for the latest one if there is one. A damaged one is passed over.
         accept_changes: Whether a resumed run may differ from the interrupted one in what changes its result.
+        save_minutes: Minutes between checkpoints that are saved beside those of ``train.save_interval``, so that a run
+            that is killed or fails loses no more. Only the newest of them is kept. None saves none.
         keep_last: How many ``step-...`` directories to keep, beside the one with the lowest validation loss (default:
-            all).
+            all). The newest of ``save_minutes`` does not count.
         export_hf: Whether the trained student is also written for Transformers, vLLM and llama.cpp, to ``final-hf/``
             in ``out_dir``, as ``litgpt export_hf`` would.
         on_nonfinite: What to do when the loss or the gradient is not finite: ``stop``, or ``skip`` the step, but not
@@ -143,7 +146,7 @@ def setup(
     make_scheduler(make_optimizer(optimizer, torch.nn.Linear(1, 1)), warmup=0, steps=1, min_lr=train.min_lr)
     cuda = torch.cuda.is_available() or (dry_run and device_memory is not None)
     precision, devices = choose_precision(precision, cuda), parse_devices(devices)
-    check_run_args(keep_last, devices, num_nodes, hybrid_sharding)
+    check_run_args(devices, num_nodes, hybrid_sharding, keep_last, save_minutes)
     if teacher.quantize is not None:
         check_quantization(teacher.quantize, devices * num_nodes, needed=not dry_run)
     check_cpu_offload(teacher, devices * num_nodes, cuda)
@@ -192,6 +195,7 @@ def setup(
         seed=seed,
         resume=resume,
         accept_changes=accept_changes,
+        save_minutes=save_minutes,
         keep_last=keep_last,
         export_hf=export_hf,
         on_nonfinite=on_nonfinite,

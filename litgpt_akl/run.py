@@ -45,6 +45,7 @@ class Run:
     resume: bool | Literal["auto"] | Path | None
     """What was asked for, and in :func:`~litgpt_akl.state.make_state` the directory that it means."""
     accept_changes: bool
+    save_minutes: float | None
     keep_last: int | None
     export_hf: bool
     on_nonfinite: Literal["stop", "skip"]

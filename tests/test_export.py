@@ -182,6 +182,7 @@ def test_files_beside_the_weights(distilled):
         "config.json",
         "hyperparameters.yaml",
         "lit_model.pth",
+        "manifest.json",
         "prompt_style.yaml",
         "tokenizer_config.json",
     ]
