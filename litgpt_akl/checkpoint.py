@@ -36,6 +36,9 @@ from litgpt_akl.sharding import (
 )
 from litgpt_akl.tensor_file import TensorFile, tensor_file
 
+TRAINING_STATE = "training_state.pth"
+"""What training goes on from, beside the student."""
+
 POSITION = (
     "step_count",
     "epoch",
@@ -138,7 +141,7 @@ def save_training_state(
             clear_leftovers(directory.parent, STEPS)
     with _write_in_one_process(directory) as partial, explain_failure(directory):
         write_student(partial, state["student"], source_dir, **options)
-        with tensor_file(_in(partial, "training_state.pth")) as file:
+        with tensor_file(_in(partial, TRAINING_STATE)) as file:
             file.save(_training_state(state, file))
         if partial is not None:
             if metrics_file is not None and metrics_file.is_file():
@@ -250,6 +253,8 @@ def _whole_or_error(resume: Path) -> Path:
     with explain_failure(directory):
         restore_previous(directory.parent, STEPS)
     what = damage(directory)
+    if what is None and not (directory / TRAINING_STATE).is_file():
+        what = f"holds no {TRAINING_STATE}"
     if what is None:
         return directory
     near = (path for place in (directory.parent, directory) for path in newest_first(place))
@@ -262,7 +267,7 @@ def _whole_or_error(resume: Path) -> Path:
 
 def read_training_state(directory: Path) -> dict[str, Any]:
     """What :func:`save_training_state` wrote, all but the student; tensors are memory-mapped."""
-    return torch.load(directory / "training_state.pth", map_location="cpu", mmap=True, weights_only=True)
+    return torch.load(directory / TRAINING_STATE, map_location="cpu", mmap=True, weights_only=True)
 
 
 def load_training_state(directory: Path, state: dict) -> None:

@@ -201,6 +201,17 @@ def check_training_args(train: TrainArgs, eval: EvalArgs) -> None:
         )
 
 
+def check_overwrite(overwrite: bool, resume: bool | Literal["auto"] | Path, teacher: TeacherArgs) -> None:
+    """See that a run does not both go on and begin anew; raises UserError."""
+    if overwrite and (resume is True or resume == "auto"):
+        raise UserError(
+            f"--overwrite true begins anew, and --resume {str(resume).lower()} goes on with what is there."
+            " Leave one of them out."
+        )
+    if overwrite and teacher.cache_mode == "fill":
+        raise UserError("--overwrite true has no effect with --teacher.cache_mode fill; remove it.")
+
+
 def check_run_args(
     devices: int,
     num_nodes: int,

@@ -10,13 +10,17 @@ from litgpt.utils import num_parameters
 
 from litgpt_akl.accuracy import report_accuracy
 from litgpt_akl.beginning import begin
+from litgpt_akl.cache.caches import Caches
 from litgpt_akl.checkpoint import save_student, save_training_state
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import Window
+from litgpt_akl.directories import make_writable
 from litgpt_akl.errors import UserError, reason
 from litgpt_akl.export_hf import write_export
+from litgpt_akl.lock import locked
 from litgpt_akl.loggers import continue_metrics, flushed_metrics
 from litgpt_akl.monitor import Progress
+from litgpt_akl.out_dir import FINAL, FINAL_HF, RECIPE
 from litgpt_akl.processes import ending_together, is_loss_of_another
 from litgpt_akl.report.examples import forget, remember
 from litgpt_akl.report.keeping import refresh_page
@@ -29,19 +33,40 @@ from litgpt_akl.validation import describe, example_answer, example_prompt, vali
 
 WAY_ON = "The same command with --resume auto goes on from the last checkpoint."
 """After a signal."""
-FINAL, FINAL_HF = "final", "final-hf"
-"""In ``out_dir``: the trained student, and the same for Hugging Face's libraries."""
 
 
 @ending_together
 def main(fabric: L.Fabric, run: Run) -> None:
     """Load, train, validate and export, in each process of a run."""
-    stores, caches = begin(fabric, run)
+    with _out_dir_of(fabric, run):
+        begun = begin(fabric, run)
+        if begun is not None:
+            carry_out(fabric, run, *begun)
+        else:
+            fabric.print(
+                f"{run.out_dir} is already finished: nothing is trained. Use it: litgpt chat {run.out_dir / FINAL}\n"
+                "To train anew give --overwrite true in place of --resume, or another --out_dir."
+            )
+
+
+@contextmanager
+def _out_dir_of(fabric: L.Fabric, run: Run) -> Iterator[None]:
+    """While entered, ``out_dir`` is this run's alone."""
+    if not fabric.is_global_zero:
+        yield
+        return
+    make_writable(run.out_dir)
+    with locked(run.out_dir):
+        yield
+
+
+def carry_out(fabric: L.Fabric, run: Run, stores: tuple[Store, Store], caches: Caches) -> None:
+    """Train from the start or from where the run was, and save, export and report."""
     state = make_state(fabric, run, stores[0], caches)
     announce(fabric, run, state, stores)
     report_accuracy(fabric, run, state["teacher"].model, stores[0], caches)
     if fabric.is_global_zero:
-        (run.out_dir / "hyperparameters.yaml").write_text(run.recipe, encoding="utf-8")
+        (run.out_dir / RECIPE).write_text(run.recipe, encoding="utf-8")
         if run.resume is None:
             forget(run.out_dir)
         else:
@@ -85,9 +110,11 @@ def report_on_student(
     with noted_if_saved(state, failures, f"{run.out_dir / FINAL_HF}"):
         if run.export_hf and fabric.is_global_zero:
             write_export(final, run.out_dir / FINAL_HF)
+        elif (run.out_dir / FINAL_HF).exists():
+            fabric.print(f"{run.out_dir / FINAL_HF} is not of this student: litgpt export_hf {final} NEW_DIR")
     with noted_if_saved(state, failures, "The last report"):
         if run.eval.final_validation:
-            report(fabric, run, state, store, stop, complain=failures.append)
+            report(fabric, run, state, store, stop, None, failures.append)
         else:
             refresh_page(fabric, run, failures.append)
     with noted_if_saved(state, failures, f"{run.teacher.cache_dir}"):

@@ -9,9 +9,11 @@ import torch
 from litgpt.config import Config
 from litgpt.utils import save_config
 
-from litgpt_akl.directories import check_new_directory, explain_failure, write_directory
+from litgpt_akl.directories import explain_failure, write_directory
 from litgpt_akl.errors import UserError
+from litgpt_akl.lock import new_directory_locked
 from litgpt_akl.model_files import copy_model_files, write_json
+from litgpt_akl.out_dir import check_apart
 from litgpt_akl.tensor_file import save_tensors
 from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
 
@@ -34,13 +36,11 @@ def make_student(teacher_dir: Path, out_dir: Path, *, layers: int | list[int]) -
             and 29), or the numbers of the layers to keep, rising from 0: ``'[0,2,5,8]'``.
     """
     teacher_dir, out_dir = find_checkpoint_dir(teacher_dir, "teacher"), Path(out_dir)
-    if out_dir.resolve() == teacher_dir.resolve():
-        raise UserError(f"out_dir {out_dir} is the teacher's own directory. Give another one for the student.")
-    check_new_directory(out_dir)
+    check_apart("out_dir", out_dir, {"teacher": teacher_dir})
     teacher_config = read_config(teacher_dir)
     kept = _kept_layers(layers, teacher_config.n_layer)
     teacher_weights = open_weights(teacher_dir, teacher_config)
-    with write_directory(out_dir) as student_dir, explain_failure(out_dir):
+    with new_directory_locked(out_dir), write_directory(out_dir) as student_dir, explain_failure(out_dir):
         copy_model_files(teacher_dir, student_dir)
         save_config(_student_config(teacher_config, kept), student_dir)
         if (student_dir / "config.json").is_file():
