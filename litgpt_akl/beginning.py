@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -9,22 +11,21 @@ import numpy as np
 from litgpt_akl.cache.caches import Caches, open_caches
 from litgpt_akl.cache.opening import make_identity, needed_samples
 from litgpt_akl.cache.space import check_space, describe_saving, describe_space, response_tokens
-from litgpt_akl.checkpoint import find_training_state
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.workers import end_with_parent
-from litgpt_akl.directories import make_writable
 from litgpt_akl.errors import UserError
 from litgpt_akl.memory_report import report_memory
 from litgpt_akl.on_policy import check_prompts
+from litgpt_akl.out_dir import is_finished, open_out_dir
 from litgpt_akl.planning import device_bytes
-from litgpt_akl.run import Run, longest_sample, step_plan, validation_records
+from litgpt_akl.run import Run, changes_since, identity, longest_sample, step_plan, validation_records
 from litgpt_akl.sharding import highest_of_each, return_freed_memory, wait_for_all
 from litgpt_akl.train import total_steps
 
 
-def begin(fabric: L.Fabric, run: Run) -> tuple[tuple[Store, Store], Caches]:
-    """A run's stores and its cache, if it has one; what it is about to take is printed.
+def begin(fabric: L.Fabric, run: Run) -> tuple[tuple[Store, Store], Caches] | None:
+    """A run's stores and its cache, if it has one; what it is about to take is printed. None if it is finished already.
 
     Raises:
         UserError: something is not as the run needs it, or it does not fit into memory or onto the disk.
@@ -33,12 +34,15 @@ def begin(fabric: L.Fabric, run: Run) -> tuple[tuple[Store, Store], Caches]:
         end_with_parent()
     if fabric.world_size > 1 and fabric.device.type == "cpu":
         return_freed_memory()
+    asked = run.resume
     if run.teacher.cache_mode != "fill":
         _open_out_dir(fabric, run)
     pair, train = run.pair, run.train
     # whatever is downloaded or prepared is then found by the other processes
     with fabric.rank_zero_first():
         stores = prepare_stores(run.data, pair.tokenizer, train, pair.context_length, pair.student_dir)
+    if asked and run.teacher.cache_mode != "fill" and _is_finished(fabric, run, asked, stores[0]):
+        return None
     # a run that fills a cache has no student
     on_policy = run.distill.on_policy > 0 and run.teacher.cache_mode != "fill"
     if on_policy:
@@ -118,10 +122,22 @@ def _report_cache(
 
 
 def _open_out_dir(fabric: L.Fabric, run: Run) -> None:
-    """Make ``out_dir`` and find what to resume, in one process for all."""
+    """See to what is there, and find what to resume, in one process for all."""
     if fabric.is_global_zero:
-        make_writable(run.out_dir)
-        run.resume = find_training_state(run.resume, run.out_dir, warn=print)
+        run.resume = open_out_dir(run.out_dir, run.resume, run.overwrite, run.export_hf, tell=print)
     # all of a large checkpoint has been read
     wait_for_all()
     run.resume = fabric.broadcast(run.resume)
+
+
+def _is_finished(fabric: L.Fabric, run: Run, asked: bool | str | Path, store: Store) -> bool:
+    """Whether there is nothing left to train, which is said."""
+    finished = False
+    if fabric.is_global_zero and not run.overwrite:
+
+        def changes(recipe: str, manifest: dict[str, Any]) -> list[str]:
+            return [] if run.accept_changes else changes_since(run, recipe, manifest, identity(run, store))
+
+        steps = total_steps(run.train, len(store))
+        finished = is_finished(run.out_dir, asked, run.resume, steps, changes)
+    return fabric.broadcast(finished)

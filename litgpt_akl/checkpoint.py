@@ -23,6 +23,7 @@ from litgpt_akl.manifest import (
     newest_first,
     read_manifest,
     remove_old,
+    remove_timed,
     step_of,
     write_manifest,
 )
@@ -37,6 +38,9 @@ from litgpt_akl.sharding import (
     wait_for_all,
 )
 from litgpt_akl.tensor_file import TensorFile, read_tensors, tensor_file
+
+TRAINING_STATE = "training_state.pth"
+"""What training goes on from, beside the student."""
 
 POSITION = (
     "step_count",
@@ -94,8 +98,15 @@ def write_student(
             file.save(store_adapters(student, file))
 
 
-def save_student(directory: Path, state: dict, *, source_dir: Path, **options) -> None:
-    """Write the trained student and its manifest; ``options`` are those of :func:`write_student`. All take part.
+def save_student(directory: Path, state: dict, *, steps: int, source_dir: Path, **options) -> None:
+    """Write the trained student, and a manifest that says of which run. All processes take part.
+
+    Args:
+        directory: Where it is to appear.
+        state: As in :func:`save_training_state`.
+        steps: Of the whole run, which may have ended before.
+        source_dir: The student's original checkpoint directory.
+        options: Those of :func:`write_student`.
 
     Raises:
         UserError: ``directory`` cannot be written; it is as it was.
@@ -103,7 +114,7 @@ def save_student(directory: Path, state: dict, *, source_dir: Path, **options) -
     with _write_in_one_process(directory) as partial, explain_failure(directory):
         write_student(partial, state["student"], source_dir, **options)
         if partial is not None:
-            write_manifest(partial, state["step_count"], None)
+            write_manifest(partial, state["step_count"], None, steps=steps, **{name: state[name] for name in IDENTITY})
     wait_for_all()
 
 
@@ -114,6 +125,7 @@ def save_training_state(
     source_dir: Path,
     metrics_file: Path | None,
     keep_last: int | None,
+    timed: bool = False,
     **options,
 ) -> None:
     """Write a ``step-...`` directory: the student, and what training goes on from; then delete older ones.
@@ -126,6 +138,7 @@ def save_training_state(
         source_dir: The student's original checkpoint directory.
         metrics_file: The metrics so far, of which a copy is kept, if there are any.
         keep_last: As in :func:`remove_old`; None keeps all.
+        timed: Whether only the clock asks for it: the next save then deletes it.
         options: Those of :func:`write_student`.
 
     Raises:
@@ -136,15 +149,18 @@ def save_training_state(
             clear_leftovers(directory.parent, STEPS)
     with _write_in_one_process(directory) as partial, explain_failure(directory):
         write_student(partial, state["student"], source_dir, **options)
-        with tensor_file(_in(partial, "training_state.pth")) as file:
+        with tensor_file(_in(partial, TRAINING_STATE)) as file:
             file.save(_training_state(state, file))
         if partial is not None:
             if metrics_file is not None and metrics_file.is_file():
                 shutil.copyfile(metrics_file, partial / "metrics.csv")
             validated = state.get("last_validation") == state["step_count"]
-            write_manifest(partial, state["step_count"], state.get("validation_loss") if validated else None)
-    if keep_last is not None and rank() == 0:
-        remove_old(directory.parent, keep_last, directory)
+            loss = state.get("validation_loss") if validated else None
+            write_manifest(partial, state["step_count"], loss, timed=timed)
+    if rank() == 0:
+        remove_timed(directory.parent, directory)
+        if keep_last is not None:
+            remove_old(directory.parent, keep_last, directory)
     wait_for_all()
 
 
@@ -260,7 +276,7 @@ def _whole_or_error(resume: Path) -> Path:
     with explain_failure(directory):
         restore_previous(directory.parent, STEPS)
     what = damage(directory)
-    if what is None and "training_state.pth" not in read_manifest(directory)["files"]:
+    if what is None and TRAINING_STATE not in read_manifest(directory)["files"]:
         what = "it is a student without the state of its training"
     if what is None:
         return directory
@@ -274,7 +290,7 @@ def _whole_or_error(resume: Path) -> Path:
 
 def read_training_state(directory: Path) -> dict[str, Any]:
     """What :func:`save_training_state` wrote, all but the student; tensors are memory-mapped."""
-    return read_tensors(directory / "training_state.pth", "the state of a training")
+    return read_tensors(directory / TRAINING_STATE, "the state of a training")
 
 
 def load_training_state(directory: Path, state: dict) -> None:

@@ -201,8 +201,29 @@ def check_training_args(train: TrainArgs, eval: EvalArgs) -> None:
         )
 
 
-def check_run_args(keep_last: int | None, devices: int, num_nodes: int, hybrid_sharding: bool) -> None:
+def check_overwrite(overwrite: bool, resume: bool | Literal["auto"] | Path, teacher: TeacherArgs) -> None:
+    """See that a run does not both go on and begin anew; raises UserError."""
+    if overwrite and (resume is True or resume == "auto"):
+        raise UserError(
+            f"--overwrite true begins anew, and --resume {str(resume).lower()} goes on with what is there."
+            " Leave one of them out."
+        )
+    if overwrite and teacher.cache_mode == "fill":
+        raise UserError("--overwrite true has no effect with --teacher.cache_mode fill; remove it.")
+
+
+def check_run_args(
+    devices: int,
+    num_nodes: int,
+    hybrid_sharding: bool,
+    keep_last: int | None = None,
+    save_minutes: float | None = None,
+) -> None:
     """Refuse what cannot be meant among the options that stand in no group; raises UserError."""
+    if save_minutes is not None and save_minutes <= 0:
+        raise UserError(
+            f"--save_minutes must be above 0, got {save_minutes}. Leave it out for the default, or give null for none."
+        )
     if keep_last is not None and keep_last < 1:
         raise UserError(f"--keep_last must be at least 1, got {keep_last}. Leave it out (null) to keep all.")
     if hybrid_sharding and (num_nodes == 1 or devices == 1):

@@ -1,7 +1,8 @@
 """A run in one of its processes: load, train, validate, export; and what is said meanwhile."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -9,14 +10,19 @@ from litgpt.utils import num_parameters
 
 from litgpt_akl.accuracy import report_accuracy
 from litgpt_akl.beginning import begin
+from litgpt_akl.cache.caches import Caches
 from litgpt_akl.checkpoint import save_student, save_training_state
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import Window
+from litgpt_akl.directories import make_writable
+from litgpt_akl.errors import UserError, reason
 from litgpt_akl.export_hf import write_export
+from litgpt_akl.lock import locked
 from litgpt_akl.loggers import continue_metrics, flushed_metrics
 from litgpt_akl.monitor import Progress
+from litgpt_akl.out_dir import FINAL, FINAL_HF, RECIPE
 from litgpt_akl.padding import describe_padding
-from litgpt_akl.processes import ending_together
+from litgpt_akl.processes import ending_together, is_loss_of_another
 from litgpt_akl.report.examples import forget, remember
 from litgpt_akl.report.keeping import refresh_page
 from litgpt_akl.run import Run, export_options, load_windows, make_windows
@@ -34,12 +40,35 @@ WAY_ON = "The same command with --resume auto goes on from the last checkpoint."
 @ending_together
 def main(fabric: L.Fabric, run: Run) -> None:
     """Load, train, validate and export, in each process of a run."""
-    stores, caches = begin(fabric, run)
+    with _out_dir_of(fabric, run):
+        begun = begin(fabric, run)
+        if begun is not None:
+            carry_out(fabric, run, *begun)
+        else:
+            fabric.print(
+                f"{run.out_dir} is already finished: nothing is trained. Use it: litgpt chat {run.out_dir / FINAL}\n"
+                "To train anew give --overwrite true in place of --resume, or another --out_dir."
+            )
+
+
+@contextmanager
+def _out_dir_of(fabric: L.Fabric, run: Run) -> Iterator[None]:
+    """While entered, ``out_dir`` is this run's alone."""
+    if not fabric.is_global_zero:
+        yield
+        return
+    make_writable(run.out_dir)
+    with locked(run.out_dir):
+        yield
+
+
+def carry_out(fabric: L.Fabric, run: Run, stores: tuple[Store, Store], caches: Caches) -> None:
+    """Train from the start or from where the run was, and save, export and report."""
     state = make_state(fabric, run, stores[0], caches)
     announce(fabric, run, state, stores)
     report_accuracy(fabric, run, state["teacher"].model, stores[0], caches)
     if fabric.is_global_zero:
-        (run.out_dir / "hyperparameters.yaml").write_text(run.recipe, encoding="utf-8")
+        (run.out_dir / RECIPE).write_text(run.recipe, encoding="utf-8")
         if run.resume is None:
             forget(run.out_dir)
         else:
@@ -48,23 +77,69 @@ def main(fabric: L.Fabric, run: Run) -> None:
         if run.eval.initial_validation and state["step_count"] == 0:
             report(fabric, run, state, stores[1], stop)
             leave_if_stopped(fabric, stop, WAY_ON)
-        distil(fabric, run, state, stores, stop)
-        leave_if_stopped(fabric, stop, WAY_ON)
-    if run.eval.final_validation:
-        report(fabric, run, state, stores[1], stop)
-    else:
-        refresh_page(fabric, run, fabric.print)
-    state["caches"].flush()
-    save_student(run.out_dir / "final", state, **export_options(run, state))
-    if run.export_hf and fabric.is_global_zero:
-        write_export(run.out_dir / "final", run.out_dir / "final-hf")
-    for logger in fabric.loggers:
-        logger.finalize("success")
+        failures: list[str] = []
+        with noted_if_saved(state, failures, "The last step's end"):
+            distil(fabric, run, state, stores, stop)
+        if state["saved_student"] != state["step_count"]:
+            # --train.max_time is over, or all steps had been taken before
+            leave_if_stopped(fabric, stop, WAY_ON)
+            write_student(run, state, stores[0])
+        report_on_student(fabric, run, state, stores[1], stop, failures)
+        leave_if_stopped(fabric, stop, f"The student is in {run.out_dir / FINAL}, and whole.")
     # in every process the student is there when this returns
     wait_for_all()
-    fabric.print(f"The student is in {run.out_dir / 'final'}: litgpt chat {run.out_dir / 'final'}")
+    fabric.print(f"The student is in {run.out_dir / FINAL}: litgpt chat {run.out_dir / FINAL}")
     if run.export_hf:
-        fabric.print(f"For Transformers, vLLM and llama.cpp it is in {run.out_dir / 'final-hf'}")
+        fabric.print(f"For Transformers, vLLM and llama.cpp it is in {run.out_dir / FINAL_HF}")
+
+
+def write_student(run: Run, state: dict, store: Store) -> None:
+    """Write ``final/``, as the student is now."""
+    options = export_options(run, state)
+    save_student(run.out_dir / FINAL, state, steps=total_steps(run.train, len(store)), **options)
+    state["saved_student"] = state["step_count"]
+
+
+def report_on_student(
+    fabric: L.Fabric, run: Run, state: dict, store: Store, stop: StopSignals, failures: list[str]
+) -> None:
+    """What is made of a student that is saved: export, last validation, examples, page; each of them is tried.
+
+    Raises:
+        UserError: names all ``failures``, those from before included.
+    """
+    final = run.out_dir / FINAL
+    with noted_if_saved(state, failures, f"{run.out_dir / FINAL_HF}"):
+        if run.export_hf and fabric.is_global_zero:
+            write_export(final, run.out_dir / FINAL_HF)
+        elif (run.out_dir / FINAL_HF).exists():
+            fabric.print(f"{run.out_dir / FINAL_HF} is not of this student: litgpt export_hf {final} NEW_DIR")
+    with noted_if_saved(state, failures, "The last report"):
+        if run.eval.final_validation:
+            report(fabric, run, state, store, stop, None, failures.append)
+        else:
+            refresh_page(fabric, run, failures.append)
+    with noted_if_saved(state, failures, f"{run.teacher.cache_dir}"):
+        state["caches"].flush()
+    for logger in fabric.loggers:
+        with noted_if_saved(state, failures, type(logger).__name__):
+            logger.finalize("success")
+    if failures:
+        raise UserError(
+            f"{final} is whole, but not all that follows it: {'; '.join(failures)}.\nWhat is missing can be made from"
+            f" what is there: litgpt evaluate_akl {final}, litgpt report_akl {run.out_dir}, litgpt export_hf {final}."
+        )
+
+
+@contextmanager
+def noted_if_saved(state: dict, failures: list[str], what: str) -> Iterator[None]:
+    """Once the student is saved a failure ends nothing: it is added to ``failures``, as that of ``what``."""
+    try:
+        yield
+    except Exception as error:
+        if state["saved_student"] != state["step_count"] or is_loss_of_another(error):
+            raise
+        failures.append(f"{what}: {type(error).__name__}: {reason(error)}")
 
 
 def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store], stop: StopSignals) -> None:
@@ -72,13 +147,13 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
     store, train = stores[0], run.train
     steps = total_steps(train, len(store))
 
-    def save() -> Path:
+    def save(timed: bool) -> Path:
         # a run that goes on from here then reads what this one would have read
         state["caches"].flush()
         directory = run.out_dir / f"step-{state['step_count']:06d}"
         metrics_file = flushed_metrics(fabric) if fabric.is_global_zero else None
-        options = export_options(run, state)
-        save_training_state(directory, state, metrics_file=metrics_file, keep_last=run.keep_last, **options)
+        options = {"keep_last": run.keep_last, "timed": timed, **export_options(run, state)}
+        save_training_state(directory, state, metrics_file=metrics_file, **options)
         return directory
 
     def on_nonfinite(window: Window, result: StepResult) -> str:
@@ -102,8 +177,10 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
             train,
             run.eval,
             steps=steps,
+            save_minutes=run.save_minutes,
             validate=lambda progress: report(fabric, run, state, stores[1], stop, progress),
             save=save,
+            save_student=lambda: write_student(run, state, store),
             on_nonfinite=on_nonfinite,
             stop=stop,
         )
@@ -114,10 +191,20 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
 
 
 def report(
-    fabric: L.Fabric, run: Run, state: dict, store: Store, stop: StopSignals, progress: Progress | None = None
+    fabric: L.Fabric,
+    run: Run,
+    state: dict,
+    store: Store,
+    stop: StopSignals,
+    progress: Progress | None = None,
+    complain: Callable[[str], None] | None = None,
 ) -> None:
-    """Validate, log, print and refresh the page; during training also print an example answer."""
+    """Validate, log, print and refresh the page; during training also print an example answer.
+
+    What cannot be written is handed to ``complain``, or printed.
+    """
     tell = progress.write if progress else fabric.print
+    complain = complain or tell
     if len(store) > 0:
         metrics = validate(fabric, run, state, store, stop)
         state["caches"].flush()
@@ -127,8 +214,8 @@ def report(
         tell(f"Step {state['step_count']}: {describe(metrics)}")
         if progress is not None and run.eval.max_new_tokens is not None:
             tell_example(fabric, run, state, store, tell)
-        remember(fabric, run, state, store, tell)
-    refresh_page(fabric, run, tell)
+        remember(fabric, run, state, store, complain)
+    refresh_page(fabric, run, complain)
 
 
 def tell_example(fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Callable[[str], None]) -> None:

@@ -29,11 +29,16 @@ from litgpt_akl.evaluation_table import nan_as_null, table
 from litgpt_akl.frozen import load_frozen
 from litgpt_akl.generation import longest_prompt, stop_sequences
 from litgpt_akl.head_loss import DistillationLoss
+from litgpt_akl.lock import locked
 from litgpt_akl.measures import gap_closed, measure
 from litgpt_akl.monitor import silence_known_noise
+from litgpt_akl.out_dir import check_apart
 from litgpt_akl.pair import Pair, check_pair
 from litgpt_akl.processes import ending_together
 from litgpt_akl.sharding import make_strategy
+
+RESULTS, ANSWERS = "evaluation.json", "answers.jsonl"
+"""In ``out_dir``."""
 
 
 @dataclass
@@ -51,6 +56,7 @@ class Evaluation:
     loss: DistillationLoss
     generation: GenerationArgs
     out_dir: Path
+    overwrite: bool
     settings: dict[str, Any]
 
     @property
@@ -65,6 +71,7 @@ def evaluate_akl(
     teacher_checkpoint_dir: Path,
     before_checkpoint_dir: Path | None = None,
     out_dir: Path | None = None,
+    overwrite: bool = False,
     data: DataModule | None = None,
     split: Literal["validation", "training"] = "validation",
     max_records: int | None = None,
@@ -90,6 +97,7 @@ def evaluate_akl(
             that was closed is told.
         out_dir: Where ``evaluation.json`` and all answers, ``answers.jsonl``, are written (default: ``evaluate_akl/``
             in the student's directory).
+        overwrite: Whether those of an evaluation before may be replaced.
         data: Data-related arguments. If not provided, the default is ``litgpt.data.Alpaca``. Give those of training,
             so that prompts are the same.
         split: Which of the data's records to read.
@@ -133,13 +141,18 @@ def evaluate_akl(
             " read together."
         )
     devices = parse_devices(devices)
-    check_run_args(None, devices, num_nodes, hybrid_sharding)
+    check_run_args(devices, num_nodes, hybrid_sharding)
     students = {"student": checkpoint_dir, "before": before_checkpoint_dir}
     pairs = {
         role: check_pair(directory, teacher_checkpoint_dir, access_token)
         for role, directory in students.items()
         if directory is not None
     }
+    own_place = pairs["student"].student_dir / "evaluate_akl"
+    out_dir = own_place if out_dir is None else Path(out_dir)
+    if out_dir.resolve() != own_place.resolve():
+        directories = {role: pair.student_dir for role, pair in pairs.items()}
+        check_apart("--out_dir", out_dir, directories | {"teacher": pairs["student"].teacher_dir})
     precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
     evaluation = Evaluation(
         pairs=pairs,
@@ -151,7 +164,8 @@ def evaluate_akl(
         dtype=torch.bfloat16 if precision == "bf16-true" else torch.float32,
         loss=DistillationLoss(divergence="akl", kd_ratio=1.0, mu=mu, head_rule=head_rule),
         generation=generation,
-        out_dir=pairs["student"].student_dir / "evaluate_akl" if out_dir is None else Path(out_dir),
+        out_dir=out_dir,
+        overwrite=overwrite,
         settings=settings | {"precision": precision},
     )
     strategy = make_strategy(devices, num_nodes, hybrid_sharding)
@@ -164,8 +178,26 @@ def main(fabric: L.Fabric, evaluation: Evaluation) -> None:
     """Evaluate in each process; the first one writes what was found."""
     if fabric.local_rank > 0:
         end_with_parent()
-    if fabric.is_global_zero:
-        make_writable(evaluation.out_dir)
+    if not fabric.is_global_zero:
+        _evaluate(fabric, evaluation)
+        return
+    make_writable(evaluation.out_dir)
+    with locked(evaluation.out_dir):
+        _check_results(evaluation)
+        _evaluate(fabric, evaluation)
+
+
+def _check_results(evaluation: Evaluation) -> None:
+    """See that no results are replaced unasked; raises UserError."""
+    there = [name for name in (RESULTS, ANSWERS) if (evaluation.out_dir / name).exists()]
+    if there and not evaluation.overwrite:
+        raise UserError(
+            f"{evaluation.out_dir} has {' and '.join(there)} already.\nGive --overwrite true to replace what is there,"
+            " or another --out_dir."
+        )
+
+
+def _evaluate(fabric: L.Fabric, evaluation: Evaluation) -> None:
     store, numbers = _open_records(fabric, evaluation)
     asker, left_out = _prepare_questions(fabric, evaluation, store, numbers)
     found, answers = _read_and_ask(fabric, evaluation, store, numbers, asker)
@@ -179,9 +211,11 @@ def main(fabric: L.Fabric, evaluation: Evaluation) -> None:
         versions = {name: version(name) for name in ("litgpt-akl", "litgpt", "torch", "rouge-score", "torchmetrics")}
         content = found | {"data": counts, "settings": evaluation.settings, "versions": versions}
         with explain_failure(evaluation.out_dir):
-            write_file(evaluation.out_dir / "evaluation.json", json.dumps(nan_as_null(content), indent=1).encode())
+            write_file(evaluation.out_dir / RESULTS, json.dumps(nan_as_null(content), indent=1).encode())
+            # those of an evaluation before are not of this one
+            (evaluation.out_dir / ANSWERS).unlink(missing_ok=True)
             if asker is not None:
-                write_file(evaluation.out_dir / "answers.jsonl", as_lines(asker.questions, answers).encode())
+                write_file(evaluation.out_dir / ANSWERS, as_lines(asker.questions, answers).encode())
         print(f"\n{counts['records']:,} records, {counts['prompts']:,} prompts; means over response tokens\n")
         print(table(found))
         print(f"\nWritten to {evaluation.out_dir}")

@@ -6,11 +6,13 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from litgpt_akl.directories import check_new_directory, explain_failure, write_directory
+from litgpt_akl.directories import explain_failure, write_directory
 from litgpt_akl.hf_config import make_hf_config
 from litgpt_akl.hf_weights import translate_back, write
+from litgpt_akl.lock import new_directory_locked
 from litgpt_akl.model_files import copy_hf_files, write_json
 from litgpt_akl.models import is_tied
+from litgpt_akl.out_dir import check_apart
 from litgpt_akl.padding import config_without_padding, count_ids, describe_padding, without_padding
 from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
 
@@ -31,8 +33,9 @@ def export_hf(checkpoint_dir: Path, out_dir: Path) -> None:
         out_dir: The directory to write. It must not exist yet, or be empty.
     """
     checkpoint_dir, out_dir = find_checkpoint_dir(checkpoint_dir, "model"), Path(out_dir)
-    check_new_directory(out_dir)
-    write_export(checkpoint_dir, out_dir)
+    check_apart("out_dir", out_dir, {"model": checkpoint_dir})
+    with new_directory_locked(out_dir):
+        write_export(checkpoint_dir, out_dir)
     names = sorted(path.name for path in out_dir.iterdir())
     print(f"{out_dir}: {', '.join(names)}")
 

@@ -22,6 +22,7 @@ from litgpt_akl.checks import (
     check_lora_args,
     check_no_effect,
     check_on_policy,
+    check_overwrite,
     check_run_args,
     check_training_args,
     choose_precision,
@@ -35,6 +36,7 @@ from litgpt_akl.loggers import make_loggers
 from litgpt_akl.memory_report import report_memory
 from litgpt_akl.monitor import silence_known_noise
 from litgpt_akl.optimizer_trial import check_optimizer
+from litgpt_akl.out_dir import check_places
 from litgpt_akl.pair import check_pair
 from litgpt_akl.planning import device_bytes, find_models, make_plan, models_of
 from litgpt_akl.quantize import check_quantization
@@ -42,7 +44,7 @@ from litgpt_akl.recipe import given, recipe_as_yaml
 from litgpt_akl.run import Run, make_optimizer
 from litgpt_akl.sharding import make_strategy
 
-NOT_IN_RECIPE = ("access_token", "dry_run")
+NOT_IN_RECIPE = ("access_token", "dry_run", "overwrite")
 """Options that a repeated run is not to have."""
 
 
@@ -59,6 +61,8 @@ def setup(
     compile: bool = False,
     resume: bool | Literal["auto"] | Path = False,
     accept_changes: bool = False,
+    overwrite: bool = False,
+    save_minutes: float | None = 15.0,
     keep_last: int | None = None,
     export_hf: bool = False,
     on_nonfinite: Literal["stop", "skip"] = "stop",
@@ -104,10 +108,15 @@ def setup(
             less memory, about a third more time.
         compile: Whether torch.compile fuses what is in the blocks of both models.
         resume: Path to a ``step-...`` directory of an interrupted run to go on from, ``true`` for the latest one in
-            ``out_dir``, or ``auto`` for the latest one if there is one. A damaged one is passed over.
+            ``out_dir``, or ``auto`` for the latest one if there is one. A damaged one is passed over. A
+            finished run is left as it is.
         accept_changes: Whether a resumed run may differ from the interrupted one in what changes its result.
+        overwrite: Whether the student and the checkpoints of another run in ``out_dir`` may be replaced: its later
+            ``step-...`` are removed at the start, ``final/`` stays until the new one is written.
+        save_minutes: Minutes between checkpoints that are saved beside those of ``train.save_interval``, so that a run
+            that is killed or fails loses no more. Only the newest of them is kept. None saves none.
         keep_last: How many ``step-...`` directories to keep, beside the one with the lowest validation loss (default:
-            all).
+            all). The newest of ``save_minutes`` does not count.
         export_hf: Whether the trained student is also written for Transformers, vLLM and llama.cpp, to ``final-hf/``
             in ``out_dir``, as ``litgpt export_hf`` would.
         on_nonfinite: What to do when the loss or the gradient is not finite: ``stop``, or ``skip`` the step, but not
@@ -137,12 +146,13 @@ def setup(
     recipe = recipe_as_yaml({name: value for name, value in locals().items() if name not in NOT_IN_RECIPE})
     silence_known_noise()
     check_training_args(train, eval)
+    check_overwrite(overwrite, resume, teacher)
     check_lora_args(teacher_checkpoint_dir, teacher, lora, train)
     changes = {"resume": resume, "accept_changes": accept_changes}
     check_no_effect(data, teacher, distill, eval, log, logger_name=logger_name, **changes)
     cuda = torch.cuda.is_available() or (dry_run and device_memory is not None)
     precision, devices = choose_precision(precision, cuda), parse_devices(devices)
-    check_run_args(keep_last, devices, num_nodes, hybrid_sharding)
+    check_run_args(devices, num_nodes, hybrid_sharding, keep_last, save_minutes)
     fused = check_optimizer(
         optimizer,
         min_lr=train.min_lr,
@@ -161,6 +171,9 @@ def setup(
     pair = None if dry_run else check_pair(checkpoint_dir, teacher_dir, access_token, weights_needed)
     if pair and export_hf:
         check_export(pair.student_dir, pair.student_config)
+    out_dir = init_out_dir(out_dir)
+    if pair:
+        check_places(out_dir, teacher, pair)
     models = models_of(pair) if pair else find_models(checkpoint_dir, teacher_dir)
     plan = make_plan(
         models,
@@ -200,10 +213,12 @@ def setup(
         seed=seed,
         resume=resume,
         accept_changes=accept_changes,
+        overwrite=overwrite,
+        save_minutes=save_minutes,
         keep_last=keep_last,
         export_hf=export_hf,
         on_nonfinite=on_nonfinite,
-        out_dir=init_out_dir(out_dir),
+        out_dir=out_dir,
         recipe=recipe,
     )
     strategy = make_strategy(devices, num_nodes, hybrid_sharding, teacher.cpu_offload)

@@ -8,10 +8,12 @@ import torch
 from litgpt.config import Config
 from litgpt.utils import save_config
 
-from litgpt_akl.directories import check_new_directory, explain_failure, write_directory
+from litgpt_akl.directories import explain_failure, write_directory
 from litgpt_akl.errors import UserError
+from litgpt_akl.lock import new_directory_locked
 from litgpt_akl.manifest import write_manifest
 from litgpt_akl.model_files import copy_model_files, read_hf_config, write_json
+from litgpt_akl.out_dir import check_apart
 from litgpt_akl.padding import config_without_padding, count_ids, describe_padding, without_padding
 from litgpt_akl.reading import explain_damage
 from litgpt_akl.tensor_file import save_tensors
@@ -36,13 +38,11 @@ def make_student(teacher_dir: Path, out_dir: Path, *, layers: int | list[int]) -
             and 29), or the numbers of the layers to keep, rising from 0: ``'[0,2,5,8]'``.
     """
     teacher_dir, out_dir = find_checkpoint_dir(teacher_dir, "teacher"), Path(out_dir)
-    if out_dir.resolve() == teacher_dir.resolve():
-        raise UserError(f"out_dir {out_dir} is the teacher's own directory. Give another one for the student.")
-    check_new_directory(out_dir)
+    check_apart("out_dir", out_dir, {"teacher": teacher_dir})
     teacher_config = read_config(teacher_dir)
     kept = _kept_layers(layers, teacher_config.n_layer)
     teacher_weights, ids = open_weights(teacher_dir, teacher_config), count_ids(teacher_dir)
-    with write_directory(out_dir) as student_dir, explain_failure(out_dir):
+    with new_directory_locked(out_dir), write_directory(out_dir) as student_dir, explain_failure(out_dir):
         copy_model_files(teacher_dir, student_dir)
         config = config_without_padding(_student_config(teacher_config, kept), ids)
         save_config(config, student_dir)

@@ -26,13 +26,14 @@ class Damaged(Exception):
     """The message says what is wrong with a directory, in a short phrase."""
 
 
-def write_manifest(directory: Path, step: int, validation_loss: float | None) -> None:
+def write_manifest(directory: Path, step: int, validation_loss: float | None, **more: Any) -> None:
     """Write ``manifest.json``: step, validation loss, and size and checksum of every file there is.
 
     Args:
         directory: Complete but for the manifest.
         step: Optimizer steps taken.
         validation_loss: Of this very step, if it was validated; one that is not finite counts as none.
+        more: Other entries, plain data.
     """
     paths = (path for path in sorted(directory.rglob("*")) if path.is_file())
     files = {
@@ -40,13 +41,13 @@ def write_manifest(directory: Path, step: int, validation_loss: float | None) ->
         for path in paths
     }
     loss = validation_loss if validation_loss is not None and math.isfinite(validation_loss) else None
-    manifest = {"format": FORMAT, "step": step, "validation_loss": loss, "files": files}
+    manifest = {"format": FORMAT, "step": step, "validation_loss": loss, **more, "files": files}
     text = json.dumps(with_checksum(manifest), indent=2)
     (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """``format``, ``step``, ``validation_loss`` and ``files`` as they were written.
+    """``format``, ``step``, ``validation_loss``, ``files`` and what else was written.
 
     Raises:
         Damaged: There is no manifest, or it is not as it was written.
@@ -117,14 +118,15 @@ def newest_first(out_dir: Path) -> list[Path]:
 
 
 def remove_old(out_dir: Path, keep_last: int, written: Path) -> None:
-    """Deletes older ``step-...`` directories; damaged ones count for nothing and stay.
+    """Deletes older ``step-...`` directories; damaged ones, and those that the clock asked for, count for nothing.
 
     Args:
         out_dir: Where they are.
         keep_last: How many of the newest to keep, apart from the one with the lowest validation loss.
         written: The directory just written, which is kept whatever step it holds.
     """
-    whole = [directory for directory in newest_first(out_dir) if damage(directory) is None]
+    kept = [directory for directory in newest_first(out_dir) if not is_timed(directory)]
+    whole = [directory for directory in kept if damage(directory) is None]
     losses = {directory: read_manifest(directory)["validation_loss"] for directory in whole}
     validated = [directory for directory in whole if losses[directory] is not None]
     best = min(validated, key=losses.get, default=None)
@@ -133,6 +135,22 @@ def remove_old(out_dir: Path, keep_last: int, written: Path) -> None:
             # what cannot be deleted must not end the run; the next save tries again
             with suppress(OSError):
                 remove_directory(directory)
+
+
+def remove_timed(out_dir: Path, written: Path) -> None:
+    """Deletes the ``step-...`` directories that the clock asked for, except the one just written."""
+    for directory in newest_first(out_dir):
+        if is_timed(directory) and directory != written:
+            with suppress(OSError):
+                remove_directory(directory)
+
+
+def is_timed(directory: Path) -> bool:
+    """Whether the clock, and nothing else, asked for this checkpoint."""
+    try:
+        return read_manifest(directory).get("timed", False)
+    except Damaged:
+        return False
 
 
 def _check_size(path: Path, name: str, expected: int) -> None:

@@ -44,7 +44,7 @@ def ending_together(main: Callable, way_on: str = WAY_ON) -> Callable:
         try:
             return main(*args, **kwargs)
         except Exception as error:
-            if not _is_loss_of_another(error):
+            if not is_loss_of_another(error):
                 _tell(f"process {rank()}: {type(error).__name__}: {reason(error)}")
                 raise
             if rank() > 0:
@@ -59,7 +59,7 @@ def ending_together(main: Callable, way_on: str = WAY_ON) -> Callable:
     return run
 
 
-def _is_loss_of_another(error: Exception) -> bool:
+def is_loss_of_another(error: Exception) -> bool:
     """Is it what the backends raise in a process when another one has gone?"""
     return isinstance(error, distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 

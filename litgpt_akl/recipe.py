@@ -17,7 +17,7 @@ SECRETS = ("access_token", "api_key", "auth_token", "hf_token", "password", "sec
 
 
 NO_EFFECT = re.compile(
-    r"(out_dir|resume|accept_changes|keep_last|export_hf|on_nonfinite|logger_name"
+    r"(out_dir|resume|accept_changes|overwrite|save_minutes|keep_last|export_hf|on_nonfinite|logger_name"
     r"|devices|device_memory|num_nodes|hybrid_sharding|activation_checkpointing|compile"
     r"|(log|eval)\..*"
     r"|train\.(save_interval|log_interval|micro_batch_size|max_time)"

@@ -6,7 +6,7 @@ from litgpt_akl.directories import explain_failure
 from litgpt_akl.errors import UserError
 
 
-def report_akl(runs: list[Path], *, out: Path = Path("report.html")) -> None:
+def report_akl(runs: list[Path], *, out: Path = Path("report.html"), overwrite: bool = False) -> None:
     """Lay runs over each other in one page: what they logged, their answers, their distributions.
 
     The page is one file that any browser opens without network access. A run by itself keeps such a page in its
@@ -16,9 +16,11 @@ def report_akl(runs: list[Path], *, out: Path = Path("report.html")) -> None:
 
     Args:
         runs: The ``out_dir`` of each run, one after the other.
-        out: The page to write; what is there is replaced.
+        out: The page to write; one that is there is replaced.
+        overwrite: Whether a file that is no such page may be replaced, too.
     """
     # Bokeh takes half a second to import, which litgpt's other commands are not to wait for
+    from litgpt_akl.out_dir import is_page, is_within
     from litgpt_akl.report.examples import read_examples
     from litgpt_akl.report.history import read_history, unique_names
     from litgpt_akl.report.page import Shown, write_page
@@ -29,6 +31,15 @@ def report_akl(runs: list[Path], *, out: Path = Path("report.html")) -> None:
         run.history.name = name
     if out.is_dir():
         raise UserError(f"--out {out} is a directory. Give the name of a file, such as {out / 'report.html'}.")
+    if out.exists() and not is_page(out):
+        for run in runs:
+            if is_within(out, run):
+                raise UserError(f"--out {out} is a file of the run {run}, and no page.\nGive another --out.")
+        if not overwrite:
+            raise UserError(
+                f"--out {out} is there already, and no page of this command.\n"
+                "Give --overwrite true to replace it, or another --out."
+            )
     with explain_failure(out):
         write_page(out, shown)
     print(f"{out.resolve()}: {', '.join(run.history.name for run in shown)}")

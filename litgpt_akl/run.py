@@ -19,6 +19,8 @@ from litgpt_akl.data.workers import Fetched
 from litgpt_akl.errors import UserError
 from litgpt_akl.memory_plan import MemoryPlan
 from litgpt_akl.pair import Pair
+from litgpt_akl.recipe import differences
+from litgpt_akl.weights import fingerprint, weights_files
 
 
 @dataclass
@@ -45,6 +47,8 @@ class Run:
     resume: bool | Literal["auto"] | Path | None
     """What was asked for, and in :func:`~litgpt_akl.state.make_state` the directory that it means."""
     accept_changes: bool
+    overwrite: bool
+    save_minutes: float | None
     keep_last: int | None
     export_hf: bool
     on_nonfinite: Literal["stop", "skip"]
@@ -109,6 +113,34 @@ def validation_batches(fabric: L.Fabric, run: Run, store: Store, memory: Memory 
 def load_windows(run: Run, windows: Windows, numbers: Sequence[int]) -> Fetched:
     """The windows of those numbers, fetched ahead; to be stopped in the end."""
     return load(windows, numbers, getattr(run.data, "num_workers", 0))
+
+
+def identity(run: Run, store: Store, teacher_weights: str | None = None) -> dict[str, Any]:
+    """What is trained on what, as a checkpoint keeps it; ``teacher_weights`` is told where they need not be there."""
+    student, teacher = run.pair.student_dir, run.pair.teacher_dir
+    models = {"student": fingerprint(student)}
+    if teacher_weights or weights_files(teacher):
+        models["teacher"] = teacher_weights or fingerprint(teacher)
+    return {"data": {"samples": len(store), "fingerprint": store.fingerprint}, "models": models}
+
+
+def changes_since(run: Run, recipe: str, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """What changes a run's result, between one that was saved and this one.
+
+    Args:
+        run: This one.
+        recipe: The saved one's, as YAML.
+        saved: Its :func:`identity`, and maybe more.
+        current: This run's.
+    """
+    changes = differences(recipe, run.recipe)
+    for role, weights in current["models"].items():
+        if saved["models"].get(role, weights) != weights:
+            changes.append(f"the {role} has other weights")
+    if saved["data"] != current["data"]:
+        samples = [f"{data['samples']:,}" for data in (saved["data"], current["data"])]
+        changes.append(f"other training samples ({samples[0]} -> {samples[1]})")
+    return changes
 
 
 def longest_sample(run: Run) -> int:

@@ -24,12 +24,11 @@ from litgpt_akl.models import (
 )
 from litgpt_akl.on_policy import OwnAnswers
 from litgpt_akl.padding import config_without_padding, count_ids, without_padding
-from litgpt_akl.recipe import differences
-from litgpt_akl.run import Run, longest_sample, make_optimizer
+from litgpt_akl.run import Run, changes_since, identity, longest_sample, make_optimizer
 from litgpt_akl.sharding import load_weights
 from litgpt_akl.teacher import LoneHead, Teacher
 from litgpt_akl.train import make_scheduler, total_steps, warmup_steps
-from litgpt_akl.weights import fingerprint, open_weights
+from litgpt_akl.weights import open_weights
 
 
 def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict[str, Any]:
@@ -71,16 +70,13 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
         "vocab_size": pair.vocab_size,
         # merged into the head alone, its adapter makes two matrices of one
         "tied": tied and not run.lora.head,
-        "data": {"samples": len(store), "fingerprint": store.fingerprint},
-        "models": {
-            "student": fingerprint(pair.student_dir),
-            "teacher": caches.teacher_weights or fingerprint(pair.teacher_dir),
-        },
+        **identity(run, store, caches.teacher_weights),
         "step_count": 0,
         "epoch": 0,
         "tokens": 0,
         "nonfinite_in_a_row": 0,
         "last_validation": -1,
+        "saved_student": -1,
     }
     if run.lora.r is not None and weights is not None:
         weights = with_new_adapters(student, weights, run.seed)
@@ -175,13 +171,7 @@ def resume(fabric: L.Fabric, run: Run, state: dict) -> None:
 
 def _refuse_changes(run: Run, state: dict) -> None:
     saved = read_training_state(run.resume)
-    changes = differences((run.resume / "hyperparameters.yaml").read_text(encoding="utf-8"), run.recipe)
-    for role, identity in state["models"].items():
-        if saved["models"][role] != identity:
-            changes.append(f"the {role} has other weights")
-    if saved["data"] != state["data"]:
-        samples = [f"{data['samples']:,}" for data in (saved["data"], state["data"])]
-        changes.append(f"other training samples ({samples[0]} -> {samples[1]})")
+    changes = changes_since(run, (run.resume / "hyperparameters.yaml").read_text(encoding="utf-8"), saved, state)
     if changes:
         raise UserError(
             f"--resume: {run.resume} is of a run with another result: {'; '.join(changes)}.\n"

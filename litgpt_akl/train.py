@@ -17,7 +17,7 @@ from litgpt_akl.errors import UserError
 from litgpt_akl.models import distillation_loss
 from litgpt_akl.monitor import Progress
 from litgpt_akl.scoring import STATISTICS
-from litgpt_akl.sharding import highest, whole
+from litgpt_akl.sharding import highest_of_each, whole
 from litgpt_akl.signals import StopSignals
 
 NONFINITE_LIMIT = 3
@@ -132,19 +132,23 @@ def fit(
     eval: EvalArgs,
     *,
     steps: int,
+    save_minutes: float | None,
     validate: Callable[[Progress], None],
-    save: Callable[[], Path],
+    save: Callable[[bool], Path],
+    save_student: Callable[[], None],
     on_nonfinite: Callable[[Window, StepResult], str],
     stop: StopSignals,
 ) -> None:
     """Train from ``state``'s position to step ``steps``, a stop signal, or the end of ``train.max_time`` seconds.
 
-    A stop signal and the end of ``max_time`` let the step at hand be finished, and save it.
+    A stop signal and the end of ``max_time`` let the step at hand be finished, and save it; after the last step the
+    student is saved before anything else is done. ``save`` is told whether only ``save_minutes``, by the clock of
+    process 0, asks for it.
 
     Raises:
         UserError: a loss or gradient that is not finite.
     """
-    start = time.perf_counter()
+    start = saved = time.perf_counter()
     progress = Progress(fabric, steps, state["step_count"])
     try:
         if validation_due(state, eval, steps):
@@ -162,16 +166,23 @@ def fit(
                 state["nonfinite_in_a_row"] = 0
             else:
                 progress.write(on_nonfinite(window, result))
+            if step == steps:
+                save_student()
             if step % train.log_interval == 0 or step == steps:
                 progress.log(state, result.sums, result.loss, result.gradient_norm, window.response_tokens)
             if validation_due(state, eval, steps):
                 with progress.paused():
                     validate(progress)
-            over = bool(highest(fabric, time.perf_counter() - start >= (train.max_time or math.inf)))
-            stopping = stop.agreed(fabric) is not None or over
-            if stopping or (train.save_interval is not None and step % train.save_interval == 0):
+            now = time.perf_counter()
+            over = now - start >= (train.max_time or math.inf)
+            due = fabric.is_global_zero and now - saved >= 60 * (save_minutes or math.inf)
+            over, due, stopping = highest_of_each(fabric, [over, due, over or stop.received is not None])
+            by_interval = train.save_interval is not None and step % train.save_interval == 0
+            # at the end there is the student
+            if by_interval or ((stopping or due) and step < steps):
                 with progress.paused():
-                    progress.write(f"Step {step}: saved {save()}")
+                    progress.write(f"Step {step}: saved {save(not by_interval and not stopping)}")
+                saved = time.perf_counter()
             if over:
                 progress.write(f"Step {step}: --train.max_time {train.max_time} s is over")
             if stopping:

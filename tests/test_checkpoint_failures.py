@@ -94,7 +94,7 @@ def fail_to_save(out: Path, state: dict, source: Path, directory: Path | None = 
         if directory is None:
             save(out, {**state, "step_count": step}, source)
         else:
-            save_student(directory, state, source_dir=source, **EXPORT)
+            save_student(directory, state, steps=step, source_dir=source, **EXPORT)
     assert names(out) == before and damage(out / before[0]) is None
     print(caught.value)
 

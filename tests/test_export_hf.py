@@ -330,9 +330,13 @@ def test_models_that_litgpt_cannot_convert_or_describe_are_refused(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["gemma", "renamed"]
 
 
-def test_directories_that_are_taken_are_refused(student_dir, tmp_path):
+def test_directories_that_are_taken_are_refused(student_dir, untied_student_dir, tmp_path):
     (tmp_path / "file").write_text("x")
-    for out_dir, message in ((student_dir, "is not empty"), (tmp_path / "file", "is a file")):
+    for out_dir, message in (
+        (student_dir, "is the model's own directory"),
+        (untied_student_dir, "is not empty"),
+        (tmp_path / "file", "is a file"),
+    ):
         with pytest.raises(UserError, match=message):
             export_hf(student_dir, out_dir)
     assert os.listdir(tmp_path) == ["file"]

@@ -19,6 +19,7 @@ from ranks import in_processes
 from runs import alice, distil, metrics
 from test_train import gpt
 
+import litgpt_akl.distil
 from litgpt_akl.args import TeacherArgs
 from litgpt_akl.errors import UserError
 from litgpt_akl.loggers import make_loggers
@@ -193,17 +194,27 @@ def test_a_remembered_teacher_does_not_answer(teacher_dir, student_dir, alice_js
     assert read["answers"] == filled["answers"] and read["positions"] == filled["positions"]
 
 
-def test_what_cannot_be_written_does_not_end_the_run(teacher_dir, student_dir, alice_json, tmp_path, capsys):
-    options = {"train": {"max_steps": 2, "save_interval": 1}, "eval": {"initial_validation": False}}
-    (tmp_path / "report.html" / "something").mkdir(parents=True)
+def test_what_cannot_be_written_does_not_end_the_run(
+    teacher_dir, student_dir, alice_json, tmp_path, monkeypatch, capsys
+):
+    """In its middle; after the last step it is an error (test_last_step.py)."""
+    validate, taken = litgpt_akl.distil.validate, [tmp_path / "report.html", tmp_path / "examples.json"]
+
+    def validate_where_names_are_taken(fabric, state, *arguments):
+        for path in taken:
+            if state["step_count"] == 1:
+                (path / "something").mkdir(parents=True)
+            else:
+                shutil.rmtree(path)
+        return validate(fabric, state, *arguments)
+
+    monkeypatch.setattr(litgpt_akl.distil, "validate", validate_where_names_are_taken)
+    options = {"train": {"max_steps": 2}, "eval": {"initial_validation": False, "interval": 1}}
     distil(student_dir, teacher_dir, alice_json, tmp_path, **options)
-    assert "report.html was not refreshed (IsADirectoryError" in capsys.readouterr().out
-    (tmp_path / "examples.json").unlink()
-    (tmp_path / "examples.json" / "something").mkdir(parents=True)
-    shutil.rmtree(tmp_path / "step-000002")
-    distil(student_dir, teacher_dir, alice_json, tmp_path, resume=True, **options)
-    assert "examples.json cannot be written (Is a directory)" in capsys.readouterr().out
-    assert (tmp_path / "final" / "lit_model.pth").is_file()
+    told = capsys.readouterr().out
+    assert told.count("report.html was not refreshed (IsADirectoryError") == 1
+    assert told.count("examples.json cannot be written (Is a directory)") == 1
+    assert (tmp_path / "final" / "lit_model.pth").is_file() and all(path.is_file() for path in taken)
 
 
 def test_a_new_run_forgets_the_one_before(teacher_dir, student_dir, alice_json, tmp_path):

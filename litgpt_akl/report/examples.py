@@ -20,12 +20,12 @@ from litgpt_akl.generation import generate, longest_prompt, stop_sequences, toge
 from litgpt_akl.head_loss import IGNORE_INDEX
 from litgpt_akl.heads import Head
 from litgpt_akl.lora import without_adapters
+from litgpt_akl.out_dir import EXAMPLES
 from litgpt_akl.reading import explain_damage, with_checksum, without_checksum
 from litgpt_akl.run import Run, validation_records
 from litgpt_akl.sharding import from_rank_zero, reshard
 from litgpt_akl.teacher import LoneHead
 
-FILE = "examples.json"
 RECORDS = 3
 """Of the validation data, from its first on."""
 POSITIONS = 2
@@ -38,7 +38,7 @@ CONTEXT = 20
 
 def read_examples(run_dir: Path) -> dict[str, Any] | None:
     """The snapshots ``first`` and ``latest`` of a run; None if there are none. Raises UserError if they are damaged."""
-    path = run_dir / FILE
+    path = run_dir / EXAMPLES
     if not path.is_file():
         return None
     with explain_damage(path, "examples of a run", "Delete it: the page is then without examples."):
@@ -47,7 +47,7 @@ def read_examples(run_dir: Path) -> dict[str, Any] | None:
 
 def forget(run_dir: Path) -> None:
     """Delete what a run before this one has left."""
-    (run_dir / FILE).unlink(missing_ok=True)
+    (run_dir / EXAMPLES).unlink(missing_ok=True)
 
 
 def remember(fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Callable[[str], None]) -> None:
@@ -63,9 +63,9 @@ def remember(fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Callab
     if fabric.is_global_zero:
         content = {"first": before["first"] if before else latest, "latest": latest}
         try:
-            write_file(run.out_dir / FILE, json.dumps(with_checksum(content), indent=1).encode("utf-8"))
+            write_file(run.out_dir / EXAMPLES, json.dumps(with_checksum(content), indent=1).encode("utf-8"))
         except OSError as error:
-            tell(f"{run.out_dir / FILE} cannot be written ({reason(error)})")
+            tell(f"{run.out_dir / EXAMPLES} cannot be written ({reason(error)})")
 
 
 def _read_or_tell(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:

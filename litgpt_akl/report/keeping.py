@@ -6,9 +6,8 @@ import lightning as L
 
 from litgpt_akl.errors import reason
 from litgpt_akl.loggers import flushed_metrics
+from litgpt_akl.out_dir import PAGE
 from litgpt_akl.run import Run
-
-PAGE = "report.html"
 
 
 def refresh_page(fabric: L.Fabric, run: Run, tell: Callable[[str], None]) -> None:
