@@ -49,6 +49,11 @@ REFUSED = [
         lambda: {"teacher": TeacherArgs(cpu_offload=True, cache_mode="read", **CACHE)},
         "--teacher.cpu_offload true has no effect with --teacher.cache_mode read; remove it",
     ),
+    (
+        "overwrite",
+        lambda: {"overwrite": True, "teacher": TeacherArgs(cache_mode="fill", **CACHE)},
+        "--overwrite true has no effect with --teacher.cache_mode fill; remove it",
+    ),
     ("data.seed", lambda: {"data": LitData("a", seed=7)}, "--data.seed 7 has no effect with --data LitData"),
     *(
         (
@@ -100,8 +105,8 @@ REFUSED = [
 ]
 ALWAYS_USED = {
     *("access_token activation_checkpointing checkpoint_dir compile config data device_memory devices dry_run").split(),
-    *("export_hf keep_last logger_name num_nodes on_nonfinite optimizer out_dir precision resume seed").split(),
-    *("teacher_checkpoint_dir lora.r teacher.cache_dir teacher.precision teacher.quantize").split(),
+    *("export_hf keep_last logger_name num_nodes on_nonfinite optimizer out_dir precision resume save_minutes").split(),
+    *("seed teacher_checkpoint_dir lora.r teacher.cache_dir teacher.precision teacher.quantize").split(),
     *(f"distill.{name}" for name in "block_tokens compile divergence kd_ratio temperature".split()),
     # which ids are the head is logged and shown for every divergence
     *("distill.mu", "distill.head_rule"),
