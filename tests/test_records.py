@@ -21,6 +21,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from fsspec.implementations.memory import MemoryFileSystem
 
 from litgpt_akl.data import files, records
 from litgpt_akl.data.files import find_files, identify
@@ -163,6 +164,43 @@ def test_a_missing_package_is_named(url: str, package: str) -> None:
     for use in (find_files, identify_one, values_of):
         with pytest.raises(UserError, match=rf"{url} needs a package .*\npip install {package}$"):
             use(url)
+
+
+class Bucket(MemoryFileSystem):
+    """Tells of a file by looking through the listing of its folder, as object stores' file systems do."""
+
+    protocol = "bucket"
+    looked_at = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("bucket://", "memory://"))
+
+    def ls(self, path: str, detail: bool = True, **options) -> list:
+        entries = super().ls(path, detail=True, **options)
+        Bucket.looked_at += len(entries)
+        entries = [entry | {"ETag": f"tag of {entry['name']}"} for entry in entries]
+        return entries if detail else [entry["name"] for entry in entries]
+
+    def info(self, path: str, **options) -> dict:
+        path = self._strip_protocol(path)
+        return next(entry for entry in self.ls(path.rpartition("/")[0]) if entry["name"] == path)
+
+
+def test_files_are_identified_by_one_look_at_their_folder() -> None:
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    paths = [f"bucket:///records/{number % 3}/{number:03}.jsonl" for number in range(90)]
+    bucket = fsspec.filesystem("bucket")
+    bucket.pipe({path: b"{}\n" * number for number, path in enumerate(paths)})
+    try:
+        alone = [identify([path])[0] for path in paths]
+        assert Bucket.looked_at == 30 * 90
+        Bucket.looked_at = 0
+        assert identify(paths) == alone
+        assert Bucket.looked_at == 90
+        assert [size for _, size, _ in alone] == [3 * number for number in range(90)]
+    finally:
+        bucket.rm("/records", recursive=True)
 
 
 def test_other_file_systems(tmp_path: Path) -> None:

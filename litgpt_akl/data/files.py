@@ -104,18 +104,27 @@ def identify(files: list[str]) -> list[list]:
     Raises:
         UserError: a file does not exist or cannot be reached.
     """
-    return [_identify(path) for path in files]
+    listings: dict[str, dict[str, dict]] | None = {} if len(files) > 1 else None
+    return [_identify(path, listings) for path in files]
 
 
-def _identify(path: str) -> list:
+def _identify(path: str, listings: dict[str, dict[str, dict]] | None) -> list:
     with _reporting(path):
         file_system, name = _file_system(path)
         if isinstance(file_system, LocalFileSystem):
             status = os.stat(name)
             return [name, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        details = file_system.info(name)
+        details = file_system.info(name) if listings is None or _is_http(path) else _find(file_system, name, listings)
         marks = (str(details[key]) for key in VERSIONS if details.get(key))
         return [path, details["size"] or 0, next(marks, None) or file_system.ukey(name)]
+
+
+def _find(file_system: fsspec.AbstractFileSystem, name: str, listings: dict[str, dict[str, dict]]) -> dict:
+    """What a file system tells of a file; asked for one, most search the whole listing of its folder each time."""
+    folder = name.rpartition("/")[0]
+    if folder not in listings:
+        listings[folder] = {entry["name"]: entry for entry in file_system.ls(folder, detail=True)}
+    return listings[folder].get(name) or file_system.info(name)
 
 
 def file_format(path: str) -> tuple[str, str | None]:
