@@ -1,8 +1,10 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import materials
 import pytest
 import torch
@@ -12,6 +14,16 @@ from litgpt.prompts import Default
 # the models here are so small that handing work to a second thread costs more than it saves
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where data is prepared, in this process and in those that it starts: no session finds an earlier one's."""
+    directory = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(directory))
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", directory)
+        yield directory
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from litgpt.args import TrainArgs
@@ -128,6 +129,42 @@ def test_held_out_records_stay_held_out(tmp_path, teacher_dir):
     assert 0.1 < len(sides[1][1]) / 600 < 0.3
     train, validation = stores(path, teacher_dir, tmp_path / "cache", val_path=str(tmp_path / "400.jsonl"))
     assert (len(train), len(validation)) == (600, 400)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl.gz", "parquet"])
+def test_small_files_take_about_as_long_as_one(tmp_path, teacher_dir, suffix):
+    rows = records(1200)
+    for number, row in enumerate(rows):
+        write_as(tmp_path / "many" / f"{number:04}.{suffix}", [row])
+    write_as(tmp_path / "one" / f"all.{suffix}", rows)
+    write_as(tmp_path / "first" / f"first.{suffix}", rows[:1])
+    seconds, found = {}, {}
+    # what is imported or started once is not what is compared
+    for name in ("first", "one", "many"):
+        begin = processor_seconds()
+        found[name] = stores(tmp_path / name, teacher_dir, tmp_path / "cache", val_split_fraction=0.0)[0]
+        seconds[name] = processor_seconds() - begin
+    assert samples(found["many"]) == samples(found["one"])
+    assert found["many"].place(1199).startswith(str(tmp_path / "many" / f"1199.{suffix}"))
+    assert seconds["many"] < 3 * seconds["one"], seconds
+    some = stores(tmp_path / "many", teacher_dir, tmp_path / "cache", val_split_fraction=0.2)
+    assert sorted(map(len, some)) != [0, 1200] and sum(map(len, some)) == 1200
+
+
+def write_as(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress("".join(f"{json.dumps(row)}\n" for row in rows).encode()))
+    else:
+        path.write_text(json.dumps(rows))
+
+
+def processor_seconds() -> float:
+    """Of this process and of those that it has ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(times.ru_utime + times.ru_stime for times in used)
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])

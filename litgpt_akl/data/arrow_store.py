@@ -18,29 +18,43 @@ ALL = (0.0, math.inf)
 
 
 class ArrowStore:
-    """Good rows of a prepared dataset whose draw lies in ``[low, high)``; see ``preparation.COLUMNS``."""
+    """Rows of a prepared dataset, all of them good; see ``preparation.COLUMNS``.
+
+    Given are the ends ``[low, high)`` between which their draws lie, or the rows' numbers, ``[samples]``, in order.
+    """
 
     chunk_ends = None
 
     def __init__(
         self,
         dataset: datasets.Dataset,
-        draws: tuple[float, float],
+        draws: tuple[float, float] = ALL,
         *,
+        numbers: np.ndarray | None = None,
         mask_prompt: bool,
         settings: str,
         fingerprint: str,
-        place: Callable[[int, int], str],
+        place: Callable[[int, int, int], str],
     ) -> None:
+        """Reads the rows' lengths, a hundred thousand at a time; ``place`` tells of a file, a line and a row."""
         dataset, (low, high) = dataset.with_format("arrow"), draws
         self._mask_prompt = mask_prompt
-        self._place = place
+        self._place, self._numbers = place, numbers
         self.tokens = self.longest = self.all_response_tokens = samples = 0
         digest = xxhash.xxh3_128(f"{settings} {mask_prompt}".encode())
+        is_meant = None
+        if numbers is not None:
+            digest.update(numbers)
+            is_meant = np.zeros(len(dataset), dtype=bool)
+            is_meant[numbers] = True
+        first = 0
         # before any rows are chosen, since reading two million chosen ones takes ten seconds
         for table in dataset.select_columns(["length", "draw", "response_tokens"]).iter(100_000):
             length, draw, count = (table[name].to_numpy() for name in ("length", "draw", "response_tokens"))
             chosen = _choose(draw, length, low, high)
+            if is_meant is not None:
+                chosen &= is_meant[first : first + len(length)]
+            first += len(length)
             length, draw, count = length[chosen], draw[chosen], count[chosen]
             samples += len(length)
             self.tokens += int(length.sum())
@@ -50,7 +64,7 @@ class ArrowStore:
             digest.update(length)
             digest.update(draw)
         self.fingerprint = digest.hexdigest()
-        if samples < len(dataset):
+        if numbers is None and samples < len(dataset):
             name = xxhash.xxh3_128_hexdigest(f"{fingerprint} {low} {high}".encode())
             dataset = _select(dataset, low, high, name)
         # a choice of columns is made once, as it copies the dataset's description
@@ -59,25 +73,28 @@ class ArrowStore:
         self._views = {name: dataset.select_columns(chosen) for name, chosen in columns.items()}
 
     def __len__(self) -> int:
-        return len(self._views["lengths"])
+        return len(self._views["lengths"]) if self._numbers is None else len(self._numbers)
+
+    def _rows(self, view: str, numbers: Sequence[int]) -> pa.Table:
+        return self._views[view][numbers if self._numbers is None else self._numbers[numbers]]
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
-        return self._views["lengths"][numbers]["length"].to_numpy()
+        return self._rows("lengths", numbers)["length"].to_numpy()
 
     def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
         if not self._mask_prompt:
             return self.lengths(numbers) - 1
-        return self._views["counts"][numbers]["response_tokens"].to_numpy()
+        return self._rows("counts", numbers)["response_tokens"].to_numpy()
 
     def prompt_lengths(self, numbers: np.ndarray) -> np.ndarray:
         if not self._mask_prompt:
             return np.zeros(len(numbers), dtype=np.int64)
-        responses = self._views["responses"][numbers]["responses"].combine_chunks()
+        responses = self._rows("responses", numbers)["responses"].combine_chunks()
         # every sample has one, and the first number of its list is where the first one begins
         return responses.values.to_numpy()[responses.offsets.to_numpy()[:-1]].astype(np.int64)
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
-        rows = self._views["samples"][numbers]
+        rows = self._rows("samples", numbers)
         columns = (_split(rows["input_ids"]), _split(rows["responses"]))
         return [self._sample(ids, responses) for ids, responses in zip(*columns, strict=True)]
 
@@ -92,12 +109,18 @@ class ArrowStore:
 
     def prompt(self, number: int) -> Tensor:
         """The ids of a sample before its first response."""
-        row = self._views["samples"][[number]]
-        return torch.from_numpy(_split(row["input_ids"])[0][: _split(row["responses"])[0][0]].astype(np.int64))
+        row = self._rows("samples", [number])
+        # where whole samples count, a response may be cut off entirely
+        begin = next(iter(_split(row["responses"])[0].tolist()), None)
+        return torch.from_numpy(_split(row["input_ids"])[0][:begin].astype(np.int64))
 
     def place(self, number: int) -> str:
-        row = self._views["places"][[number]]
-        return self._place(row["file"][0].as_py(), row["line"][0].as_py())
+        row = self._rows("places", [number])
+        return self._place(
+            row["file"][0].as_py(),
+            row["line"][0].as_py(),
+            int(number if self._numbers is None else self._numbers[number]),
+        )
 
 
 def _split(column: pa.ChunkedArray) -> list[np.ndarray]:

@@ -1,22 +1,165 @@
-"""Samples of LitGPT's own data modules for finetuning, tokenised into memory."""
+"""Samples of LitGPT's own data modules for finetuning: the ids and labels of its ``SFTDataset``, prepared once.
+
+They are prepared as those of ``StreamingSFT`` are: by several processes, in files that are found again. The records of
+``JSON`` are read one after another; other modules hold theirs in memory until they are prepared.
+"""
 
 import json
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 
+import datasets
 import numpy as np
-from litgpt.data import DataModule
-from torch.utils.data import DataLoader, Dataset, Subset
+import torch
+import xxhash
+from litgpt.data import JSON, DataModule, SFTDataset
+from litgpt.tokenizer import Tokenizer
+from torch.utils.data import DataLoader, Dataset, random_split
 
-from litgpt_akl.data.stores import MemoryStore
+from litgpt_akl.data.arrow_store import ArrowStore
+from litgpt_akl.data.preparation import FileRecords, Settings, default_cache_dir, prepare
+from litgpt_akl.data.records import Record, place
+from litgpt_akl.data.stores import MemoryStore, Store
+from litgpt_akl.data.workers import available_cores
 from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import IGNORE_INDEX
 from litgpt_akl.progress import progress_bar
 
+SMALL = {"B": 2**20, " records": 2000}
+"""What one process has prepared before others would have started."""
 
-def tokenise(
-    data: DataModule, max_seq_length: int | None, context_length: int, cut_by: str
-) -> tuple[MemoryStore, MemoryStore]:
+
+@dataclass(frozen=True, eq=False)
+class SFTSettings(Settings):
+    """All that decides what an ``SFTDataset`` makes of a record."""
+
+    mask_prompt: bool = True
+
+    other_cache: ClassVar[str] = "Set the environment variable HF_DATASETS_CACHE to another directory."
+    fewer_processes: ClassVar[str] = "Free some memory, or allow fewer than {} cores."
+
+    @property
+    def rules(self) -> list:
+        return [*super().rules, "SFTDataset", version("litgpt"), version("tokenizers"), self.mask_prompt]
+
+    def encoder(self) -> "SFTEncoder":
+        return SFTEncoder(self)
+
+
+class SFTEncoder:
+    """Makes token ids of records as ``SFTDataset`` does."""
+
+    def __init__(self, settings: SFTSettings) -> None:
+        self._settings = settings
+        self._dataset = SFTDataset(
+            [],
+            settings.tokenizer,
+            settings.prompt_style,
+            max_seq_length=-1 if settings.max_seq_length is None else settings.max_seq_length,
+            mask_prompt=True,
+            ignore_index=IGNORE_INDEX,
+        )
+
+    def encode(self, record: dict) -> tuple[list[int], list[int]]:
+        """Its ids, and where its response begins and ends, unless that is cut off and the prompt counts too.
+
+        Raises:
+            ValueError: the record lacks a field, cannot be read or is too long, or no token of it counts. The message
+                has two lines.
+        """
+        self._dataset.data = [record]
+        try:
+            sample = self._dataset[0]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(_describe_bad_record(error)) from error
+        length = len(sample["input_ids"])
+        begin = int((sample["labels"] == IGNORE_INDEX).sum())
+        learns = length > max(begin if self._settings.mask_prompt else 0, 1)
+        if flaw := _flaw(length, learns, self._settings):
+            raise ValueError(flaw)
+        return sample["input_ids"].tolist(), [begin, length] if begin < length else []
+
+
+def _describe_bad_record(error: Exception) -> str:
+    missing = f"has no field {error}" if isinstance(error, KeyError) else f"cannot be read: {error}"
+    return f"{missing}.\nA record needs 'instruction' and 'output', both text, and may have 'input'."
+
+
+def _flaw(length: int, learns: bool, settings: SFTSettings) -> str | None:
+    """Why a sample of ``length`` tokens cannot be used, in two lines, if it cannot: it ``learns`` if a token counts."""
+    limit, cut_by = settings.max_seq_length, settings.cut_by
+    if length > settings.context_length:
+        told = f"has {length:,} tokens; the pair reads {settings.context_length:,}."
+        return f"{told}\nSet {cut_by} {settings.context_length} to cut such samples."
+    if learns:
+        return None
+    if limit is not None and length >= limit:
+        told = f"has no token to learn from: {cut_by} {limit} cuts its response off."
+        return f"{told}\nRaise {cut_by}, or drop the record."
+    return "has no token to learn from: it has no response.\nDrop the record or give it a response."
+
+
+class JSONRecords(FileRecords):
+    """The records of one file of LitGPT's ``JSON`` module, all of which must be good."""
+
+    def __iter__(self) -> Iterator[tuple[int, Record]]:
+        (file,) = self.files
+        for row, (number, record) in enumerate(super().__iter__()):
+            if record.error == "the file is empty":
+                raise UserError(f"{file} is empty. It needs records with 'instruction' and 'output'.")
+            if record.error is not None:
+                # "is not valid JSON: ..." is of the file, "is a text, not an object" is of one record
+                is_broken = record.error.startswith("is not")
+                where = place(file, record.line) if is_broken else self.place(0, record.line, row)
+                raise UserError(f"{where} {'' if is_broken else 'cannot be read: it '}{record.error}.")
+            yield number, record
+
+    def place(self, file: int, line: int, row: int) -> str:
+        return f"{place(self.files[file], line)} (record {row})"
+
+    def refusal(self, file: int, line: int, row: int, error: str, cut_by: str) -> UserError:
+        return UserError(f"{self.place(file, line, row)} {error}")
+
+
+class ModuleRecords:
+    """Records that a data module holds in memory."""
+
+    unit = " records"
+
+    def __init__(self, module: str, records: Sequence[dict], transform: Callable[[dict], dict] | None) -> None:
+        self._module, self._records, self._transform = module, records, transform
+        self.sizes = [len(records)]
+        digest = xxhash.xxh3_128()
+        for _, record in self:
+            digest.update(json.dumps(record.value, default=repr).encode())
+        self.identity = digest.hexdigest()
+
+    def __iter__(self) -> Iterator[tuple[int, Record]]:
+        for number in range(len(self._records)):
+            value = self._records[number]
+            if self._transform is not None:
+                # LitGPT's own ones take fields out of what they are given
+                value = self._transform(dict(value))
+            yield 0, Record(number, value, None, bytes_read=number + 1)
+
+    def place(self, file: int, line: int, row: int) -> str:
+        return f"{self._module}: record {row}"
+
+    def refusal(self, file: int, line: int, row: int, error: str, cut_by: str) -> UserError:
+        return UserError(f"{self.place(file, line, row)} {error}")
+
+
+def open_module(
+    data: DataModule,
+    tokenizer: Tokenizer,
+    max_seq_length: int | None,
+    context_length: int,
+    checkpoint_dir: Path,
+    cut_by: str,
+) -> tuple[Store, Store]:
     """The training and validation samples of a connected data module.
 
     ``cut_by`` is the command's option for ``max_seq_length``, for messages.
@@ -25,21 +168,101 @@ def tokenise(
         UserError: unreadable data, a record without its fields, a response cut off entirely, a sample that is too long,
             no training samples. The message names file and line where there is one.
     """
+    settings = SFTSettings(
+        checkpoint_dir,
+        tokenizer,
+        getattr(data, "prompt_style", None),
+        max_seq_length,
+        context_length,
+        cut_by=cut_by,
+    )
+    if type(data) is JSON:
+        stores = _open_json(data, replace(settings, mask_prompt=data.mask_prompt))
+    else:
+        stores = [_open(data, split, dataset, settings) for split, dataset in _load(data).items()]
+        if all(isinstance(store, ArrowStore) for store in stores):
+            _release(data)
+    if len(stores[0]) == 0:
+        raise UserError(f"{type(data).__name__} has no training samples. Check its path and its split fraction.")
+    return stores[0], stores[1]
+
+
+def _open_json(data: JSON, settings: SFTSettings) -> list[ArrowStore]:
+    if data.json_path.is_dir():
+        files = [data.find_split(split) for split in ("train", "val")]
+        if None in files:
+            raise UserError(f"{data.json_path} lacks train.json or val.json (or .jsonl). Add them, or give one file.")
+        return [_prepared(_json_records(file), settings) for file in files]
+    records = _json_records(data.json_path)
+    rows, fingerprint = _prepare(records, settings)
+    shares = [1.0 - data.val_split_fraction, data.val_split_fraction]
+    try:
+        parts = random_split(range(len(rows)), shares, generator=torch.Generator().manual_seed(data.seed))
+    except ValueError as error:
+        raise UserError(f"JSON cannot split its data by --data.val_split_fraction {shares[1]}: {error}") from error
+    numbers = (np.array(part.indices, dtype=np.int64) for part in parts)
+    return [_store(rows, fingerprint, records, settings, some) for some in numbers]
+
+
+def _json_records(file: Path) -> JSONRecords:
+    if file.suffix not in (".json", ".jsonl"):
+        raise UserError(f"JSON cannot load {file}: Unsupported file format: {file.suffix}. Expected .json or .jsonl.")
+    return JSONRecords([str(file.absolute())])
+
+
+def _open(data: DataModule, split: str, dataset: Dataset, settings: SFTSettings) -> Store:
+    if type(dataset) is not SFTDataset or dataset.tokenizer is not settings.tokenizer:
+        return _tokenise(dataset, split, data, settings)
+    settings = replace(
+        settings,
+        prompt_style=dataset.prompt_style,
+        max_seq_length=dataset.max_seq_length if dataset.max_seq_length > 0 else None,
+        mask_prompt=dataset.mask_prompt,
+    )
+    return _prepared(ModuleRecords(type(data).__name__, dataset.data, dataset.transform), settings)
+
+
+def _prepared(records: JSONRecords | ModuleRecords, settings: SFTSettings) -> ArrowStore:
+    return _store(*_prepare(records, settings), records, settings)
+
+
+def _prepare(records: JSONRecords | ModuleRecords, settings: SFTSettings) -> tuple[datasets.Dataset, str]:
+    num_proc = available_cores() if sum(records.sizes) > SMALL[records.unit] else 0
+    return prepare(records, settings, default_cache_dir(), num_proc)
+
+
+def _store(
+    rows: datasets.Dataset,
+    fingerprint: str,
+    records: JSONRecords | ModuleRecords,
+    settings: SFTSettings,
+    numbers: np.ndarray | None = None,
+) -> ArrowStore:
+    return ArrowStore(
+        rows,
+        numbers=numbers,
+        mask_prompt=settings.mask_prompt,
+        settings=settings.fingerprint,
+        fingerprint=fingerprint,
+        place=records.place,
+    )
+
+
+def _load(data: DataModule) -> dict[str, Dataset]:
     try:
         data.prepare_data()
         data.setup()
-        if getattr(data, "train_dataset", None) is not None and len(data.train_dataset) == 0:
-            raise UserError(f"{type(data).__name__} has no training samples. Check its path and its split fraction.")
-        loaders = data.train_dataloader(), data.val_dataloader()
-    except json.JSONDecodeError as error:
-        raise UserError(_describe_bad_json(data, error)) from error
+        loaders = {"training": data.train_dataloader(), "validation": data.val_dataloader()}
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{type(data).__name__} cannot load its data: {error}") from error
-    stores = []
-    for split, loader in zip(("training", "validation"), loaders, strict=True):
-        dataset = _map_style_dataset(loader, data)
-        stores.append(_tokenise(dataset, split, data, max_seq_length, context_length, cut_by))
-    return stores[0], stores[1]
+    return {split: _map_style_dataset(loader, data) for split, loader in loaders.items()}
+
+
+def _release(data: DataModule) -> None:
+    """Let go of records that were prepared, which a module holds as Python objects."""
+    for name, value in list(vars(data).items()):
+        if type(value) is SFTDataset:
+            setattr(data, name, None)
 
 
 def _map_style_dataset(loader: DataLoader, data: DataModule) -> Dataset:
@@ -52,101 +275,22 @@ def _map_style_dataset(loader: DataLoader, data: DataModule) -> Dataset:
     return dataset
 
 
-def _tokenise(
-    dataset: Dataset, split: str, data: DataModule, max_seq_length: int | None, context_length: int, cut_by: str
-) -> MemoryStore:
+def _tokenise(dataset: Dataset, split: str, data: DataModule, settings: SFTSettings) -> MemoryStore:
+    """The samples of a dataset of another class, one by one: nobody knows when they would change."""
     input_ids, labels, ends, end = [], [], [], 0
-    for number in progress_bar(range(len(dataset)), desc=f"tokenising {split} samples", leave=False, delay=1):
+    name = type(data).__name__
+    for number in progress_bar(range(len(dataset)), desc=f"tokenising {split} samples of {name}", leave=False):
         try:
             sample = dataset[number]
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(_describe_bad_record(dataset, number, data, error)) from error
-        _check_sample(sample, number, dataset, data, max_seq_length, context_length, cut_by)
+            raise UserError(f"{name}: record {number} {_describe_bad_record(error)}") from error
+        learns = bool((sample["labels"][1:] != IGNORE_INDEX).any())
+        if flaw := _flaw(len(sample["input_ids"]), learns, settings):
+            raise UserError(f"{name}: record {number} {flaw}")
         end += len(sample["input_ids"])
         input_ids.append(sample["input_ids"].numpy().astype(np.int32))
         labels.append(sample["labels"].numpy().astype(np.int32))
         ends.append(end)
     none = [np.empty(0, dtype=np.int32)]
     arrays = np.concatenate(input_ids or none), np.concatenate(labels or none), np.array(ends, dtype=np.int64)
-    return MemoryStore(*arrays, place=partial(_place, dataset, data=data))
-
-
-def _check_sample(
-    sample: dict,
-    number: int,
-    dataset: Dataset,
-    data: DataModule,
-    max_seq_length: int | None,
-    context_length: int,
-    cut_by: str,
-) -> None:
-    length = len(sample["input_ids"])
-    if length > context_length:
-        raise UserError(
-            f"{_place(dataset, number, data)} has {length} tokens; the pair reads {context_length}.\n"
-            f"Set {cut_by} {context_length} to cut such samples."
-        )
-    if bool((sample["labels"][1:] == IGNORE_INDEX).all()):
-        cut = max_seq_length is not None and length >= max_seq_length
-        reason = f"{cut_by} {max_seq_length} cuts its response off" if cut else "it has no response"
-        raise UserError(
-            f"{_place(dataset, number, data)} has no token to learn from: {reason}.\n"
-            + (f"Raise {cut_by}, or drop the record." if cut else "Drop the record or give it a response.")
-        )
-
-
-def _place(dataset: Dataset, number: int, data: DataModule) -> str:
-    """Where a sample comes from: file and line for the JSON module, else the module and the record's number."""
-    records = getattr(dataset, "data", None)
-    if isinstance(records, Subset):
-        number = records.indices[number]
-    path = getattr(data, "json_path", None)
-    if path is not None and path.is_dir():
-        split = "train" if dataset is getattr(data, "train_dataset", None) else "val"
-        path = data.find_split(split)
-    if path is None:
-        return f"{type(data).__name__}: record {number}"
-    line = number + 1 if path.suffix == ".jsonl" else _lines_of_records(path, path.stat().st_mtime_ns)[number]
-    return f"{path}, line {line} (record {number})"
-
-
-@lru_cache(maxsize=2)
-def _lines_of_records(path: Path, changed: int) -> list[int]:
-    """The line on which each record of a JSON list begins; found once, since all of a step's may be asked for."""
-    text, decoder, lines, line, before = path.read_text(encoding="utf-8"), json.JSONDecoder(), [], 1, 0
-    position = text.index("[") + 1
-    while True:
-        while text[position] in " \t\r\n,":
-            position += 1
-        if text[position] == "]":
-            return lines
-        line, before = line + text.count("\n", before, position), position
-        lines.append(line)
-        _, position = decoder.raw_decode(text, position)
-
-
-def _describe_bad_record(dataset: Dataset, number: int, data: DataModule, error: Exception) -> str:
-    missing = f"has no field {error}" if isinstance(error, KeyError) else f"cannot be read: {error}"
-    return (
-        f"{_place(dataset, number, data)} {missing}.\n"
-        "A record needs 'instruction' and 'output', both text, and may have 'input'."
-    )
-
-
-def _describe_bad_json(data: DataModule, error: json.JSONDecodeError) -> str:
-    path = getattr(data, "json_path", None)
-    if path is None:
-        return f"{type(data).__name__}: not valid JSON: {error}"
-    files = [path] if path.is_file() else [data.find_split("train"), data.find_split("val")]
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        if text.strip() == "":
-            return f"{file} is empty. It needs records with 'instruction' and 'output'."
-        # a line of a .jsonl file is a text of its own, whose error says line 1
-        for number, part in enumerate(text.splitlines() if file.suffix == ".jsonl" else [text], start=1):
-            try:
-                json.loads(part)
-            except json.JSONDecodeError as found:
-                line = number if file.suffix == ".jsonl" else found.lineno
-                return f"{file}, line {line} is not valid JSON: {found.msg} at column {found.colno}."
-    return f"{path} is not valid JSON: {error}"
+    return MemoryStore(*arrays, place=lambda number: f"{name}: record {number}")

@@ -1,14 +1,16 @@
 """Files of records become memory-mapped Arrow files of token ids: in one pass, once for the same data and settings."""
 
 import hashlib
+import inspect
 import json
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 import datasets
 import numpy as np
@@ -21,6 +23,7 @@ from torch.utils.data import Dataset
 
 from litgpt_akl.data.chat_template import ChatTemplate
 from litgpt_akl.data.encoding import Encoder
+from litgpt_akl.data.files import identify
 from litgpt_akl.data.records import Record, place, read
 from litgpt_akl.data.workers import fetch
 from litgpt_akl.errors import UserError
@@ -28,6 +31,8 @@ from litgpt_akl.progress import progress_bar
 
 FORMAT = 2
 """Goes into every fingerprint; to be raised when the same records become other rows."""
+Portion = list[tuple[int, Record]]
+"""Records, each with the number of its file."""
 PORTION = 256
 """Records that are encoded together."""
 BATCH_BYTES = 2**22
@@ -56,7 +61,32 @@ TOKENIZER_FILES = (
 
 def probe(style: PromptStyle) -> list[str]:
     """What a prompt style does, by which two are compared: another version of LitGPT may have another text."""
-    return [style.apply("probe"), style.apply("probe", input="input"), style.apply("probe", sys_prompt="system")]
+    probes: list[dict[str, str]] = [{}, {"input": "input"}, {"sys_prompt": "system"}]
+    texts = []
+    for fields in probes:
+        try:
+            texts.append(style.apply("probe", **fields))
+        except (KeyError, TypeError) as error:
+            # a style may need fields of its own
+            texts.append(repr(error))
+    return texts
+
+
+def style_identity(style: PromptStyle) -> list:
+    """What tells prompt styles apart: what they do, and their code and fields, which may do more than a probe shows."""
+    code = []
+    for kind in type(style).__mro__[:-1]:
+        try:
+            source = Path(inspect.getsourcefile(kind)).read_bytes()
+        except (OSError, TypeError):
+            source = b""
+        code.append([f"{kind.__module__}.{kind.__qualname__}", xxhash.xxh3_128_hexdigest(source)])
+    return [probe(style), code, repr(vars(style))]
+
+
+def default_cache_dir() -> Path:
+    """Where prepared data is kept if nothing else is told."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "litgpt_akl"
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,37 +98,97 @@ class Settings:
     prompt_style: PromptStyle
     max_seq_length: int | None
     context_length: int
-    on_error: str
-    cut_by: str
+    on_error: str = "stop"
+    cut_by: str = "--train.max_seq_length"
     """The command's option for ``max_seq_length``, for messages."""
+
+    other_cache: ClassVar[str] = "Give another directory with --data.cache_dir."
+    """What to do where prepared data cannot be kept."""
+    fewer_processes: ClassVar[str] = "Prepare in fewer processes than --data.num_proc {}, or free some memory."
+    """What to do where so many do not fit."""
+
+    @property
+    def rules(self) -> list:
+        """What decides beside the tokenizer and the prompt style, as plain data."""
+        return [self.tokenizer.use_bos, self.max_seq_length, self.context_length, self.on_error]
 
     @cached_property
     def fingerprint(self) -> str:
         """Differs when what becomes of a record could differ: by the tokenizer, the prompt style or a length."""
-        probes = probe(self.prompt_style)
         tokenizer_files = [self.checkpoint_dir / name for name in TOKENIZER_FILES]
         hashes = [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in tokenizer_files]
-        rules = [self.tokenizer.use_bos, self.max_seq_length, self.context_length, self.on_error]
-        return xxhash.xxh3_128_hexdigest(json.dumps([FORMAT, probes, hashes, rules]).encode())
+        return xxhash.xxh3_128_hexdigest(
+            json.dumps([FORMAT, style_identity(self.prompt_style), hashes, self.rules]).encode()
+        )
+
+    def encoder(self) -> "RecordEncoder":
+        """What makes token ids of records."""
+        template = ChatTemplate.find(self.checkpoint_dir) if self.tokenizer.backend == "huggingface" else None
+        return Encoder(self.tokenizer, self.prompt_style, template, self.max_seq_length)
+
+
+class RecordEncoder(Protocol):
+    """Makes token ids of records; see :class:`Encoder`."""
+
+    def encode(self, record: dict) -> tuple[list[int], list[int]]:
+        """A record's token ids and the spans of its responses; raises ValueError if it cannot be used."""
+
+
+class Source(Protocol):
+    """Records in their order, and what is to be told of them. It is iterated over once, if at all."""
+
+    identity: Any
+    """Plain data that changes when the records do."""
+    sizes: list[int]
+    """Of each file, in ``unit``."""
+    unit: str
+    """"B", or " records" if the records lie in memory already; ``Record.bytes_read`` then counts them."""
+
+    def __iter__(self) -> Iterator[tuple[int, Record]]:
+        """Each record and the number of its file."""
+
+    def refusal(self, file: int, line: int, row: int, error: str, cut_by: str) -> UserError:
+        """What a user is told of a bad record: the ``row``-th of all, counted from 0; ``cut_by`` cuts long ones."""
+
+
+@dataclass
+class FileRecords:
+    """The records of files, one file after the other."""
+
+    files: list[str]
+    unit: ClassVar[str] = "B"
+
+    def __post_init__(self) -> None:
+        self.identity = identify(self.files)
+        self.sizes = [identity[1] for identity in self.identity]
+
+    def __iter__(self) -> Iterator[tuple[int, Record]]:
+        for number, file in enumerate(self.files):
+            for record in read(file):
+                yield number, record
+
+    def refusal(self, file: int, line: int, row: int, error: str, cut_by: str) -> UserError:
+        return UserError(
+            f"{place(self.files[file], line)}: {error}.\n"
+            f"Mend or remove it ({cut_by} cuts long ones), or leave bad records out with --data.on_error skip."
+        )
 
 
 @dataclass
 class Rows(Dataset):
-    """What becomes of some records of a file; the place of this work is in other processes."""
+    """What becomes of some records; the place of this work is in other processes."""
 
     settings: Settings
 
     @cached_property
-    def _encoder(self) -> Encoder:
-        settings, tokenizer = self.settings, self.settings.tokenizer
-        template = ChatTemplate.find(settings.checkpoint_dir) if tokenizer.backend == "huggingface" else None
-        return Encoder(tokenizer, settings.prompt_style, template, settings.max_seq_length)
+    def _encoder(self) -> RecordEncoder:
+        return self.settings.encoder()
 
-    def __getitem__(self, work: tuple[int, list[Record]]) -> tuple[int, int, pa.RecordBatch]:
-        """The number of the file, how many of its bytes had been read, and the rows."""
-        file, records = work
-        rows = [self._row(record) | {"file": file, "line": record.line} for record in records]
-        return file, records[-1].bytes_read, pa.RecordBatch.from_pylist(rows, schema=COLUMNS.arrow_schema)
+    def __getitem__(self, portion: Portion) -> tuple[int, int, pa.RecordBatch]:
+        """The number of the last record's file, how many of its bytes had been read, and the rows."""
+        rows = [self._row(record) | {"file": file, "line": record.line} for file, record in portion]
+        file, record = portion[-1]
+        return file, record.bytes_read, pa.RecordBatch.from_pylist(rows, schema=COLUMNS.arrow_schema)
 
     def _row(self, record: Record) -> dict:
         try:
@@ -118,7 +208,7 @@ class Rows(Dataset):
             "length": len(input_ids),
             # no token comes before the first of a sample, so nothing predicts it
             "response_tokens": int((ends - np.maximum(begins, 1)).sum()),
-            "draw": xxhash.xxh3_64_intdigest(json.dumps(record.value, sort_keys=True).encode()) / 2**64,
+            "draw": xxhash.xxh3_64_intdigest(json.dumps(record.value, sort_keys=True, default=repr).encode()) / 2**64,
             "error": None,
         }
 
@@ -127,8 +217,7 @@ class Rows(Dataset):
 class PreparationConfig(datasets.BuilderConfig):
     """What a :class:`Preparation` works on."""
 
-    files: list[str] | None = None
-    sizes: list[int] | None = None
+    source: Source | None = None
     settings: Settings | None = None
     num_proc: int = 1
 
@@ -146,77 +235,68 @@ class Preparation(datasets.ArrowBasedBuilder):
 
     def _generate_tables(self) -> Iterator[tuple[Key, pa.Table]]:
         config = self.config
-        starts = list(accumulate(config.sizes, initial=0))
-        options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 1}
+        starts = list(accumulate(config.source.sizes, initial=0))
+        options = {"unit": config.source.unit, "unit_scale": True, "leave": False}
         with progress_bar(total=starts[-1], desc="preparing data", **options) as bar:
-            fewer = f"Prepare in fewer processes than --data.num_proc {config.num_proc}, or free some memory."
-            portions = fetch(Rows(config.settings), _portions(config.files), config.num_proc, fewer)
+            fewer = config.settings.fewer_processes.format(config.num_proc)
+            portions = fetch(Rows(config.settings), _portions(config.source), config.num_proc, fewer)
             batches: list[pa.RecordBatch] = []
+            size = first_row = 0
             try:
                 for number, (file, bytes_read, rows) in enumerate(portions):
                     if config.settings.on_error == "stop":
-                        _check(rows, config.files[file], config.settings.cut_by)
+                        _check(rows, first_row, config.source, config.settings.cut_by)
+                    first_row += len(rows)
                     bar.update(starts[file] + bytes_read - bar.n)
                     batches.append(rows)
-                    if sum(batch.nbytes for batch in batches) >= BATCH_BYTES:
+                    size += rows.nbytes
+                    if size >= BATCH_BYTES:
                         yield Key(0, number), pa.Table.from_batches(batches).combine_chunks()
-                        batches = []
+                        batches, size = [], 0
                 if batches:
                     yield Key(0, number + 1), pa.Table.from_batches(batches).combine_chunks()
             finally:
                 portions.stop()
 
 
-def _portions(files: list[str]) -> Iterator[tuple[int, list[Record]]]:
-    for number, file in enumerate(files):
-        portion = []
-        for record in read(file):
-            portion.append(record)
-            if len(portion) == PORTION:
-                yield number, portion
-                portion = []
-        if portion:
-            yield number, portion
+def _portions(source: Source) -> Iterator[Portion]:
+    # a portion goes on from file to file: each costs a message, whatever is in it
+    records = iter(source)
+    while portion := list(islice(records, PORTION)):
+        yield portion
 
 
-def _check(rows: pa.RecordBatch, file: str, cut_by: str) -> None:
-    for length, line, error in zip(*(rows[name].to_pylist() for name in ("length", "line", "error")), strict=True):
-        if length == 0:
-            raise UserError(
-                f"{place(file, line)}: {error}.\n"
-                f"Mend or remove it ({cut_by} cuts long ones), or leave bad records out with --data.on_error skip."
-            )
+def _check(rows: pa.RecordBatch, first_row: int, source: Source, cut_by: str) -> None:
+    bad = np.flatnonzero(rows["length"].to_numpy() == 0)
+    if len(bad):
+        row = rows.slice(bad[0], 1).to_pylist()[0]
+        raise source.refusal(row["file"], row["line"], first_row + int(bad[0]), row["error"], cut_by)
 
 
-def prepare(
-    files: list[str], identities: list, settings: Settings, cache_dir: Path, num_proc: int
-) -> tuple[datasets.Dataset, str]:
+def prepare(source: Source, settings: Settings, cache_dir: Path, num_proc: int) -> tuple[datasets.Dataset, str]:
     """One row for each record, in their order, and their fingerprint; what was prepared before is found again.
 
     Args:
-        files: what to read.
-        identities: path, size and more of each file: plain data that changes when the file does.
-        settings: what to make of the records.
+        source: the records.
+        settings: what to make of them.
         cache_dir: where prepared data is kept, in a folder for each fingerprint.
-        num_proc: processes that encode.
+        num_proc: processes that encode; with 0 this one does.
 
     Raises:
         UserError: a bad record, unless they are to be skipped; unreadable files; a full disk.
     """
-    fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([settings.fingerprint, identities]).encode())
+    # preparation has a progress line of its own, with an end in sight
+    datasets.disable_progress_bars()
+    fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([settings.fingerprint, source.identity]).encode())
     folder = cache_dir / fingerprint
     found = any(folder.glob("**/dataset_info.json"))
-    builder = Preparation(
-        cache_dir=str(folder),
-        config_id=fingerprint,
-        files=files,
-        sizes=[identity[1] for identity in identities],
-        settings=settings,
-        num_proc=num_proc,
-    )
+    options = {"config_id": fingerprint, "source": source, "settings": settings, "num_proc": num_proc}
     try:
+        builder = Preparation(cache_dir=str(folder), **options)
         return _build(builder), fingerprint
     except (OSError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and not found:
+            raise _cause(error, folder, settings) from error
         if not found:
             raise
         print(f"The prepared data in {folder} is damaged ({_first_line(error)}): preparing it again.", file=sys.stderr)
@@ -228,25 +308,26 @@ def _build(builder: Preparation) -> datasets.Dataset:
     try:
         builder.download_and_prepare()
     except datasets.exceptions.DatasetGenerationError as error:
-        raise _cause(error, Path(builder.cache_dir)) from error
+        raise _cause(error, Path(builder.cache_dir), builder.config.settings) from error
     rows = builder.info.splits["train"].num_examples
     if rows == 0:
-        raise UserError(f"There are no records in {', '.join(builder.config.files[:3])}. Give a file that has some.")
+        # the package writes no file then
+        return datasets.Dataset.from_dict({name: [] for name in COLUMNS}, features=COLUMNS)
     dataset = builder.as_dataset(split="train")
     if len(dataset) != rows:
         raise ValueError(f"{len(dataset):,} rows instead of {rows:,}")
     return dataset
 
 
-def _cause(error: BaseException, folder: Path) -> Exception:
+def _cause(error: BaseException, folder: Path, settings: Settings) -> Exception:
     """What a user is to be told about: the package that prepares the data wraps what went wrong."""
     while not isinstance(error, (UserError, OSError)) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, OSError):
-        free = shutil.disk_usage(folder.parent).free
+        free = shutil.disk_usage(next(parent for parent in folder.parents if parent.is_dir())).free
         return UserError(
             f"The data cannot be prepared in {folder}: {_first_line(error)} ({free / 1e9:,.1f} GB are free).\n"
-            "Give another directory with --data.cache_dir."
+            f"{settings.other_cache}"
         )
     return error
 

@@ -7,7 +7,7 @@ from litgpt.data import Alpaca, DataModule, LitData, MicroLlama, OpenWebText, Te
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.data.chunks import open_chunks
-from litgpt_akl.data.litgpt_modules import tokenise
+from litgpt_akl.data.litgpt_modules import open_module
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.errors import UserError
@@ -73,4 +73,4 @@ def prepare_stores(
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=train.max_seq_length)
     if isinstance(data, StreamingSFT):
         return data.prepare(checkpoint_dir, context_length, cut_by)
-    return tokenise(data, train.max_seq_length, context_length, cut_by)
+    return open_module(data, tokenizer, train.max_seq_length, context_length, checkpoint_dir, cut_by)

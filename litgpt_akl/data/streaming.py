@@ -15,7 +15,8 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.data import preparation
 from litgpt_akl.data.arrow_store import ALL, ArrowStore
-from litgpt_akl.data.files import find_files, identify
+from litgpt_akl.data.files import find_files
+from litgpt_akl.data.preparation import FileRecords, default_cache_dir
 from litgpt_akl.data.records import place
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.errors import UserError
@@ -93,8 +94,6 @@ class StreamingSFT(DataModule):
         Raises:
             UserError: no data, a bad record, more than 1 % of them, a sample longer than ``micro_batch_tokens``.
         """
-        # preparation has a progress line of its own, with an end in sight
-        datasets.disable_progress_bars()
         if self.prompt_style is None:
             self.prompt_style = own_prompt_style(checkpoint_dir)
         settings = preparation.Settings(
@@ -123,9 +122,10 @@ class StreamingSFT(DataModule):
 
     def _stores(self, path: str, settings: preparation.Settings, ranges: list[tuple[float, float]]) -> list[ArrowStore]:
         files = find_files(path)
-        cache_dir = self.cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "litgpt_akl"
-        num_proc = self.num_proc or available_cores()
-        dataset, fingerprint = preparation.prepare(files, identify(files), settings, cache_dir, num_proc)
+        cache_dir, num_proc = self.cache_dir or default_cache_dir(), self.num_proc or available_cores()
+        dataset, fingerprint = preparation.prepare(FileRecords(files), settings, cache_dir, num_proc)
+        if len(dataset) == 0:
+            raise UserError(f"There are no records in {', '.join(files[:3])}. Give a file that has some.")
         if self.on_error == "skip":
             self._report_bad_records(dataset, path, files, settings.cut_by)
         return [
@@ -135,7 +135,7 @@ class StreamingSFT(DataModule):
                 mask_prompt=self.mask_prompt,
                 settings=settings.fingerprint,
                 fingerprint=fingerprint,
-                place=lambda file, line: place(files[file], line),
+                place=lambda file, line, row: place(files[file], line),
             )
             for draws in ranges
         ]
