@@ -155,5 +155,5 @@ def test_the_walk_finds_what_it_is_made_for():
     assert {"max_seq_length", "generation.seeds", "data.micro_batch_tokens"} <= found["evaluate_akl"]
     assert "out" in found["report_akl"]
     for command in ("finetune_akl", "evaluate_akl"):
-        assert Definition("litgpt_akl.data.litgpt_modules", "_check_sample") in reached(command)
+        assert Definition("litgpt_akl.data.litgpt_modules", "_flaw") in reached(command)
     assert Definition("litgpt_akl.cache.cache", "TeacherCache") not in reached("evaluate_akl")

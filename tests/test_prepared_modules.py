@@ -1,6 +1,9 @@
 """What LitGPT's finetuning modules hold is prepared once, in files, and is what their SFTDataset gives."""
 
 import json
+import multiprocessing
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,7 @@ from litgpt.args import TrainArgs
 from litgpt.data import FLAN, JSON, LIMA, Alpaca, Alpaca2k, AlpacaGPT4, DataModule, Deita, LongForm, SFTDataset
 from litgpt.prompts import Default, PromptStyle
 from litgpt.tokenizer import Tokenizer
+from ranks import in_processes
 from torch.utils.data import DataLoader
 
 from litgpt_akl.data import preparation
@@ -176,6 +180,30 @@ def test_they_are_prepared_once(tmp_path, teacher_dir, name, monkeypatch):
     again = stores(data, teacher_dir)
     assert [store.fingerprint for store in again] == [store.fingerprint for store in first]
     assert not any(isinstance(value, SFTDataset) for value in vars(data).values()), "its records stay in memory"
+
+
+@pytest.mark.parametrize("name", ["JSON file", "Alpaca"])
+def test_of_two_processes_one_prepares_what_both_open(tmp_path, teacher_dir, name, monkeypatch):
+    data = MODULES[name][0](tmp_path / "data")
+    fetch, together = preparation.fetch, multiprocessing.Barrier(2)
+
+    def slow_fetch(*args):
+        (tmp_path / f"fetched {os.getpid()} {time.monotonic_ns()}").touch()
+        time.sleep(1)
+        return fetch(*args)
+
+    def work():
+        together.wait()
+        found = stores(data, teacher_dir)
+        read = [sample["input_ids"].tolist() for store in found for sample in store.read(range(len(store)))]
+        (tmp_path / f"read {os.getpid()}").write_text(json.dumps([[store.fingerprint for store in found], read]))
+
+    monkeypatch.setattr(preparation, "fetch", slow_fetch)
+    in_processes(2, work)
+    # a file, or a split of a module
+    assert len(list(tmp_path.glob("fetched *"))) == (1 if name == "JSON file" else 2)
+    one, other = (json.loads(path.read_text()) for path in tmp_path.glob("read *"))
+    assert one == other and len(one[1]) == len(ROWS)
 
 
 def test_they_are_prepared_again_when_something_differs(tmp_path, teacher_dir, cache_dir):

@@ -174,7 +174,8 @@ def open_module(
         getattr(data, "prompt_style", None),
         max_seq_length,
         context_length,
-        cut_by=cut_by,
+        "stop",
+        cut_by,
     )
     if type(data) is JSON:
         stores = _open_json(data, replace(settings, mask_prompt=data.mask_prompt))

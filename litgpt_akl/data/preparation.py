@@ -98,8 +98,8 @@ class Settings:
     prompt_style: PromptStyle
     max_seq_length: int | None
     context_length: int
-    on_error: str = "stop"
-    cut_by: str = "--train.max_seq_length"
+    on_error: str
+    cut_by: str
     """The command's option for ``max_seq_length``, for messages."""
 
     other_cache: ClassVar[str] = "Give another directory with --data.cache_dir."
