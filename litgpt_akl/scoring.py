@@ -101,7 +101,7 @@ class Scorer:
             None if temperature == 1 else self.number(temperature),
             None if softcap is None else self.number(softcap),
         )
-        variant = objective.divergence, *(weight is None for weight in weights)
+        variant = objective.divergence if form is None else "slope", *(weight is None for weight in weights)
         self.replace = partial(make(_replace_by_gradient, *variant, finite=finite), weights=weights)
 
     def __call__(self, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, stats: Tensor) -> None:
