@@ -7,7 +7,7 @@ from logarithms, since ``p / q`` may be too large for float32. Ids without mass 
 
 Each function takes a tile of teacher's and student's logits, ``[n, vocab]``, their comparison, what the divergence
 depends on, ``finite``, which promises that no logit is -inf, and ``scratch``, five ``[n, vocab]`` tensors to write
-into.
+into. No code may depend on the value of a ``Number``, which may be a tensor; what does is a bool of its own.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt_akl.comparison import NO_SCRATCH, Comparison, Scratch, distributions, log_distributions, without_nan
+from litgpt_akl.comparison import NO_SCRATCH, Comparison, Number, Scratch, distributions, log_distributions, without_nan
 
 # where p and q differ by more than e**80, the smaller one of them has no part in any sum
 _LARGEST_LOG_RATIO = 80.0
@@ -33,7 +33,7 @@ class Slope(NamedTuple):
     student: Tensor
     """``q``, ``[n, vocab]``."""
 
-    def gradient(self, scale: float = 1.0, student_scale: float = 0.0) -> Tensor:
+    def gradient(self, scale: Number = 1.0, student_scale: Number = 0.0) -> Tensor:
         """``scale`` times the gradient, plus ``student_scale * q``; ``[n, vocab]``, in the place of ``pull``."""
         constant = student_scale - scale * self.drift
         return self.pull.mul_(scale).add_(self.student.mul_(constant[:, None]))
@@ -44,23 +44,25 @@ def generalised_jsd(
     student_logits: Tensor,
     comparison: Comparison,
     *,
-    beta: float,
+    beta: Number,
+    teacher_outweighs: bool,
     finite: bool = False,
     scratch: Scratch = NO_SCRATCH,
 ) -> Slope:
     """``KL(p || m) / (1 - beta) + KL(q || m) / beta`` with ``m = beta p + (1 - beta) q``, for 0 < ``beta`` < 1.
 
     This is the generalised Jensen-Shannon divergence of arXiv 2306.13649 divided by ``beta (1 - beta)``.
+    ``teacher_outweighs`` tells whether ``beta`` is above 1/2.
     """
     log_p, log_q, p, q = distributions(teacher_logits, student_logits, comparison, scratch)
     log_ratio = _bounded_log_ratio(log_p, log_q, finite)
     # the one that is divided by the smaller share is computed, and not a difference
-    if beta <= 0.5:
-        log_q_to_m = torch.expm1(log_ratio, out=scratch[1]).mul_(beta).log1p_().neg_()
-        log_p_to_m = log_ratio.add_(log_q_to_m)
-    else:
+    if teacher_outweighs:
         log_p_to_m = torch.neg(log_ratio, out=scratch[1]).expm1_().mul_(1 - beta).log1p_().neg_()
         log_q_to_m = torch.sub(log_p_to_m, log_ratio, out=scratch[0])
+    else:
+        log_q_to_m = torch.expm1(log_ratio, out=scratch[1]).mul_(beta).log1p_().neg_()
+        log_p_to_m = log_ratio.add_(log_q_to_m)
     pull = log_q_to_m.mul_(q).div_(beta)
     drift = pull.sum(dim=-1)
     value = log_p_to_m.mul_(p).sum(dim=-1) / (1 - beta) + drift
@@ -72,7 +74,7 @@ def skewed_forward_kl(
     student_logits: Tensor,
     comparison: Comparison,
     *,
-    skew: float,
+    skew: Number,
     finite: bool = False,
     scratch: Scratch = NO_SCRATCH,
 ) -> Slope:
@@ -90,7 +92,7 @@ def skewed_reverse_kl(
     student_logits: Tensor,
     comparison: Comparison,
     *,
-    skew: float,
+    skew: Number,
     finite: bool = False,
     scratch: Scratch = NO_SCRATCH,
 ) -> Slope:
@@ -146,8 +148,8 @@ def alpha_beta(
     student_logits: Tensor,
     comparison: Comparison,
     *,
-    alpha: float,
-    beta: float,
+    alpha: Number,
+    beta: Number,
     finite: bool = False,
     scratch: Scratch = NO_SCRATCH,
 ) -> Slope:
@@ -173,7 +175,7 @@ def tail_aware_kl(
     comparison: Comparison,
     *,
     top_k: int,
-    tail_weight: float,
+    tail_weight: Number,
     finite: bool = False,
     scratch: Scratch = NO_SCRATCH,
 ) -> Slope:
@@ -195,9 +197,10 @@ def tail_aware_kl(
     top = without_nan(top_p * (top_log_p - top_log_q), finite=False).add_(top_q - top_p).sum(dim=-1)
     value = top + without_nan(mass_p * (log_mass_p - log_mass_q), finite=False) + (mass_q - mass_p)
     no_tail = log_mass_p.isneginf()
-    if tail_weight > 0:
-        among_others = without_nan(log_p.sub_(log_q).mul_(p), finite=False).sum(dim=-1) - (log_mass_p - log_mass_q)
-        value = value + tail_weight * torch.where(no_tail | log_mass_q.isneginf(), 0, among_others)
+    among_others = without_nan(log_p.sub_(log_q).mul_(p), finite=False).sum(dim=-1) - (log_mass_p - log_mass_q)
+    among_others = torch.where(no_tail | log_mass_q.isneginf(), 0, among_others)
+    # a weight of 0 makes nothing of an infinite one
+    value = value + without_nan(tail_weight * among_others, finite=False)
     weight = torch.where(no_tail, 0, tail_weight * torch.ones_like(mass_p))
     pull = torch.sub(q, p, out=scratch[2]).mul_(weight[:, None]).add_(q.mul_((mass_q - mass_p)[:, None]))
     pull.scatter_(-1, ids, top_q - top_p)

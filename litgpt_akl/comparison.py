@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Scratch = Sequence[Tensor | None]
+Number = Tensor | float
+"""A number that an option gives: torch.compile must get it as a tensor of shape ``[]``, whose value it cannot keep."""
 NO_SCRATCH: Scratch = (None, None, None, None, None)
 
 

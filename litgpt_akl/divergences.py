@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from litgpt_akl.adaptive import HeadRule, adaptive_weight, find_head
-from litgpt_akl.comparison import NO_SCRATCH, Comparison, Scratch, compare, distributions, without_nan
+from litgpt_akl.comparison import NO_SCRATCH, Comparison, Number, Scratch, compare, distributions, without_nan
 from litgpt_akl.objectives import Objective
 
 
-def blend(share: Tensor | float, forward: Tensor, reverse: Tensor) -> Tensor:
+def blend(share: Number | None, forward: Tensor, reverse: Tensor) -> Tensor:
     """``share * forward + (1 - share) * reverse``, where a side without a share counts nothing even if infinite."""
+    if share is None:
+        return forward
     if not isinstance(share, Tensor):
-        if share in (0.0, 1.0):
-            return forward if share == 1.0 else reverse
-        return share * forward + (1 - share) * reverse
+        return reverse if share == 0.0 else share * forward + (1 - share) * reverse
     return torch.where(share == 0, 0, share * forward) + torch.where(share == 1, 0, (1 - share) * reverse)
 
 
@@ -27,10 +27,10 @@ def gradient(
     teacher_logits: Tensor,
     student_logits: Tensor,
     comparison: Comparison,
-    share: Tensor | float,
+    share: Number | None,
     *,
-    scale: float = 1.0,
-    student_scale: float = 0.0,
+    scale: Number = 1.0,
+    student_scale: Number = 0.0,
     finite: bool = False,
     scratch: Scratch = NO_SCRATCH,
 ) -> Tensor:
@@ -43,15 +43,15 @@ def gradient(
         teacher_logits: ``[n, vocab]``.
         student_logits: ``[n, vocab]``.
         comparison: of the two.
-        share: of forward KL, a number or a detached ``[n]`` tensor.
+        share: of forward KL, a number or a detached ``[n]`` tensor; None: there is no reverse KL.
         scale: see above.
         student_scale: see above.
         finite: promises that no logit is -inf.
         scratch: five ``[n, vocab]`` tensors to write into, one of which is returned.
     """
     log_p, log_q, p, q = distributions(teacher_logits, student_logits, comparison, scratch)
-    if isinstance(share, float) and share == 1.0:
-        return q.mul_(scale + student_scale).sub_(p, alpha=scale)
+    if share is None:
+        return q.mul_(scale + student_scale).sub_(p.mul_(scale))
     share = torch.as_tensor(share, dtype=q.dtype, device=q.device)[..., None]
     forward_scale, reverse_scale = scale * share, scale * (1 - share)
     constant = forward_scale + student_scale - reverse_scale * comparison.reverse_kl[:, None]
@@ -72,7 +72,7 @@ class _Divergence(torch.autograd.Function):
             share = objective.forward_share(weight)
             value = blend(share, comparison.forward_kl, comparison.reverse_kl)
         else:
-            slope = form(teacher, student, comparison, **objective.options)
+            slope = form(teacher, student, comparison, **objective.options, **objective.switches)
             value = slope.value
         if ctx.needs_input_grad[0]:
             change = gradient(teacher, student, comparison, share) if form is None else slope.gradient()

@@ -22,10 +22,16 @@ class _Entry(NamedTuple):
     """The options that it depends on."""
     ends: dict[tuple[float, ...], float]
     """Values of the options that make it forward KL (1) or reverse KL (0)."""
+    switches: Callable[..., dict[str, bool]] = lambda **options: {}
+    """What the values of the options decide about its code."""
+
+
+def _weigh(beta: float) -> dict[str, bool]:
+    return {"teacher_outweighs": beta > 0.5}
 
 
 _CLOSED_FORMS: dict[str, _Entry] = {
-    "jsd": _Entry(closed_forms.generalised_jsd, {"beta": 0.5}, {(0,): 1.0, (1,): 0.0}),
+    "jsd": _Entry(closed_forms.generalised_jsd, {"beta": 0.5}, {(0,): 1.0, (1,): 0.0}, _weigh),
     "skewed_fkl": _Entry(closed_forms.skewed_forward_kl, {"skew": 0.1}, {(0,): 1.0}),
     "skewed_rkl": _Entry(closed_forms.skewed_reverse_kl, {"skew": 0.1}, {(0,): 0.0}),
     "tv": _Entry(closed_forms.total_variation, {}, {}),
@@ -114,7 +120,14 @@ class Objective:
         """The options that a divergence in closed form depends on, and their values; none of an own function."""
         defaults = _CLOSED_FORMS[self.divergence].defaults if self.divergence in _CLOSED_FORMS else {}
         given = {name: getattr(self, name) for name in defaults}
-        return {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+        values = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
+        return {name: type(defaults[name])(value) for name, value in values.items()}
+
+    @property
+    def switches(self) -> dict[str, bool]:
+        """What :attr:`options` decide about the code of a divergence in closed form, beside being its numbers."""
+        entry = _CLOSED_FORMS.get(self.divergence)
+        return {} if entry is None else entry.switches(**self.options)
 
     @property
     def _end(self) -> float | None:
@@ -123,7 +136,7 @@ class Objective:
 
     @property
     def form(self) -> Callable[..., Slope] | None:
-        """What gives value and gradient of a tile, from its logits, its comparison and :attr:`options`.
+        """What gives value and gradient of a tile, from logits, comparison, :attr:`options` and :attr:`switches`.
 
         None where they are shares of forward and reverse KL.
         """
@@ -131,10 +144,12 @@ class Objective:
             return _CLOSED_FORMS[self.divergence].function if self._end is None else None
         return None if self.divergence in get_args(DivergenceName) else own_divergence(self.divergence)
 
-    def forward_share(self, adaptive_weight: Tensor) -> Tensor | float:
-        """Share of forward KL where there is no form, the rest being reverse KL."""
-        shares = {"akl": adaptive_weight, "fkl": 1.0, "rkl": 0.0, "mix": self.mix_ratio}
-        return shares[self.divergence] if self._end is None else self._end
+    def forward_share(self, adaptive_weight: Tensor) -> Tensor | float | None:
+        """Share of forward KL where there is no form, the rest being reverse KL; None where there is no rest."""
+        if self.divergence == "akl":
+            return adaptive_weight
+        share = {"fkl": 1.0, "rkl": 0.0, "mix": self.mix_ratio}[self.divergence] if self._end is None else self._end
+        return None if share == 1.0 else share
 
     @property
     def working_blocks(self) -> int:

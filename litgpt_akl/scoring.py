@@ -4,15 +4,18 @@ On a CPU, rows are worked on in tiles that stay in the cache from the first pass
 allocated once; torch.compile, where it works, fuses the passes.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from types import FunctionType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from litgpt_akl.adaptive import adaptive_weight, find_head
 from litgpt_akl.closed_forms import Slope
-from litgpt_akl.comparison import NO_SCRATCH, Comparison, Scratch, compare
+from litgpt_akl.comparison import NO_SCRATCH, Comparison, Number, Scratch, compare
 from litgpt_akl.divergences import blend, gradient
 from litgpt_akl.objectives import Objective
 from litgpt_akl.own_divergence import OwnDivergence
@@ -39,6 +42,19 @@ the label."""
 
 # less than 1 MB in float32, so that what a tile needs fits into a core's cache
 _TILE_ELEMENTS = 200_000
+
+
+class _Weights(NamedTuple):
+    """The numbers that the gradient of the loss depends on; None for what is left out, since that is other code."""
+
+    divergence: Number
+    """``kd_ratio * temperature``."""
+    cross_entropy: Number | None
+    """``1 - kd_ratio``; None for 0."""
+    temperature: Number | None
+    """None for 1."""
+    softcap: Number | None
+    """Of the student's logits."""
 
 
 class Scorer:
@@ -69,20 +85,24 @@ class Scorer:
             self.tile = max(1, _TILE_ELEMENTS // block.size(1))
             if not compiled:
                 self.scratch = tuple(block.new_empty(len(NO_SCRATCH), self.tile, block.size(1)))
-        make = _compiled if compiled else partial
+        make = _compiled if compiled else _eager
+        self.number = partial(_as_tensor, like=block) if compiled else float
         self.compare = make(compare, finite=finite)
         self.form = form = objective.form
         if form is not None:
             # apart from self.replace: of both in one, torch 2.13 cannot make CPU code for some divergences
-            make_form = partial if isinstance(form, OwnDivergence) else make
-            self.form = make_form(form, **objective.options, finite=finite)
-        self.replace = make(
-            _replace_by_gradient,
-            kd_ratio=objective.kd_ratio,
-            temperature=objective.temperature,
-            softcap=softcap,
-            finite=finite,
+            make_form = _eager if isinstance(form, OwnDivergence) else make
+            numbers = {n: self.number(x) if isinstance(x, float) else x for n, x in objective.options.items()}
+            self.form = partial(make_form(form, **objective.switches, finite=finite), **numbers)
+        kd_ratio, temperature = objective.kd_ratio, objective.temperature
+        weights = _Weights(
+            self.number(kd_ratio * temperature),
+            None if kd_ratio == 1 else self.number(1 - kd_ratio),
+            None if temperature == 1 else self.number(temperature),
+            None if softcap is None else self.number(softcap),
         )
+        variant = objective.divergence if form is None else "slope", *(weight is None for weight in weights)
+        self.replace = partial(make(_replace_by_gradient, *variant, finite=finite), weights=weights)
 
     def __call__(self, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, stats: Tensor) -> None:
         """Fill the rows of ``stats`` ``[len(STATISTICS), block]`` for blocks of logits ``[block, vocab]``."""
@@ -121,8 +141,12 @@ class Scorer:
             divergence.copy_(blend(share, comparison.forward_kl, comparison.reverse_kl) * temperature**2)
             if not self.want_gradient:
                 return
+        if objective.kd_ratio == 0:
+            share = None
+        elif isinstance(share, float):
+            share = self.number(share)
         for rows, scratch in tiles:
-            tile_share = share[rows] if isinstance(share, Tensor) else share
+            tile_share = share[rows] if isinstance(share, Tensor) and share.ndim > 0 else share
             of_rows, slope = Comparison(*(value[rows] for value in comparison)), None
             if self.form is not None:
                 slope = self.form(teacher[rows], student[rows], of_rows, scratch=scratch)
@@ -135,7 +159,7 @@ class Scorer:
                     tile_share,
                     log_sum[rows],
                     labels[rows, None],
-                    slope,
+                    None if objective.kd_ratio == 0 else slope,  # an infinite divergence has no part in it
                     scratch=scratch,
                 )
 
@@ -154,51 +178,46 @@ def _replace_by_gradient(
     teacher_logits: Tensor,
     student_logits: Tensor,
     comparison: Comparison,
-    share: Tensor | float | None,
+    share: Number | None,
     log_sum: Tensor,
     labels: Tensor,
     slope: Slope | None,
     *,
-    kd_ratio: float,
-    temperature: float,
-    softcap: float | None,
+    weights: _Weights,
     finite: bool,
     scratch: Scratch,
 ) -> None:
     """Overwrite ``student_logits`` with the gradient of the loss in the logits as they were before the softcap.
 
     ``comparison`` is of the logits divided by the temperature, ``log_sum`` is that of ``student_logits``. The
-    divergence is given by its ``share`` of forward KL, or else by its ``slope`` at that temperature.
+    divergence is given by its ``slope`` at that temperature, or else by its ``share`` of forward KL.
     """
     teacher, student = teacher_logits, student_logits
-    if temperature != 1.0:
+    if weights.temperature is not None:
         # divided here again: handed in beside student_logits, they could be the same memory under another name
-        teacher, student = teacher / temperature, student / temperature
-    cross_entropy_scale = 1 - kd_ratio
+        teacher, student = teacher / weights.temperature, student / weights.temperature
     # at temperature 1 the student's distribution is the same in the divergence and in the cross-entropy
-    shared = cross_entropy_scale if temperature == 1.0 else 0.0
-    scale = kd_ratio * temperature
-    if kd_ratio == 0:
-        slope, share = None, 1.0  # of nothing, and an infinite divergence has no part in it
+    is_shared = weights.temperature is None and weights.cross_entropy is not None
+    shared = weights.cross_entropy if is_shared else 0.0
     if slope is not None:
-        result = slope.gradient(scale, shared)
+        result = slope.gradient(weights.divergence, shared)
     else:
         result = gradient(
             teacher,
             student,
             comparison,
             share,
-            scale=scale,
+            scale=weights.divergence,
             student_scale=shared,
             finite=finite,
             scratch=scratch,
         )
-    if cross_entropy_scale > shared:
-        result.add_((student_logits - log_sum[:, None]).exp_(), alpha=cross_entropy_scale)
-    if cross_entropy_scale > 0:
-        result.scatter_add_(-1, labels, torch.full_like(labels, -cross_entropy_scale, dtype=result.dtype))
-    if softcap is not None:
-        result.mul_(1 - (student_logits / softcap).square_())
+    if weights.cross_entropy is not None:
+        if not is_shared:
+            result.add_((student_logits - log_sum[:, None]).exp_().mul_(weights.cross_entropy))
+        result.scatter_add_(-1, labels, (torch.zeros_like(log_sum) - weights.cross_entropy)[:, None])
+    if weights.softcap is not None:
+        result.mul_(1 - (student_logits / weights.softcap).square_())
     student_logits.copy_(result)
 
 
@@ -212,6 +231,37 @@ def can_compile(device_type: str) -> bool:
     return True
 
 
+def _as_tensor(number: float, like: Tensor) -> Tensor:
+    """A tensor of shape ``[]``; filled by the device itself, the host does not wait as it would for a copy."""
+    return torch.full((), number, dtype=like.dtype, device=like.device)
+
+
+def _eager(function: Callable, *_, **switches: bool) -> Callable:
+    return partial(function, **switches)
+
+
 @cache
-def _compiled(function: Callable, **constants) -> Callable:
-    return torch.compile(partial(function, **constants), dynamic=True)
+def _compiled(function: FunctionType, *variant: str | bool, **switches: bool) -> Callable:
+    """``function`` as torch.compile fuses it; what it is called with must have no Python float in it.
+
+    torch.compile would make a symbol of the float, specialise the code to its value, and take that code from its cache
+    for another value (pytorch issues 194976 and 197889).
+    """
+    # how much is compiled of a code object is limited, and all partials share one: each variant has its own
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    own.__kwdefaults__ = {**(function.__kwdefaults__ or {}), **switches}
+    fused = torch.compile(own, dynamic=True, fullgraph=True)
+
+    def call(*args, **kwargs):
+        try:
+            return fused(*args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            warnings.warn(
+                f"torch.compile has compiled as many variants of {function.__name__} as it may"
+                f" ({torch._dynamo.config.recompile_limit}, torch._dynamo.config.recompile_limit). Others are computed"
+                " without it, which is slower.",
+                stacklevel=2,
+            )
+            return function(*args, **kwargs, **switches)
+
+    return call

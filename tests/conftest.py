@@ -26,6 +26,12 @@ def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield directory
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_code(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A fresh cache for torch.compile, also in the processes that tests start: no earlier session decides a test."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+
+
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LitGPT checkpoint of glassllm's English model (4 layers, n_embd 128, context 128, tied). Do not change it."""

@@ -1,5 +1,7 @@
 """The block-wise loss over two heads against the dense formula under autograd."""
 
+import warnings
+from functools import cache
 from typing import get_args
 
 import pytest
@@ -217,6 +219,7 @@ def test_gradients_are_handed_out_once():
         value.backward()
 
 
+@pytest.mark.filterwarnings("error:torch.compile has compiled")
 @pytest.mark.parametrize("divergence", get_args(DivergenceName))
 @pytest.mark.parametrize(
     ("kd_ratio", "cases"),
@@ -228,9 +231,6 @@ def test_gradients_are_handed_out_once():
 )
 def test_compiled_gives_the_same_numbers(divergence, kd_ratio, cases, monkeypatch):
     monkeypatch.setattr("litgpt_akl.scoring._TILE_ELEMENTS", 3 * 90)
-    # how much is compiled in one process is limited, and beyond that it is eager without a word
-    torch._dynamo.reset()
-    _compiled.cache_clear()
     options = dict(divergence=divergence, kd_ratio=kd_ratio, block_tokens=8)
     compiled = DistillationLoss(compile=True, **options)
     assert compiled.compiles_on("cpu"), "the tests need a C++ compiler (apt-get install g++)"
@@ -242,6 +242,28 @@ def test_compiled_gives_the_same_numbers(divergence, kd_ratio, cases, monkeypatc
         torch.testing.assert_close(found.stats, wanted.stats, **close)
         for a, b in zip(gradients(found.loss, inputs), gradients(wanted.loss, inputs), strict=True):
             torch.testing.assert_close(a, b, **close)
+
+
+def test_each_variant_is_compiled_and_a_limit_is_said(monkeypatch):
+    monkeypatch.setattr("litgpt_akl.scoring._compiled", cache(_compiled.__wrapped__))
+    stats = torch._dynamo.utils.counters["stats"]
+    before = stats["unique_graphs"]
+    with torch._dynamo.config.patch(recompile_limit=1), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="torch.compile has compiled")
+        # the comparison once, and three gradients: with cross-entropy, without it, without reverse KL
+        for options in ({}, {"kd_ratio": 1.0}, {"divergence": "fkl"}):
+            loss = DistillationLoss(compile=True, **options)
+            loss(**problem(tokens=8))
+        assert stats["unique_graphs"] == before + 4
+        inputs = problem(tokens=8, dtype=torch.float32)
+        with pytest.warns(UserWarning) as said:
+            found = loss(**inputs)
+    names = [str(warning.message).split(" as it may (1, ")[0].split()[-1] for warning in said]
+    assert names == ["compare", "_replace_by_gradient"]
+    assert stats["unique_graphs"] == before + 4
+    wanted = DistillationLoss(divergence="fkl", compile=False)(**inputs)
+    torch.testing.assert_close(found.loss, wanted.loss)
+    torch.testing.assert_close(gradients(found.loss, inputs), gradients(wanted.loss, inputs))
 
 
 def test_an_infinite_divergence_is_seen():
