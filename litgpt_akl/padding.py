@@ -12,6 +12,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.utils import save_config
 from torch import Tensor
 
+from litgpt_akl.model_files import read_tokenizer
 from litgpt_akl.pair import token_map
 from litgpt_akl.weights import read_config
 
@@ -28,7 +29,7 @@ def count_ids(checkpoint_dir: Path, tokenizer: Tokenizer | None = None) -> int:
         checkpoint_dir: the checkpoint's.
         tokenizer: its, if it has been read already.
     """
-    highest = max(token_map(Tokenizer(checkpoint_dir) if tokenizer is None else tokenizer))
+    highest = max(token_map(read_tokenizer(checkpoint_dir) if tokenizer is None else tokenizer))
     added = _read(checkpoint_dir / "added_tokens.json").values()
     listed = _read(checkpoint_dir / "tokenizer_config.json").get("added_tokens_decoder", {})
     config = _read(checkpoint_dir / "config.json")
