@@ -10,4 +10,5 @@ if ! command -v chromedriver > /dev/null && [ "$(id -u)" = 0 ] && command -v apt
 fi
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+# each test file in one of two processes: the tests of a file share what it makes once
+python -m pytest -n 2 --dist loadfile "$@"
