@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import alice, distil, metrics
+from test_memory_on_a_gpu import PLANS, measure
 
 from litgpt_akl.args import LoRAArgs, TeacherArgs
 from litgpt_akl.teacher import Teacher
@@ -94,3 +95,13 @@ def test_a_teacher_on_its_own_stream_changes_nothing(student_dir, teacher_dir, a
     in_turn = distil(student_dir, teacher_dir, alice_json, tmp_path / "in-turn", **options)
     assert losses(tmp_path / "ahead") == losses(tmp_path / "in-turn")
     assert all(torch.equal(ahead[key], weight) for key, weight in in_turn.items())
+
+
+@pytest.mark.parametrize("name", ["akl", "one micro-batch", "LoRA", "bf16-mixed", "int8"])
+def test_a_run_in_a_process_that_has_used_the_gpu_follows_the_cpu(
+    name, on_cpu, student_dir, teacher_dir, alice_json, tmp_path
+):
+    """The allocator then hands out memory that others have written to, and does not wait for the driver."""
+    measure(PLANS["four micro-batches"], tmp_path, (3,))
+    distil(student_dir, teacher_dir, alice_json, tmp_path / "run", **CASES[name])
+    assert losses(tmp_path / "run") == pytest.approx(on_cpu[name], rel=TOLERANCE.get(name, 1e-4))
