@@ -361,6 +361,6 @@ def test_a_run_says_what_it_answers(student_dir, teacher_dir, alice_json, tmp_pa
     )
     save_config(replace(config, sliding_window_size=2, sliding_window_indices=[1] * config.n_layer), student)
     with pytest.raises(UserError, match="prompts are longer than the 2 tokens that .*\n.*--generation.seeds"):
-        evaluate_akl(student, teacher_checkpoint_dir=teacher_dir, **options)
+        evaluate_akl(student, teacher_checkpoint_dir=teacher_dir, **options | {"out_dir": tmp_path / "other"})
     with pytest.raises(UserError, match="the student can answer none of"):
         run(student, teacher_dir, alice_json, tmp_path / "none")

@@ -133,7 +133,7 @@ NOT_THIS_RUNS = {
     "its own student": (
         lambda out_dir: None,
         {"resume": "final"},
-        "is not a whole checkpoint .holds no training_state",
+        "is not a whole checkpoint .it is a student without the state",
     ),
 }
 

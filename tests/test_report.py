@@ -200,13 +200,13 @@ def test_what_cannot_be_written_does_not_end_the_run(
     """In its middle; after the last step it is an error (test_last_step.py)."""
     validate, taken = litgpt_akl.distil.validate, [tmp_path / "report.html", tmp_path / "examples.json"]
 
-    def validate_where_names_are_taken(fabric, state, *arguments):
+    def validate_where_names_are_taken(fabric, run, state, *arguments):
         for path in taken:
             if state["step_count"] == 1:
                 (path / "something").mkdir(parents=True)
             else:
                 shutil.rmtree(path)
-        return validate(fabric, state, *arguments)
+        return validate(fabric, run, state, *arguments)
 
     monkeypatch.setattr(litgpt_akl.distil, "validate", validate_where_names_are_taken)
     options = {"train": {"max_steps": 2}, "eval": {"initial_validation": False, "interval": 1}}
