@@ -88,12 +88,13 @@ MEASURED = {
         model(6, 512, 4096), model(8, 768, 4096), devices=2, micro_batch_size=2, sequence_length=384
     ),
     "two processes, mixed precision": make_plan(
-        model(6, 512, 1024),
-        model(6, 512, 1024),
+        model(3, 512, 1024),
+        model(3, 512, 1024),
         devices=2,
         precision="bf16-mixed",
         micro_batch_size=2,
-        sequence_length=640,
+        # on some processors products in bfloat16 are so slow that more does not end in time
+        sequence_length=320,
     ),
 }
 
