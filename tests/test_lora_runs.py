@@ -103,7 +103,7 @@ def test_many_processes_take_the_steps_of_one(request, run, alice_json, tmp_path
 
 
 def test_the_base_teaches_as_a_copy_of_it_would(states, student_dir, alice_json, tmp_path):
-    copy, lora = shutil.copytree(student_dir, tmp_path / "copy"), adapted("all", dropout=0.05)
+    copy, lora = shutil.copytree(student_dir, tmp_path / "copied"), adapted("all", dropout=0.05)
     teachers = {"asked": None, "given": student_dir, "copy": copy}
     for name, teacher in teachers.items():
         train(lora, student_dir, teacher, alice_json, tmp_path / name)
