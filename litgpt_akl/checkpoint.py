@@ -204,16 +204,15 @@ def set_random_state(saved: dict[str, Any]) -> None:
 
 
 def draw_own_numbers(step: int) -> None:
-    """Give each process but the first PyTorch's random numbers of its own, which no other one draws; for dropout.
+    """Give each process PyTorch's random numbers of its own, which no other one draws; for dropout.
 
     Python's and NumPy's stay those of all processes: what these choose, such as an example, is the same in each.
 
     Args:
         step: from which on, so that a process that comes later does not begin those of an earlier one again.
     """
-    if rank() > 0:
-        key = torch.initial_seed(), rank(), step
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+    key = torch.initial_seed(), rank(), step
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
 def find_training_state(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt.args import TrainArgs
 from litgpt.data import Alpaca, DataModule
 from litgpt.model import GPT
@@ -133,13 +132,6 @@ def evaluate_akl(
     if not 0 < mu <= 1:
         raise UserError(f"--mu must be above 0 and at most 1, got {mu}.")
     check_questions(data, generation)
-    if getattr(data, "micro_batch_tokens", None) is not None:
-        # it comes with the options of training, and would have samples refused that are longer
-        unused, data = data.micro_batch_tokens, replace(data, micro_batch_tokens=None)
-        rank_zero_only(print)(
-            f"--data.micro_batch_tokens {unused} has no effect on an evaluation: --batch_size {batch_size} records are"
-            " read together."
-        )
     devices = parse_devices(devices)
     check_run_args(devices, num_nodes, hybrid_sharding)
     students = {"student": checkpoint_dir, "before": before_checkpoint_dir}

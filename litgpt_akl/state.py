@@ -82,7 +82,7 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
         weights = with_new_adapters(student, weights, run.seed)
     if run.resume is None or run.lora.r is not None:
         load_weights(student, weights)
-    # on GPUs, setting models up has given all processes the random numbers of the first
+    # setting models up has drawn some, how many depends on the number of processes; on GPUs all have the first one's
     draw_own_numbers(0)
     if run.resume is not None:
         resume(fabric, run, state)

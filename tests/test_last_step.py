@@ -35,8 +35,8 @@ def after_validation(do: Callable[[Path], None]) -> Callable:
     def change(patch: pytest.MonkeyPatch, out_dir: Path) -> None:
         validate = module.validate
 
-        def validate_and_do(fabric, state, *arguments):
-            found = validate(fabric, state, *arguments)
+        def validate_and_do(fabric, run, state, *arguments):
+            found = validate(fabric, run, state, *arguments)
             if state["step_count"] == STEPS:
                 do(out_dir)
             return found

@@ -21,6 +21,7 @@ from runs import distil, metrics
 from test_consumers import GREEDY, QUESTION, litgpt, training_options
 from test_resume import assert_same
 from test_sharding import RATE, UNEVEN, difference, losses_in
+from torch._subclasses import FakeTensor
 
 from litgpt_akl import distil as run_module
 from litgpt_akl.args import LoRAArgs, TeacherArgs
@@ -185,7 +186,9 @@ def record_draws(out_dir: Path, processes: int, student: Path, data: Path, **cha
     masks, examples, example_prompt = [], [], run_module.example_prompt
 
     def keep_mask(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        if isinstance(module, torch.nn.Dropout) and module.training and torch.is_grad_enabled():
+        # the memory is predicted by a step without numbers
+        real = not isinstance(output, FakeTensor)
+        if real and isinstance(module, torch.nn.Dropout) and module.training and torch.is_grad_enabled():
             masks.append(output == 0)
 
     def keep_example(*arguments) -> torch.Tensor | None:
@@ -195,7 +198,7 @@ def record_draws(out_dir: Path, processes: int, student: Path, data: Path, **cha
     run_module.example_prompt = keep_example
     torch.nn.modules.module.register_module_forward_hook(keep_mask)
     steps = {"global_batch_size": 6, "micro_batch_size": 1, "max_steps": 4, "save_interval": 2}
-    options = {"train": steps, "eval": {"interval": 2, "max_new_tokens": 4, "evaluate_example": "random"}}
+    options = {"train": steps, "eval": {"interval": 1, "max_new_tokens": 4, "evaluate_example": "random"}}
     train(adapted("all", dropout=0.5), student, None, data, out_dir / "run", devices=processes, **options, **changes)
     rank = int(os.environ["RANK"])
     torch.save({"masks": masks, "examples": examples, "random": random_state()}, out_dir / f"{rank}.pth")
@@ -205,8 +208,9 @@ def test_processes_draw_masks_of_their_own_and_all_else_together(student_dir, tm
     (tmp_path / "data").mkdir()
     record = {"instruction": "Who are you?", "input": "", "output": "A cat, and a grin without one, as you see."}
     for name in ("train", "val"):
-        # one record many times, so that all masks have the same shapes, but prompts that tell examples apart
-        records = [record | {"instruction": f"Who are you {letter}?"} for letter in "abcdefghijkl"]
+        # one record many times, so that all masks have the same shapes, but prompts that tell examples apart: an "i"
+        # would be a token more
+        records = [record | {"instruction": f"Who are you {letter}?"} for letter in "abcdefghjklm"]
         (tmp_path / "data" / f"{name}.json").write_text(json.dumps(records))
     found, resumed = {}, tmp_path / "2" / "run" / "step-000002"
     for name, processes, changes in (
@@ -226,7 +230,7 @@ def test_processes_draw_masks_of_their_own_and_all_else_together(student_dir, tm
     def alike(one: dict, other: dict) -> float:
         """The share of two processes' masks that is the same."""
         pairs = [(a, b) for a, b in zip(one["masks"], other["masks"], strict=False) if a.shape == b.shape]
-        assert len(pairs) > 10
+        assert len(pairs) == min(len(one["masks"]), len(other["masks"])) > 10
         return sum((a == b).sum().item() for a, b in pairs) / sum(a.numel() for a, _ in pairs)
 
     for several in found.values():

@@ -169,19 +169,6 @@ def test_a_loss_without_divergence_is_said(student_dir, teacher_dir, short, tmp_
         assert ("the divergence is measured, and teaches nothing" in capsys.readouterr().out) == (kd_ratio == 0)
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [None, 40])
-def test_an_evaluation_says_what_it_does_not_use(student_dir, teacher_dir, tmp_path, capsys, micro_batch_tokens):
-    """Forty tokens are fewer than the longest sample has, which would be refused in training."""
-    records = [{"instruction": f"count to {n}", "output": "one two three " * n} for n in range(1, 8)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
-    options = {"cache_dir": tmp_path / "prepared", "num_proc": 1, "micro_batch_tokens": micro_batch_tokens}
-    data = StreamingSFT(str(tmp_path / "data.jsonl"), mask_prompt=True, prompt_style=Default(), **options)
-    evaluation = {"split": "training", "generation": GenerationArgs(seeds=[]), "out_dir": tmp_path / "out"}
-    evaluate_akl(student_dir, teacher_checkpoint_dir=teacher_dir, data=data, **evaluation)
-    words = "--data.micro_batch_tokens 40 has no effect on an evaluation"
-    assert (words in capsys.readouterr().out) == (micro_batch_tokens == 40)
-
-
 def test_advice_names_the_options_of_an_evaluation(student_dir, teacher_dir, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "count", "output": "one two three " * 60}))
     options = {"val_split_fraction": 0.0, "cache_dir": tmp_path / "prepared", "num_proc": 1}

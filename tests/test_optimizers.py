@@ -157,9 +157,10 @@ def test_one_process_and_two_take_the_same_steps_and_resume_them(student_dir, te
             assert difference(*(weights(tmp_path, number, processes, name) for name in ("whole", "resumed"))) == 0, case
     for number, case in enumerate(chosen):
         one, two = (weights(tmp_path, number, processes) for processes in (1, 2))
+        moved = difference(one, start)
         if precision == "32-true":
-            assert difference(one, two) < 1e-6, case
-        assert difference(one, start) > 1e-5, case
+            assert difference(one, two) < min(1e-6, moved / 10), case
+        assert moved > 1e-6, case
 
 
 def test_what_one_process_alone_can_use_goes_on_as_well(student_dir, teacher_dir, short, tmp_path):

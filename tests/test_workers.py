@@ -23,6 +23,18 @@ UNSEEN = {"initial_validation": False, "final_validation": False}
 LONG = {"max_steps": 1_000_000, "global_batch_size": 4, "micro_batch_size": 2}
 
 
+def _lose(worker: int) -> None:
+    os.kill(worker, signal.SIGKILL)
+    raise ConnectionResetError("reset by peer")
+
+
+class Lost:
+    """Reading it in the main process kills the worker that sent it, and finds the connection gone at once."""
+
+    def __reduce__(self):
+        return _lose, (os.getpid(),)
+
+
 class Numbers(Dataset):
     """Gives keys back; some do harm."""
 
@@ -31,6 +43,8 @@ class Numbers(Dataset):
             os.kill(os.getpid(), signal.SIGKILL)
         if key == "crash":
             os.kill(os.getpid(), signal.SIGBUS)
+        if key == "lost":
+            return Lost()
         if key == "mistake":
             raise UserError("This record is wrong.\nMend it.")
         if key == "fault":
@@ -48,7 +62,9 @@ def read(keys: list, workers: int) -> list:
     return found
 
 
-@pytest.mark.parametrize(("workers", "what", "name"), [(1, "kill", "SIGKILL"), (2, "crash", "SIGBUS")])
+@pytest.mark.parametrize(
+    ("workers", "what", "name"), [(1, "kill", "SIGKILL"), (2, "crash", "SIGBUS"), (2, "lost", "SIGKILL")]
+)
 def test_a_killed_worker_is_named(workers, what, name):
     handler = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(UserError) as caught:

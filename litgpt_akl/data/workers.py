@@ -4,6 +4,7 @@ import atexit
 import gc
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -88,15 +89,21 @@ class Fetched(Iterator):
     def __next__(self) -> Any:
         try:
             found = next(self._iterator)
-        except (RuntimeError, OSError, EOFError):
-            self._check_workers()
+        except (RuntimeError, OSError, EOFError) as error:
+            # a connection ends a moment before the process that had it
+            self._check_workers(wait=0.0 if isinstance(error, RuntimeError) else 2.0)
             raise
         if isinstance(found, UserError):
             raise found
         return found
 
-    def _check_workers(self) -> None:
+    def _check_workers(self, wait: float) -> None:
         workers = getattr(self._iterator, "_workers", [])
+        ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=wait)
+        for worker in workers:
+            if worker.sentinel in ended:
+                # its files are closed before it can be asked how it ended
+                worker.join(timeout=wait)
         for number, worker in enumerate(workers, start=1):
             if worker.exitcode is not None and worker.exitcode < 0:
                 by = signal.Signals(-worker.exitcode).name
