@@ -3,9 +3,10 @@
 No loss lowers what no token has, and LitGPT and Transformers draw from all rows of an LM head.
 """
 
-import json
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from litgpt_akl.model_files import read_tokenizer
 from litgpt_akl.pair import token_map
+from litgpt_akl.reading import explain_damage, read_json
 from litgpt_akl.weights import read_config
 
 PADDED = ("lm_head.weight", "lm_head.bias", "transformer.wte.weight")
@@ -28,28 +30,43 @@ def count_ids(checkpoint_dir: Path, tokenizer: Tokenizer | None = None) -> int:
     Args:
         checkpoint_dir: the checkpoint's.
         tokenizer: its, if it has been read already.
+
+    Raises:
+        UserError: one of these files is damaged.
     """
     highest = max(token_map(read_tokenizer(checkpoint_dir) if tokenizer is None else tokenizer))
-    added = _read(checkpoint_dir / "added_tokens.json").values()
-    listed = _read(checkpoint_dir / "tokenizer_config.json").get("added_tokens_decoder", {})
-    config = _read(checkpoint_dir / "config.json")
     named = [
         id
-        for part in (config, config.get("text_config") or {})
-        for entry, value in part.items()
-        if entry.endswith("_token_id")
-        for id in (value if isinstance(value, list) else [value])
-        if isinstance(id, int)
+        for name, ids_in in (
+            ("added_tokens.json", _added_ids),
+            ("tokenizer_config.json", _listed_ids),
+            ("config.json", _named_ids),
+        )
+        if (path := checkpoint_dir / name).is_file()
+        for id in _read_ids(path, ids_in)
     ]
-    return 1 + max([highest, *added, *map(int, listed), *named])
+    return 1 + max([highest, *named])
 
 
-def _read(path: Path) -> dict:
-    # a config.json that is none is refused by who needs it
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+def _read_ids(path: Path, ids_in: Callable[[dict[str, Any]], Iterable[int]]) -> list[int]:
+    content = read_json(path)
+    with explain_damage(path, "a file that names ids"):
+        return [*map(int, ids_in(content))]
+
+
+def _added_ids(added_tokens: dict[str, Any]) -> Iterable[int]:
+    return added_tokens.values()
+
+
+def _listed_ids(tokenizer_config: dict[str, Any]) -> Iterable[int]:
+    return tokenizer_config.get("added_tokens_decoder") or {}
+
+
+def _named_ids(config: dict[str, Any]) -> Iterable[int]:
+    for part in (config, config.get("text_config") or {}):
+        for entry, value in part.items():
+            if entry.endswith("_token_id"):
+                yield from (id for id in (value if isinstance(value, list) else [value]) if isinstance(id, int))
 
 
 def config_without_padding(config: Config, ids: int) -> Config:

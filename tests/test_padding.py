@@ -19,6 +19,7 @@ from litgpt.utils import save_config
 from transformers import AutoModelForCausalLM
 
 from litgpt_akl.args import LoRAArgs
+from litgpt_akl.errors import UserError
 from litgpt_akl.export_hf import export_hf
 from litgpt_akl.make_student import make_student
 from litgpt_akl.padding import count_ids
@@ -176,3 +177,24 @@ def test_a_head_with_a_bias(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
     assert len(model.lm_head.bias) == IDS
     assert (model(TEXT).logits - logits(student)[..., :IDS]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", '{"a": "b"}'),
+        ("added_tokens.json", "[]"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"a": {}}}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": 5}'),
+        ("config.json", '{"text_config": "a"}'),
+        ("config.json", '{"eos_token_id": 3'),
+    ],
+)
+def test_a_damaged_file_that_names_ids_is_named(student_dir, tmp_path, name, content):
+    student = shutil.copytree(student_dir, tmp_path / "student")
+    if name == "tokenizer_config.json":
+        # with its other entries, without which nobody has a tokenizer
+        content = json.dumps(json.loads((student / name).read_text()) | json.loads(content))
+    (student / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name} .*cannot be read as .*\n"):
+        count_ids(student)
