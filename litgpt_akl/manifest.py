@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import xxhash
 from litgpt_akl.directories import remove_directory
 from litgpt_akl.errors import UserError
 from litgpt_akl.reading import plain_names, with_checksum, without_checksum
+from litgpt_akl.stamps import Stamp, stamp_of
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -159,24 +159,6 @@ def _check_size(path: Path, name: str, expected: int) -> None:
     found = path.stat().st_size
     if found != expected:
         raise Damaged(f"{name} has {found:,} bytes, {expected:,} were written")
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """Of a file; the same as long as nobody writes to the file, also when its directory is renamed."""
-
-    path: Path = field(compare=False)
-    device: int
-    inode: int
-    size: int
-    modified: int
-    changed: int
-
-
-def stamp_of(path: Path) -> Stamp:
-    """A file's stamp as it is now; raises OSError if there is none."""
-    found = path.stat()
-    return Stamp(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 # at every save the question which older directories are whole comes up anew, and each may hold many gigabytes

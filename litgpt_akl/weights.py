@@ -16,9 +16,10 @@ from torch import Tensor
 from litgpt_akl import hf_weights
 from litgpt_akl.errors import UserError
 from litgpt_akl.lora import ADAPTERS
-from litgpt_akl.manifest import MANIFEST, Stamp, damage, stamp_of
+from litgpt_akl.manifest import MANIFEST, damage
 from litgpt_akl.model_files import check_model_files, read_hf_config
 from litgpt_akl.reading import explain_damage, read_yaml
+from litgpt_akl.stamps import Stamp, stamp_of
 from litgpt_akl.tensor_file import check_tensors, read_tensors
 
 READ_LATER = ("lit_model.pth", ADAPTERS, "training_state.pth", "metrics.csv")
