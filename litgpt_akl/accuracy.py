@@ -19,13 +19,14 @@ from litgpt_akl.data.stores import Store, digest
 from litgpt_akl.data.windows import MicroBatch, in_order
 from litgpt_akl.directories import write_file
 from litgpt_akl.errors import reason
+from litgpt_akl.fingerprints import fingerprint
 from litgpt_akl.heads import Head
 from litgpt_akl.models import build_model, hidden_states
 from litgpt_akl.quantize import finish
 from litgpt_akl.run import Run
 from litgpt_akl.sharding import from_rank_zero, rank, reshard
 from litgpt_akl.teacher import LoneHead
-from litgpt_akl.weights import fingerprint, open_weights
+from litgpt_akl.weights import open_weights
 
 FILE = "teacher_accuracy.json"
 """In the cache that a run writes to, else in its ``out_dir``: what was found, since the full teacher takes long."""

@@ -9,6 +9,7 @@ import lightning as L
 import numpy as np
 
 from litgpt_akl.cache.caches import Caches, open_caches
+from litgpt_akl.cache.identity import read_identity
 from litgpt_akl.cache.opening import make_identity, needed_samples
 from litgpt_akl.cache.space import check_space, describe_saving, describe_space, response_tokens
 from litgpt_akl.data.prepare import prepare_stores
@@ -68,9 +69,12 @@ def _open_cache(fabric: L.Fabric, run: Run, stores: tuple[Store, Store]) -> Cach
     """A run's cache; whether it has all that the run needs decides whether the teacher will be loaded."""
     directory, writable = run.teacher.cache_dir, run.teacher.cache_mode != "read"
     dtype = run.teacher.dtype(fabric.device.type)
-    identity = make_identity(run.pair, run.teacher, dtype, run.data, run.train.max_seq_length, stores)
+    recorded = (read_identity(directory) or {}).get("teacher_weights")
     # the first process on each machine, since not every directory is shared
     with fabric.rank_zero_first(local=True):
+        identity = make_identity(
+            run.pair, run.teacher, dtype, run.data, run.train.max_seq_length, stores, recorded=recorded
+        )
         caches = open_caches(directory, identity, stores, writable)
         if run.teacher.cache_mode == "fill" and fabric.local_rank == 0:
             caches.training.verify()

@@ -88,6 +88,13 @@ def explain_failure(out_dir: Path) -> Iterator[None]:
         ) from error
 
 
+def default_cache_dir() -> Path:
+    """Where prepared data, and what else can be made again, is kept if nothing else is told."""
+    from datasets import config  # slow to import, and not every command has imported it
+
+    return Path(config.HF_DATASETS_CACHE) / "litgpt_akl"
+
+
 def write_file(path: Path, data: bytes, replace: bool = True) -> None:
     """Write a file that appears whole or not at all; what was there is replaced, or stays.
 

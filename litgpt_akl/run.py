@@ -17,10 +17,11 @@ from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import Memory, MicroBatch, Windows, in_order, load
 from litgpt_akl.data.workers import Fetched
 from litgpt_akl.errors import UserError
+from litgpt_akl.fingerprints import fingerprint, is_of
 from litgpt_akl.memory_plan import MemoryPlan
 from litgpt_akl.pair import Pair
 from litgpt_akl.recipe import differences
-from litgpt_akl.weights import fingerprint, weights_files
+from litgpt_akl.weights import weights_files
 
 
 @dataclass
@@ -135,7 +136,8 @@ def changes_since(run: Run, recipe: str, saved: dict[str, Any], current: dict[st
     """
     changes = differences(recipe, run.recipe)
     for role, weights in current["models"].items():
-        if saved["models"].get(role, weights) != weights:
+        recorded = saved["models"].get(role, weights)
+        if recorded != weights and not is_of(recorded, run.pair.directories[role]):
             changes.append(f"the {role} has other weights")
     if saved["data"] != current["data"]:
         samples = [f"{data['samples']:,}" for data in (saved["data"], current["data"])]

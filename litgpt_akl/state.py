@@ -70,7 +70,8 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
         "vocab_size": pair.vocab_size,
         # merged into the head alone, its adapter makes two matrices of one
         "tied": tied and not run.lora.head,
-        **identity(run, store, caches.teacher_weights),
+        # one process reads what has to be read
+        **fabric.broadcast(identity(run, store, caches.teacher_weights) if fabric.is_global_zero else None),
         "step_count": 0,
         "epoch": 0,
         "tokens": 0,

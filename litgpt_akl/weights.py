@@ -7,7 +7,6 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-import xxhash
 from litgpt.config import Config, configs
 from litgpt.model import GPT
 from litgpt.utils import auto_download_checkpoint, extend_checkpoint_dir
@@ -167,20 +166,6 @@ def weights_files(checkpoint_dir: Path) -> list[Path]:
     """LitGPT's file, or Hugging Face's."""
     flat = checkpoint_dir / "lit_model.pth"
     return [flat] if flat.is_file() else hf_weights.files_in(checkpoint_dir)
-
-
-def fingerprint(checkpoint_dir: Path) -> str:
-    """Tells two checkpoints apart, wherever they lie: by their configuration, and by the size of each weights file and
-    64 samples of its bytes, since reading all of a large model would take minutes."""
-    digest, block = xxhash.xxh3_128(repr(read_config(checkpoint_dir)).encode()), 2**16
-    for path in weights_files(checkpoint_dir):
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(block, size // 64)):
-                file.seek(start)
-                digest.update(file.read(block))
-    return digest.hexdigest()
 
 
 def _check_fit(weights: dict[str, Tensor], config: Config, path: Path) -> None:

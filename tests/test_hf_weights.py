@@ -9,7 +9,8 @@ from runs import distil
 from transformers import AutoModelForCausalLM
 
 from litgpt_akl.errors import UserError
-from litgpt_akl.weights import find_checkpoint_dir, fingerprint, open_weights, read_config
+from litgpt_akl.fingerprints import fingerprint
+from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from litgpt_akl.cache.identity import Identity
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.preparation import probe
 from litgpt_akl.data.stores import Store
+from litgpt_akl.fingerprints import fingerprint
 from litgpt_akl.pair import Pair, token_map
-from litgpt_akl.weights import fingerprint, weights_files
+from litgpt_akl.weights import weights_files
 
 
 def make_identity(
@@ -22,12 +23,13 @@ def make_identity(
     data: DataModule,
     max_seq_length: int | None,
     stores: tuple[Store, Store],
+    recorded: str | None = None,
 ) -> Identity:
-    """What the hidden states of a run's teacher depend on."""
+    """What the hidden states of a run's teacher depend on; ``recorded`` is a cache's fingerprint of its weights."""
     tokens = sorted(token_map(pair.tokenizer).items())
     return Identity(
         teacher=pair.teacher_config.name,
-        teacher_weights=fingerprint(pair.teacher_dir) if weights_files(pair.teacher_dir) else None,
+        teacher_weights=fingerprint(pair.teacher_dir, like=recorded) if weights_files(pair.teacher_dir) else None,
         teacher_precision=str(dtype).removeprefix("torch."),
         teacher_quantize=teacher.quantize,
         stored_as=stored_type(teacher.cache_dtype, dtype),

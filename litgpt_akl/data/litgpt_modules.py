@@ -20,10 +20,11 @@ from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader, Dataset, random_split
 
 from litgpt_akl.data.arrow_store import ArrowStore
-from litgpt_akl.data.preparation import FileRecords, Settings, default_cache_dir, prepare
+from litgpt_akl.data.preparation import FileRecords, Settings, prepare
 from litgpt_akl.data.records import Record, place
 from litgpt_akl.data.stores import MemoryStore, Store
 from litgpt_akl.data.workers import available_cores
+from litgpt_akl.directories import default_cache_dir
 from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import IGNORE_INDEX
 from litgpt_akl.progress import progress_bar

@@ -84,11 +84,6 @@ def style_identity(style: PromptStyle) -> list:
     return [probe(style), code, repr(vars(style))]
 
 
-def default_cache_dir() -> Path:
-    """Where prepared data is kept if nothing else is told."""
-    return Path(datasets.config.HF_DATASETS_CACHE) / "litgpt_akl"
-
-
 @dataclass(frozen=True, eq=False)
 class Settings:
     """All that decides what becomes of a record; plain data, since it goes to other processes."""

@@ -16,9 +16,10 @@ from litgpt.tokenizer import Tokenizer
 from litgpt_akl.data import preparation
 from litgpt_akl.data.arrow_store import ALL, ArrowStore
 from litgpt_akl.data.files import find_files
-from litgpt_akl.data.preparation import FileRecords, default_cache_dir
+from litgpt_akl.data.preparation import FileRecords
 from litgpt_akl.data.records import place
 from litgpt_akl.data.workers import available_cores
+from litgpt_akl.directories import default_cache_dir
 from litgpt_akl.errors import UserError
 from litgpt_akl.reading import explain_damage
 
