@@ -15,10 +15,11 @@ from litgpt_akl.cache.space import check_space, describe_saving, describe_space,
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.workers import end_with_parent
+from litgpt_akl.day import Day, choose_day
 from litgpt_akl.errors import UserError
 from litgpt_akl.memory_report import report_memory
 from litgpt_akl.on_policy import check_prompts
-from litgpt_akl.out_dir import is_finished, open_out_dir
+from litgpt_akl.out_dir import FINAL, is_finished, open_out_dir
 from litgpt_akl.planning import device_bytes
 from litgpt_akl.run import Run, changes_since, identity, longest_sample, step_plan, validation_records
 from litgpt_akl.sharding import highest_of_each, return_freed_memory, wait_for_all
@@ -40,8 +41,12 @@ def begin(fabric: L.Fabric, run: Run) -> tuple[tuple[Store, Store], Caches] | No
         _open_out_dir(fabric, run)
     pair, train = run.pair, run.train
     # whatever is downloaded or prepared is then found by the other processes
+    day = _choose_day(fabric, run, asked)
     with fabric.rank_zero_first():
-        stores = prepare_stores(run.data, pair.tokenizer, train, pair.context_length, pair.student_dir)
+        options = pair.context_length, pair.student_dir
+        stores = prepare_stores(run.data, pair.tokenizer, train, *options, date=day.date)
+    if getattr(run.data, "date", None):
+        fabric.print(day)
     if asked and run.teacher.cache_mode != "fill" and _is_finished(fabric, run, asked, stores[0]):
         return None
     # a run that fills a cache has no student
@@ -63,6 +68,12 @@ def begin(fabric: L.Fabric, run: Run) -> tuple[tuple[Store, Store], Caches] | No
 def _describe_prompts(run: Run, store: Store) -> str:
     steps = {"steps": total_steps(run.train, len(store)), "steps_per_epoch": step_plan(run, store).steps_per_epoch}
     return check_prompts(store, run.pair.student_config, run.distill, longest=longest_sample(run), **steps)
+
+
+def _choose_day(fabric: L.Fabric, run: Run, asked: bool | str | Path | None) -> Day:
+    """One for all processes, whatever their clocks say: of what the run goes on from, else of its cache, else today."""
+    checkpoints = [run.resume] if isinstance(run.resume, Path) else [run.out_dir / FINAL] if asked else []
+    return fabric.broadcast(choose_day(checkpoints, run.teacher.cache_dir) if fabric.is_global_zero else None)
 
 
 def _open_cache(fabric: L.Fabric, run: Run, stores: tuple[Store, Store]) -> Caches:

@@ -156,7 +156,8 @@ def save_training_state(
                 shutil.copyfile(metrics_file, partial / "metrics.csv")
             validated = state.get("last_validation") == state["step_count"]
             loss = state.get("validation_loss") if validated else None
-            write_manifest(partial, state["step_count"], loss, timed=timed)
+            data = {"data": state["data"]} if "data" in state else {}
+            write_manifest(partial, state["step_count"], loss, timed=timed, **data)
     if rank() == 0:
         remove_timed(directory.parent, directory)
         if keep_last is not None:

@@ -22,6 +22,7 @@ from litgpt_akl.checks import check_questions, check_run_args
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.workers import end_with_parent
+from litgpt_akl.day import choose_day
 from litgpt_akl.directories import explain_failure, make_writable, write_file
 from litgpt_akl.errors import UserError
 from litgpt_akl.evaluation_table import nan_as_null, table
@@ -199,7 +200,7 @@ def _evaluate(fabric: L.Fabric, evaluation: Evaluation) -> None:
         after["kl_closed"] = gap_closed(before["forward_kl"], after["forward_kl"], 0.0)
     if fabric.is_global_zero:
         counts = {"records": len(numbers), "prompts": 0 if asker is None else len(asker.questions)}
-        counts["prompts_left_out"] = left_out
+        counts |= {"prompts_left_out": left_out, "date": getattr(evaluation.data, "date", None)}
         versions = {name: version(name) for name in ("litgpt-akl", "litgpt", "torch", "rouge-score", "torchmetrics")}
         content = found | {"data": counts, "settings": evaluation.settings, "versions": versions}
         with explain_failure(evaluation.out_dir):
@@ -217,9 +218,13 @@ def _open_records(fabric: L.Fabric, evaluation: Evaluation) -> tuple[Store, rang
     """The store of the records that are evaluated, and their numbers in it."""
     pair = evaluation.pairs["student"]
     train = TrainArgs(micro_batch_size=evaluation.batch_size, max_seq_length=evaluation.max_seq_length)
+    students = [each.student_dir for each in evaluation.pairs.values()]
+    day = fabric.broadcast(choose_day(students) if fabric.is_global_zero else None)
     with fabric.rank_zero_first():
         options = train, pair.context_length, pair.student_dir, "--max_seq_length"
-        stores = prepare_stores(evaluation.data, pair.tokenizer, *options)
+        stores = prepare_stores(evaluation.data, pair.tokenizer, *options, date=day.date)
+    if getattr(evaluation.data, "date", None):
+        fabric.print(day)
     store = stores[evaluation.split == "validation"]
     numbers = range(len(store))[: evaluation.max_records]
     if not numbers:

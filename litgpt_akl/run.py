@@ -122,7 +122,10 @@ def identity(run: Run, store: Store, teacher_weights: str | None = None) -> dict
     models = {"student": fingerprint(student)}
     if teacher_weights or weights_files(teacher):
         models["teacher"] = teacher_weights or fingerprint(teacher)
-    return {"data": {"samples": len(store), "fingerprint": store.fingerprint}, "models": models}
+    data = {"samples": len(store), "fingerprint": store.fingerprint}
+    if date := getattr(run.data, "date", None):
+        data["date"] = date
+    return {"data": data, "models": models}
 
 
 def changes_since(run: Run, recipe: str, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
@@ -141,7 +144,9 @@ def changes_since(run: Run, recipe: str, saved: dict[str, Any], current: dict[st
             changes.append(f"the {role} has other weights")
     if saved["data"] != current["data"]:
         samples = [f"{data['samples']:,}" for data in (saved["data"], current["data"])]
-        changes.append(f"other training samples ({samples[0]} -> {samples[1]})")
+        dates = [data.get("date") for data in (saved["data"], current["data"])]
+        written = f", prompts of {dates[0] or 'an unknown day'} -> {dates[1]}" if dates[0] != dates[1] else ""
+        changes.append(f"other training samples ({samples[0]} -> {samples[1]}{written})")
     return changes
 
 

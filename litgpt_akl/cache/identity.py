@@ -13,6 +13,7 @@ from litgpt_akl.reading import with_checksum, without_checksum
 
 IDENTITY = "cache.json"
 FORMAT = 1
+NOT_THERE = object()
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Identity:
     training_tokens: int
     validation_samples: int
     validation_tokens: int
+    date: str | None = None
+    """The day that the chat template writes, if it writes any; caches of before do not tell."""
     format: int = FORMAT
 
 
@@ -65,7 +68,8 @@ def check_identity(directory: str, identity: Identity, create: bool) -> str | No
     changes = [
         f"{name} {saved.get(name)!r} -> {value!r}"
         for name, value in asdict(identity).items()
-        if name not in saved or saved[name] != value and not (name == "teacher_weights" and value is None)
+        if saved.get(name, value if name == "date" else NOT_THERE) != value
+        and not (name == "teacher_weights" and name in saved and value is None)
     ]
     if changes:
         raise UserError(

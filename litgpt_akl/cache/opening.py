@@ -42,6 +42,7 @@ def make_identity(
         training_tokens=stores[0].tokens,
         validation_samples=len(stores[1]),
         validation_tokens=stores[1].tokens,
+        date=getattr(data, "date", None),
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Scope
+from jinja2.nodes import Name, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -20,8 +20,15 @@ STAND_IN = secrets.token_hex(16)
 """What is rendered in place of an assistant's message to see where the template puts it; no data can hold it."""
 ALSO_SAID = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 """Fields of an assistant's message that templates render beside its content, and that the assistant says too."""
+CLOCK = "strftime_now"
+"""The function by which a template writes the date, in Transformers."""
 LONGEST_OPENING = 64
 """Characters of a mark such as ``<think>`` that a template writes itself unless a message begins with it."""
+
+
+def today() -> str:
+    """The present day where this machine is, as 2026-11-27."""
+    return datetime.now().date().isoformat()
 
 
 class ChatTemplate:
@@ -32,31 +39,33 @@ class ChatTemplate:
     message: what comes before and after the stand-in encloses the message itself, too.
     """
 
-    def __init__(self, source: str, variables: dict[str, str]) -> None:
+    def __init__(self, source: str, variables: dict[str, str], date: str | None = None) -> None:
         """Compiles the template.
 
         Args:
             source: in Jinja's language.
             variables: ``bos_token``, ``eos_token`` and the like.
+            date: the day that it is to write, as 2026-11-27; by default the present one.
 
         Raises:
             jinja2.TemplateSyntaxError: the source is no template.
         """
-        self._source, self._variables = source, variables
+        self._source, self._variables, self.date = source, variables, date or today()
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
         )
         environment.filters["tojson"] = _to_json
-        environment.globals |= {"raise_exception": _refuse, "strftime_now": _format_now}
+        environment.globals |= {"raise_exception": _refuse, CLOCK: datetime.fromisoformat(self.date).strftime}
         # templates compare these two with none, which an undefined variable is not
+        self.writes_date = any(name.name == CLOCK for name in environment.parse(source).find_all(Name))
         self._template = environment.from_string(source, globals={"tools": None, "documents": None, **variables})
 
     def __reduce__(self) -> tuple:
-        return ChatTemplate, (self._source, self._variables)
+        return ChatTemplate, (self._source, self._variables, self.date)
 
     @classmethod
-    def find(cls, checkpoint_dir: Path) -> "ChatTemplate | None":
-        """The chat template of a checkpoint, or None if it has none.
+    def find(cls, checkpoint_dir: Path, date: str | None = None) -> "ChatTemplate | None":
+        """The chat template of a checkpoint, or None if it has none; ``date`` is the constructor's.
 
         It is ``chat_template.jinja``, else ``chat_template`` of ``tokenizer_config.json``, of several the one named
         ``default``: what Transformers takes without being told otherwise.
@@ -79,7 +88,7 @@ class ChatTemplate:
         if not source:
             return None
         try:
-            return cls(source, _special_tokens(checkpoint_dir, config))
+            return cls(source, _special_tokens(checkpoint_dir, config), date)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 f"The chat template in {path} has an error in its line {error.lineno}: {error.message}\n"
@@ -168,10 +177,6 @@ def _begin_after_changed(text: str, before: str, message: dict) -> int | None:
 
 def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _format_now(form: str) -> str:
-    return datetime.now().strftime(form)
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:

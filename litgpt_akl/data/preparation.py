@@ -96,6 +96,8 @@ class Settings:
     on_error: str
     cut_by: str
     """The command's option for ``max_seq_length``, for messages."""
+    date: str | None = None
+    """The day that the chat template writes, if it writes any."""
 
     other_cache: ClassVar[str] = "Give another directory with --data.cache_dir."
     """What to do where prepared data cannot be kept."""
@@ -105,7 +107,8 @@ class Settings:
     @property
     def rules(self) -> list:
         """What decides beside the tokenizer and the prompt style, as plain data."""
-        return [self.tokenizer.use_bos, self.max_seq_length, self.context_length, self.on_error]
+        rules = [self.tokenizer.use_bos, self.max_seq_length, self.context_length, self.on_error]
+        return rules if self.date is None else [*rules, self.date]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -118,7 +121,9 @@ class Settings:
 
     def encoder(self) -> "RecordEncoder":
         """What makes token ids of records."""
-        template = ChatTemplate.find(self.checkpoint_dir) if self.tokenizer.backend == "huggingface" else None
+        template = (
+            ChatTemplate.find(self.checkpoint_dir, self.date) if self.tokenizer.backend == "huggingface" else None
+        )
         return Encoder(self.tokenizer, self.prompt_style, template, self.max_seq_length)
 
 

@@ -42,6 +42,7 @@ def prepare_stores(
     context_length: int,
     checkpoint_dir: Path,
     cut_by: str = "--train.max_seq_length",
+    date: str | None = None,
 ) -> tuple[Store, Store]:
     """A data module's training and validation samples, tokenised.
 
@@ -52,6 +53,7 @@ def prepare_stores(
         context_length: tokens that both models can read.
         checkpoint_dir: the student's, for its chat template and its prompt style.
         cut_by: the command's option for ``max_seq_length``, for messages.
+        date: the day that the student's chat template is to write, if it writes one (default: the present one).
 
     Raises:
         UserError: unreadable data, a bad record, a sample that is too long, no training samples. The message names file
@@ -72,5 +74,5 @@ def prepare_stores(
         return open_chunks(data, train.max_seq_length or context_length, cut_by, vocab_size)
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=train.max_seq_length)
     if isinstance(data, StreamingSFT):
-        return data.prepare(checkpoint_dir, context_length, cut_by)
+        return data.prepare(checkpoint_dir, context_length, cut_by, date)
     return open_module(data, tokenizer, train.max_seq_length, context_length, checkpoint_dir, cut_by)

@@ -15,6 +15,7 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.data import preparation
 from litgpt_akl.data.arrow_store import ALL, ArrowStore
+from litgpt_akl.data.chat_template import ChatTemplate
 from litgpt_akl.data.files import find_files
 from litgpt_akl.data.preparation import FileRecords
 from litgpt_akl.data.records import place
@@ -58,6 +59,8 @@ class StreamingSFT(DataModule):
 
     tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     max_seq_length: int | None = field(default=None, init=False, repr=False)
+    date: str | None = field(default=None, init=False, repr=False)
+    """The day that prompts have in them, once they are prepared; None if the chat template writes none."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -83,7 +86,11 @@ class StreamingSFT(DataModule):
         self.max_seq_length = max_seq_length
 
     def prepare(
-        self, checkpoint_dir: Path, context_length: int, cut_by: str = "--train.max_seq_length"
+        self,
+        checkpoint_dir: Path,
+        context_length: int,
+        cut_by: str = "--train.max_seq_length",
+        date: str | None = None,
     ) -> tuple[ArrowStore, ArrowStore]:
         """The training and the validation records as stores.
 
@@ -91,12 +98,15 @@ class StreamingSFT(DataModule):
             checkpoint_dir: the student's, for its tokenizer, chat template and prompt style.
             context_length: tokens that both models can read.
             cut_by: the command's option for ``max_seq_length``, for messages.
+            date: the day that the chat template is to write, if it writes one (default: the present one).
 
         Raises:
             UserError: no data, a bad record, more than 1 % of them, a sample longer than ``micro_batch_tokens``.
         """
         if self.prompt_style is None:
             self.prompt_style = own_prompt_style(checkpoint_dir)
+        template = ChatTemplate.find(checkpoint_dir, date) if self.tokenizer.backend == "huggingface" else None
+        self.date = template.date if template is not None and template.writes_date else None
         settings = preparation.Settings(
             checkpoint_dir,
             self.tokenizer,
@@ -105,6 +115,7 @@ class StreamingSFT(DataModule):
             context_length,
             self.on_error,
             cut_by,
+            self.date,
         )
         if self.val_path is not None:
             train, validation = (self._stores(path, settings, [ALL])[0] for path in (self.path, self.val_path))
