@@ -1,8 +1,8 @@
 """Checkpoint directories, written whole or not at all: the trained student, and what training goes on from."""
 
+import json
 import math
 import random
-import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -27,6 +27,7 @@ from litgpt_akl.manifest import (
     step_of,
     write_manifest,
 )
+from litgpt_akl.metrics import METRICS_MARK
 from litgpt_akl.model_files import copy_model_files, describe_to_hugging_face
 from litgpt_akl.padding import write_config_without_padding
 from litgpt_akl.sharding import (
@@ -123,7 +124,7 @@ def save_training_state(
     state: dict,
     *,
     source_dir: Path,
-    metrics_file: Path | None,
+    metrics: dict[str, Any] | None,
     keep_last: int | None,
     timed: bool = False,
     **options,
@@ -136,7 +137,7 @@ def save_training_state(
         directory: Where it is to appear.
         state: Student, optimizer, scheduler, and what there is of ``POSITION`` and ``IDENTITY``.
         source_dir: The student's original checkpoint directory.
-        metrics_file: The metrics so far, of which a copy is kept, if there are any.
+        metrics: Which rows of the run's log are behind it, from :class:`~litgpt_akl.metrics.MetricsMarker`.
         keep_last: As in :func:`remove_old`; None keeps all.
         timed: Whether only the clock asks for it: the next save then deletes it.
         options: Those of :func:`write_student`.
@@ -152,8 +153,8 @@ def save_training_state(
         with tensor_file(_in(partial, TRAINING_STATE)) as file:
             file.save(_training_state(state, file))
         if partial is not None:
-            if metrics_file is not None and metrics_file.is_file():
-                shutil.copyfile(metrics_file, partial / "metrics.csv")
+            if metrics is not None:
+                (partial / METRICS_MARK).write_text(json.dumps(metrics), encoding="utf-8")
             validated = state.get("last_validation") == state["step_count"]
             loss = state.get("validation_loss") if validated else None
             data = {"data": state["data"]} if "data" in state else {}

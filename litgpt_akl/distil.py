@@ -19,6 +19,7 @@ from litgpt_akl.errors import UserError, reason
 from litgpt_akl.export_hf import write_export
 from litgpt_akl.lock import locked
 from litgpt_akl.loggers import continue_metrics, flushed_metrics
+from litgpt_akl.metrics import MetricsMarker
 from litgpt_akl.monitor import Progress
 from litgpt_akl.out_dir import FINAL, FINAL_HF, RECIPE
 from litgpt_akl.padding import describe_padding
@@ -72,7 +73,7 @@ def carry_out(fabric: L.Fabric, run: Run, stores: tuple[Store, Store], caches: C
         if run.resume is None:
             forget(run.out_dir)
         else:
-            continue_metrics(fabric, run.resume / "metrics.csv")
+            continue_metrics(fabric, run.resume, state["step_count"], fabric.print)
     with StopSignals(quiet=not fabric.is_global_zero) as stop:
         if run.eval.initial_validation and state["step_count"] == 0:
             report(fabric, run, state, stores[1], stop)
@@ -145,15 +146,16 @@ def noted_if_saved(state: dict, failures: list[str], what: str) -> Iterator[None
 def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store], stop: StopSignals) -> None:
     """Train from ``state``'s position on."""
     store, train = stores[0], run.train
-    steps = total_steps(train, len(store))
+    steps, marker = total_steps(train, len(store)), MetricsMarker()
 
     def save(timed: bool) -> Path:
         # a run that goes on from here then reads what this one would have read
         state["caches"].flush()
         directory = run.out_dir / f"step-{state['step_count']:06d}"
-        metrics_file = flushed_metrics(fabric) if fabric.is_global_zero else None
+        log = flushed_metrics(fabric) if fabric.is_global_zero else None
+        metrics = None if log is None else marker.mark(log, run.out_dir)
         options = {"keep_last": run.keep_last, "timed": timed, **export_options(run, state)}
-        save_training_state(directory, state, metrics_file=metrics_file, **options)
+        save_training_state(directory, state, metrics=metrics, **options)
         return directory
 
     def on_nonfinite(window: Window, result: StepResult) -> str:

@@ -16,12 +16,13 @@ from litgpt_akl import hf_weights
 from litgpt_akl.errors import UserError
 from litgpt_akl.lora import ADAPTERS
 from litgpt_akl.manifest import MANIFEST, damage
+from litgpt_akl.metrics import METRICS_COPY, METRICS_MARK
 from litgpt_akl.model_files import check_model_files, read_hf_config
 from litgpt_akl.reading import explain_damage, read_yaml
 from litgpt_akl.stamps import Stamp, stamp_of
 from litgpt_akl.tensor_file import check_tensors, read_tensors
 
-READ_LATER = ("lit_model.pth", ADAPTERS, "training_state.pth", "metrics.csv")
+READ_LATER = ("lit_model.pth", ADAPTERS, "training_state.pth", METRICS_MARK, METRICS_COPY)
 """Files of a saved directory that are checked when they are read, if they are."""
 CONVERT_AGAIN = "Download or convert the model again."
 

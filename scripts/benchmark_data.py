@@ -32,6 +32,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.make_student import make_student
 from litgpt_akl.manifest import MANIFEST, write_manifest
+from litgpt_akl.metrics import METRICS_MARK, MetricsMarker
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMOLLM2 = REPOSITORY / ".demo" / "SmolLM2-135M-Instruct"
@@ -178,11 +179,13 @@ def write_late_checkpoint(early: Path, late: Path, step: int) -> None:
     state["step_count"] = step
     state["scheduler"] |= {"last_epoch": step, "_step_count": step + 1}
     torch.save(state, late / "training_state.pth")
-    header, *_, row = csv.reader((late / "metrics.csv").read_text().splitlines())
-    place = header.index("step")
-    with (late / "metrics.csv").open("w", newline="") as file:
+    log = next((early.parent / "logs" / "csv").glob("version_*/metrics.csv"))
+    header, *_, row = csv.reader(log.read_text().splitlines())
+    place, many = header.index("step"), late.parent / "late.csv"
+    with many.open("w", newline="") as file:
         rows = ([*row[:place], number, *row[place + 1 :]] for number in range(1, step + 1))
         csv.writer(file).writerows([header, *rows])
+    (late / METRICS_MARK).write_text(json.dumps(MetricsMarker().mark(many, late.parent)))
     write_manifest(late, step, None)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from litgpt_akl.checkpoint import find_training_state, save_training_state
+from litgpt_akl.metrics import MetricsMarker
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 """Pytest's ``pythonpath``, which other processes do not know."""
@@ -46,8 +47,8 @@ def draw() -> tuple[float, float, float]:
 
 def save(out_dir: Path, state: dict, source: Path, keep_last: int | None = None) -> Path:
     directory = out_dir / f"step-{state['step_count']:06d}"
-    metrics = out_dir / "logs.csv"
-    save_training_state(directory, state, source_dir=source, metrics_file=metrics, keep_last=keep_last, **EXPORT)
+    metrics = MetricsMarker().mark(out_dir / "logs.csv", out_dir)
+    save_training_state(directory, state, source_dir=source, metrics=metrics, keep_last=keep_last, **EXPORT)
     return directory
 
 

@@ -13,6 +13,7 @@ from checkpoints import IDENTITY, draw, find, make_state, names, save, save_step
 from litgpt_akl.checkpoint import load_training_state, read_training_state
 from litgpt_akl.errors import UserError
 from litgpt_akl.manifest import MANIFEST, damage, read_manifest
+from litgpt_akl.metrics import copy_marked_rows
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def saved(student_dir, tmp_path) -> Path:
 
 def test_going_on_is_as_if_never_stopped(student_dir, tmp_path):
     state = make_state() | {"epoch": 1, "tokens": 30, "start_cross_entropy": 4.5}
-    (tmp_path / "logs.csv").write_text("step,loss\n")
+    (tmp_path / "logs.csv").write_text("step,loss\n3,1.5\n")
     train(state, 3)
     state |= {"last_validation": 3, "validation_loss": 1.25, "nonfinite_in_a_row": 1}
     directory = save(tmp_path, state, student_dir)
@@ -43,7 +44,8 @@ def test_going_on_is_as_if_never_stopped(student_dir, tmp_path):
             assert resumed[name] == value, name
     assert (resumed["data"], resumed["models"]) == ("another", "others")
     assert {name: read_training_state(directory)[name] for name in IDENTITY} == IDENTITY
-    assert (directory / "metrics.csv").read_text() == "step,loss\n"
+    assert copy_marked_rows(directory, 3, tmp_path / "next.csv") == (["step", "loss"], None)
+    assert (tmp_path / "next.csv").read_text() == "step,loss\n3,1.5\n"
     manifest = read_manifest(directory)
     assert (manifest["step"], manifest["validation_loss"]) == (3, 1.25)
     assert {*manifest["files"], MANIFEST} == set(names(directory)) >= {"tokenizer.json", "hyperparameters.yaml"}

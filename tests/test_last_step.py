@@ -84,7 +84,7 @@ AFTERWARDS = {
     "page": (taken_by_a_directory("report.html"), r"report.html was not refreshed \(IsADirectoryError"),
     "export": (failing_export, "final-hf: RuntimeError: made to fail"),
     "log": (failing_log, "The last step's end: RuntimeError: made to fail"),
-    "logger": (failing_logger, "CSVLogger: RuntimeError: made to fail"),
+    "logger": (failing_logger, "MetricsLogger: RuntimeError: made to fail"),
     "signal": (after_validation(lambda out_dir: os.kill(os.getpid(), signal.SIGTERM)), None),
 }
 

@@ -228,10 +228,10 @@ def test_a_new_run_forgets_the_one_before(teacher_dir, student_dir, alice_json, 
 
 def test_every_logger_has_a_csv_file_beside_it(tmp_path):
     options = {"name": "x", "resume": False, "log_interval": 1, "log": LogArgs()}
-    assert [logger.__class__.__name__ for logger in make_loggers("csv", tmp_path, **options)] == ["CSVLogger"]
+    assert [logger.__class__.__name__ for logger in make_loggers("csv", tmp_path, **options)] == ["MetricsLogger"]
     pytest.importorskip("tensorboard")
     names = [logger.__class__.__name__ for logger in make_loggers("tensorboard", tmp_path, **options)]
-    assert names == ["TensorBoardLogger", "CSVLogger"]
+    assert names == ["TensorBoardLogger", "MetricsLogger"]
 
 
 def test_several_runs_have_a_colour_each(run):

@@ -162,3 +162,16 @@ def test_streaming_data_is_resumed_exactly(teacher_dir, student_dir, alice_json,
         options["resume"] = tmp_path / "whole" / f"step-{step:06d}"
         distil(student_dir, teacher_dir, data, tmp_path / f"from-{step}", **options)
         assert_same(tmp_path / "whole", tmp_path / f"from-{step}")
+
+
+@pytest.mark.parametrize("harm", [lambda log: shutil.rmtree(log.parents[2]), lambda log: log.write_text("a,b\n1\n")])
+def test_metrics_that_are_lost_are_told_of_and_the_run_goes_on(
+    teacher_dir, student_dir, alice_json, tmp_path, whole, harm, capsys
+):
+    out_dir = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(out_dir / "final")
+    harm(out_dir / "logs" / "csv" / "version_0" / "metrics.csv")
+    distil(student_dir, teacher_dir, alice_json, out_dir, train=OPTIONS, eval={"interval": 4}, resume="auto")
+    assert capsys.readouterr().out.count("rows of metrics up to step 9, 0 are taken over") == 1
+    assert all(torch.equal(final(out_dir)[name], weight) for name, weight in final(whole).items())
+    assert rows(out_dir) == [row for row in rows(whole) if int(row["step"]) > 9]
