@@ -18,6 +18,7 @@ from litgpt_akl.comparison import compare
 from litgpt_akl.data.stores import Store, digest
 from litgpt_akl.data.windows import MicroBatch, in_order
 from litgpt_akl.directories import write_file
+from litgpt_akl.display import say
 from litgpt_akl.errors import reason
 from litgpt_akl.fingerprints import fingerprint
 from litgpt_akl.heads import Head
@@ -120,7 +121,7 @@ def _keep(path: Path, kind: str, of: dict[str, Any], lost: Loss) -> None:
     try:
         write_file(path, json.dumps(content, indent=1).encode())
     except OSError as error:
-        print(f"{path} cannot be written ({reason(error)}): how near the teacher is will be computed again.")
+        say(f"{path} cannot be written ({reason(error)}): how near the teacher is will be computed again.")
 
 
 def _compute(run: Run, caches: Caches, teacher: nn.Module, batches: list[MicroBatch], kind: str) -> Loss | None:

@@ -16,6 +16,7 @@ from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.day import Day, choose_day
+from litgpt_akl.display import say
 from litgpt_akl.errors import UserError
 from litgpt_akl.memory_report import report_memory
 from litgpt_akl.on_policy import check_prompts
@@ -130,16 +131,16 @@ def _report_cache(
     to_write = missing * size // run.teacher.part()[1]
     if to_write:
         check_space(caches.directory, to_write)
-    print(describe_space(caches.directory, size, tokens, to_write))
+    say(describe_space(caches.directory, size, tokens, to_write))
     if to_write:
         epochs = total_steps(run.train, len(stores[0])) / step_plan(run, stores[0]).steps_per_epoch
-        print(describe_saving(run.plan, stores[0].all_response_tokens / stores[0].tokens, epochs))
+        say(describe_saving(run.plan, stores[0].all_response_tokens / stores[0].tokens, epochs))
 
 
 def _open_out_dir(fabric: L.Fabric, run: Run) -> None:
     """See to what is there, and find what to resume, in one process for all."""
     if fabric.is_global_zero:
-        run.resume = open_out_dir(run.out_dir, run.resume, run.overwrite, run.export_hf, tell=print)
+        run.resume = open_out_dir(run.out_dir, run.resume, run.overwrite, run.export_hf, tell=say)
     # all of a large checkpoint has been read
     wait_for_all()
     run.resume = fabric.broadcast(run.resume)

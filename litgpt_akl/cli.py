@@ -8,6 +8,7 @@ from importlib import import_module
 from pkgutil import resolve_name
 from types import ModuleType
 
+from litgpt_akl.display import say
 from litgpt_akl.errors import UserError
 
 COMMANDS = {
@@ -63,7 +64,7 @@ def without_traceback(command: Callable) -> Callable:
         try:
             return command(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)

@@ -24,6 +24,7 @@ from litgpt_akl.data.stores import Store
 from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.day import choose_day
 from litgpt_akl.directories import explain_failure, make_writable, write_file
+from litgpt_akl.display import say
 from litgpt_akl.errors import UserError
 from litgpt_akl.evaluation_table import nan_as_null, table
 from litgpt_akl.frozen import load_frozen
@@ -31,10 +32,11 @@ from litgpt_akl.generation import longest_prompt, stop_sequences
 from litgpt_akl.head_loss import DistillationLoss
 from litgpt_akl.lock import locked
 from litgpt_akl.measures import gap_closed, measure
-from litgpt_akl.monitor import silence_known_noise
+from litgpt_akl.monitor import SpeakingFabric, silence_known_noise
 from litgpt_akl.out_dir import check_apart
 from litgpt_akl.pair import Pair, check_pair
 from litgpt_akl.processes import ending_together
+from litgpt_akl.recipe import check_masked
 from litgpt_akl.sharding import make_strategy
 
 RESULTS, ANSWERS = "evaluation.json", "answers.jsonl"
@@ -126,6 +128,7 @@ def evaluate_akl(
         "head_rule": head_rule,
         "generation": asdict(generation),
     }
+    check_masked({"data": data})
     silence_known_noise()
     for name, value in (("max_records", max_records), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
         if value is not None and value < 1:
@@ -162,7 +165,7 @@ def evaluate_akl(
         settings=settings | {"precision": precision},
     )
     strategy = make_strategy(devices, num_nodes, hybrid_sharding)
-    fabric = L.Fabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
+    fabric = SpeakingFabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
     fabric.launch(main, evaluation)
 
 
@@ -211,7 +214,7 @@ def _evaluate(fabric: L.Fabric, evaluation: Evaluation) -> None:
                 write_file(evaluation.out_dir / ANSWERS, as_lines(asker.questions, answers).encode())
         print(f"\n{counts['records']:,} records, {counts['prompts']:,} prompts; means over response tokens\n")
         print(table(found))
-        print(f"\nWritten to {evaluation.out_dir}")
+        say(f"\nWritten to {evaluation.out_dir}")
 
 
 def _open_records(fabric: L.Fabric, evaluation: Evaluation) -> tuple[Store, range]:

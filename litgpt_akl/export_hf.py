@@ -7,6 +7,7 @@ from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_akl.directories import explain_failure, write_directory
+from litgpt_akl.display import say
 from litgpt_akl.hf_config import make_hf_config
 from litgpt_akl.hf_weights import translate_back, write
 from litgpt_akl.lock import new_directory_locked
@@ -37,7 +38,7 @@ def export_hf(checkpoint_dir: Path, out_dir: Path) -> None:
     with new_directory_locked(out_dir):
         write_export(checkpoint_dir, out_dir)
     names = sorted(path.name for path in out_dir.iterdir())
-    print(f"{out_dir}: {', '.join(names)}")
+    say(f"{out_dir}: {', '.join(names)}")
 
 
 def check_export(checkpoint_dir: Path, config: Config) -> None:
@@ -84,9 +85,9 @@ def write_export(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str 
         write_json(directory / "config.json", hf_config)
         write(directory, config, weights, max_shard_size)
     if padding:
-        print(f"{out_dir}: {padding} It has none of them.")
+        say(f"{out_dir}: {padding} It has none of them.")
     if not tied and hf_config["model_type"].startswith("gemma"):
-        print(
+        say(
             f"{out_dir}: vLLM refuses a Gemma whose embeddings and LM head are two matrices, and llama.cpp's converter"
             " may leave the head out; Transformers reads both."
         )

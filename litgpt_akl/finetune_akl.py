@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import lightning as L
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
@@ -29,18 +28,19 @@ from litgpt_akl.checks import (
     optimizer_config,
     without_student,
 )
+from litgpt_akl.display import say
 from litgpt_akl.distil import main
 from litgpt_akl.export_hf import check_export
 from litgpt_akl.fill import fill
 from litgpt_akl.loggers import make_loggers
 from litgpt_akl.memory_report import report_memory
-from litgpt_akl.monitor import silence_known_noise
+from litgpt_akl.monitor import SpeakingFabric, silence_known_noise
 from litgpt_akl.optimizer_trial import check_optimizer
 from litgpt_akl.out_dir import check_places
 from litgpt_akl.pair import check_pair
 from litgpt_akl.planning import device_bytes, find_models, make_plan, models_of
 from litgpt_akl.quantize import check_quantization
-from litgpt_akl.recipe import given, recipe_as_yaml
+from litgpt_akl.recipe import check_masked, given, recipe_as_yaml
 from litgpt_akl.run import Run, make_optimizer
 from litgpt_akl.sharding import make_strategy
 
@@ -143,7 +143,9 @@ def setup(
             stands for GPUs that are not here.
     """
     optimizer = optimizer_config(optimizer)
-    recipe = recipe_as_yaml({name: value for name, value in locals().items() if name not in NOT_IN_RECIPE})
+    arguments = {name: value for name, value in locals().items() if name not in NOT_IN_RECIPE}
+    check_masked(arguments)
+    recipe = recipe_as_yaml(arguments)
     silence_known_noise()
     check_training_args(train, eval)
     check_overwrite(overwrite, resume, teacher)
@@ -193,7 +195,7 @@ def setup(
     if pair is None:
         if teacher.cache_dir is not None:
             dtype = DTYPES[stored_type(teacher.cache_dtype, plan.teacher_dtype)]
-            print(describe_plan(teacher.cache_dir, dtype, plan, train.epochs))
+            say(describe_plan(teacher.cache_dir, dtype, plan, train.epochs))
         report_memory(plan, device_bytes(device_memory, cuda, devices), inspect.signature(setup).parameters)
         return
     run = Run(
@@ -226,7 +228,7 @@ def setup(
         unused = without_student(given(recipe, setup))
         if unused is not None:
             rank_zero_only(print)(unused)
-        fabric = L.Fabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
+        fabric = SpeakingFabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
         fabric.launch(fill, run)
         return
     loggers = make_loggers(
@@ -237,5 +239,7 @@ def setup(
         log_interval=train.log_interval,
         log=log,
     )
-    fabric = L.Fabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision, loggers=loggers)
+    fabric = SpeakingFabric(
+        devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision, loggers=loggers
+    )
     fabric.launch(main, run)

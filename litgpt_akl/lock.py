@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from litgpt_akl.directories import check_new_directory, explain_failure
+from litgpt_akl.display import say
 from litgpt_akl.errors import UserError
 
 LOCK = ".akl.lock"
@@ -98,7 +99,7 @@ def _take(file: Path, directory: Path) -> int:
             os.close(descriptor)
             raise
         if holder:
-            print(f"{directory}: {_describe(holder)} is gone without an end; this process takes its place.")
+            say(f"{directory}: {_describe(holder)} is gone without an end; this process takes its place.")
         return descriptor
 
 
@@ -123,7 +124,7 @@ def _is_alive(holder: dict[str, Any], file: Path, has_locks: bool) -> bool:
         if holder["process_ids"] == here["process_ids"]:
             return _runs(holder["process"], holder["process_began"])
     before, deadline = _changed(file), time.monotonic() + PATIENCE
-    print(f"{file} is of {_describe(holder)}; waiting up to {PATIENCE:.0f} s for a sign of life.")
+    say(f"{file} is of {_describe(holder)}; waiting up to {PATIENCE:.0f} s for a sign of life.")
     while time.monotonic() < deadline:
         time.sleep(min(1.0, PATIENCE / 5))
         if _changed(file) != before:

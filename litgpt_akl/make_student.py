@@ -9,6 +9,7 @@ from litgpt.config import Config
 from litgpt.utils import save_config
 
 from litgpt_akl.directories import explain_failure, write_directory
+from litgpt_akl.display import say
 from litgpt_akl.errors import UserError
 from litgpt_akl.lock import new_directory_locked
 from litgpt_akl.manifest import write_manifest
@@ -52,13 +53,13 @@ def make_student(teacher_dir: Path, out_dir: Path, *, layers: int | list[int]) -
         student_weights = _student_weights(without_padding(teacher_weights, ids), kept)
         save_tensors(student_weights, student_dir / "lit_model.pth")
         write_manifest(student_dir, 0, None)
-    print(
+    say(
         f"{out_dir}: a student with {len(kept)} of the {teacher_config.n_layer} layers of {teacher_dir} "
         f"({', '.join(map(str, kept))}), {_count_parameters(student_weights) / 1e6:.1f} M of its "
         f"{_count_parameters(teacher_weights) / 1e6:.1f} M parameters."
     )
     if padding := describe_padding(teacher_config, ids):
-        print(f"{padding} The student has none of them.")
+        say(f"{padding} The student has none of them.")
 
 
 def _kept_layers(layers: int | list[int], n_layer: int) -> list[int]:

@@ -11,8 +11,16 @@ import psutil
 import torch
 
 from litgpt_akl.data.windows import Window
+from litgpt_akl.display import shown
 from litgpt_akl.progress import progress_bar
 from litgpt_akl.scoring import STATISTICS
+
+
+class SpeakingFabric(L.Fabric):
+    """Lightning's, except that what it prints is fit to be shown, whatever is quoted in it."""
+
+    def print(self, *texts, **options) -> None:
+        super().print(*map(shown, texts), **options)
 
 
 class Progress:
@@ -84,7 +92,7 @@ class Progress:
     def write(self, text: str) -> None:
         """Print a line above the progress line."""
         if self.fabric.is_global_zero:
-            self.bar.write(text, file=sys.stdout)
+            self.bar.write(shown(text), file=sys.stdout)
             sys.stdout.flush()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
+from litgpt_akl.display import shown
 from litgpt_akl.errors import UserError
 
 USER_ERRORS = (UserError, ValueError, TypeError, KeyError, OSError)
@@ -42,7 +43,7 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if self._leaves_errors_alone():
             super().error(message, ex)
-        self.exit(2, f"error: {explain(message, self)}\n")
+        self.exit(2, f"error: {shown(explain(message, self))}\n")
 
     def parse_args(self, *args, **kwargs):
         try:
@@ -59,7 +60,7 @@ class Parser(ArgumentParser):
     def _exit_with(self, error: Exception) -> NoReturn:
         if self._leaves_errors_alone():
             raise error
-        self.exit(2, f"error: {explain_exception(error)}\n")
+        self.exit(2, f"error: {shown(explain_exception(error))}\n")
 
     def _leaves_errors_alone(self) -> bool:
         # jsonargparse makes parsers for its own use whose errors belong to the parser that called them

@@ -12,9 +12,8 @@ import yaml
 from jsonargparse import ArgumentParser
 from litgpt.prompts import PromptStyle, prompt_styles
 
-SECRETS = ("access_token", "api_key", "auth_token", "hf_token", "password", "secret", "token")
-"""Names whose values are never written; a run that is repeated asks for them again."""
-
+from litgpt_akl.credentials import is_masked, masked
+from litgpt_akl.errors import UserError
 
 NO_EFFECT = re.compile(
     r"(out_dir|resume|accept_changes|overwrite|save_minutes|keep_last|export_hf|on_nonfinite|logger_name"
@@ -40,8 +39,22 @@ Dumper.add_implicit_resolver(
 
 
 def recipe_as_yaml(arguments: dict[str, Any]) -> str:
-    """The arguments of a ``setup()`` as YAML: dataclasses as mappings, other objects by class_path and init_args."""
-    return yaml.dump(_plain(arguments), Dumper=Dumper, sort_keys=False)
+    """The arguments of a ``setup()`` as YAML: dataclasses as mappings, other objects by class_path and init_args.
+
+    Credentials are masked; a run that is repeated asks for them again, by :func:`check_masked`.
+    """
+    return yaml.dump(masked(_plain(arguments)), Dumper=Dumper, sort_keys=False)
+
+
+def check_masked(arguments: dict[str, Any]) -> None:
+    """See that no argument is what a recipe has in place of a credential; raises UserError."""
+    for name, value in _flatten(_plain(arguments)).items():
+        if is_masked(value):
+            option = name.replace(".init_args", "")
+            raise UserError(
+                f"--{option} {value}: the recipe does not hold what gives access, only a mask for it.\n"
+                f"Give --{option} again, after --config, with the password, token or signature in it."
+            )
 
 
 def differences(saved: str, current: str) -> list[str]:
@@ -80,7 +93,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items() if key not in SECRETS}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item) for item in value]
     if isinstance(value, PromptStyle):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from litgpt_akl.directories import explain_failure
+from litgpt_akl.display import say
 from litgpt_akl.errors import UserError
 
 
@@ -42,4 +43,4 @@ def report_akl(runs: list[Path], *, out: Path = Path("report.html"), overwrite: 
             )
     with explain_failure(out):
         write_page(out, shown)
-    print(f"{out.resolve()}: {', '.join(run.history.name for run in shown)}")
+    say(f"{out.resolve()}: {', '.join(run.history.name for run in shown)}")

@@ -23,6 +23,7 @@ from litgpt_akl.cache.chunks import (
     write_chunk,
 )
 from litgpt_akl.cache.space import bytes_of_token
+from litgpt_akl.display import say
 from litgpt_akl.errors import UserError
 from litgpt_akl.progress import progress_bar
 
@@ -183,7 +184,7 @@ class TeacherCache:
         found = zip(chunk.index.tolist(), read_records(self.directory, rows), strict=True)
         whole = [Record(entry[NUMBER], entry[DIGEST], hidden) for entry, hidden in found if isinstance(hidden, Tensor)]
         if len(whole) == len(rows):
-            print(f"The teacher cache: {chunk.path} is whole when it is read again ({damage}).", file=sys.stderr)
+            say(f"The teacher cache: {chunk.path} is whole when it is read again ({damage}).", file=sys.stderr)
             return
         self._discard(chunk.path, damage)
         if whole:
@@ -200,7 +201,7 @@ class TeacherCache:
         for number, chunk in enumerate(self._chunks):
             if chunk.path == path:
                 self._chunk_of[self._chunk_of == number] = NONE
-        print(f"The teacher cache: {path} is damaged ({damage}); what is lost is computed again.", file=sys.stderr)
+        say(f"The teacher cache: {path} is damaged ({damage}); what is lost is computed again.", file=sys.stderr)
 
     def _delete(self, path: str) -> None:
         # another process that found the damage may have been first

@@ -13,7 +13,7 @@ from jinja2.nodes import Name, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from litgpt_akl.errors import UserError
+from litgpt_akl.errors import UserError, reason
 from litgpt_akl.reading import explain_damage, read_json
 
 STAND_IN = secrets.token_hex(16)
@@ -117,7 +117,7 @@ class ChatTemplate:
         try:
             return self._template.render(messages=messages, add_generation_prompt=False)
         except Exception as error:  # a template is a program, it can fail in every way
-            raise ValueError(f"the chat template refuses it: {error}") from error
+            raise ValueError(f"the chat template refuses it: {reason(error)}") from error
 
     def _find_unchanged(self, text: str, messages: list[dict], numbers: list[int]) -> list[tuple[int, int]] | None:
         """All messages by one rendering, or None if the text holds them otherwise than they are."""

@@ -9,6 +9,7 @@ from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Processor
 
 from litgpt_akl.data.chat_template import ChatTemplate
+from litgpt_akl.display import quoted
 
 PROBE = "probe"
 
@@ -232,7 +233,9 @@ def _check_order(turns: list[dict], first: int) -> None:
     for number, message in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if message["role"] != expected:
-            raise ValueError(f"message {first + number} has the role '{message['role']}', expected '{expected}'")
+            raise ValueError(
+                f"message {first + number} has the role '{quoted(message['role'], 40)}', expected '{expected}'"
+            )
 
 
 def _check_text(value, name: str) -> None:

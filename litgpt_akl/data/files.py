@@ -12,6 +12,7 @@ import zstandard
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from litgpt_akl.credentials import without_credentials
 from litgpt_akl.errors import UserError, reason
 
 Chunks = Iterator[tuple[bytes, int]]
@@ -116,7 +117,9 @@ def _identify(path: str, listings: dict[str, dict[str, dict]] | None) -> list:
             return [name, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         details = file_system.info(name) if listings is None or _is_http(path) else _find(file_system, name, listings)
         marks = (str(details[key]) for key in VERSIONS if details.get(key))
-        return [path, details["size"] or 0, next(marks, None) or file_system.ukey(name)]
+        # to http a file's key is its URL
+        mark = next(marks, None) or ("" if _is_http(path) else file_system.ukey(name))
+        return [without_credentials(path), details["size"] or 0, mark]
 
 
 def _find(file_system: fsspec.AbstractFileSystem, name: str, listings: dict[str, dict[str, dict]]) -> dict:

@@ -26,6 +26,7 @@ from litgpt_akl.data.encoding import Encoder
 from litgpt_akl.data.files import identify
 from litgpt_akl.data.records import Record, place, read
 from litgpt_akl.data.workers import fetch
+from litgpt_akl.display import say
 from litgpt_akl.errors import UserError
 from litgpt_akl.progress import progress_bar
 
@@ -299,7 +300,7 @@ def prepare(source: Source, settings: Settings, cache_dir: Path, num_proc: int) 
             raise _cause(error, folder, settings) from error
         if not found:
             raise
-        print(f"The prepared data in {folder} is damaged ({_first_line(error)}): preparing it again.", file=sys.stderr)
+        say(f"The prepared data in {folder} is damaged ({_first_line(error)}): preparing it again.", file=sys.stderr)
         shutil.rmtree(folder)
     return _build(builder), fingerprint
 

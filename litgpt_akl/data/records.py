@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from litgpt_akl.data.files import Chunks, file_format, read_chunks, read_rows
+from litgpt_akl.display import quoted
 
 LARGEST = 256 * 2**20
 """Bytes or characters of a record; whatever is longer is taken for broken."""
@@ -57,7 +58,7 @@ def read(path: str) -> Iterator[Record]:
 
 def place(path: str, line: int) -> str:
     """Where a record stands: ``PATH, line 17`` or ``PATH, row 17``."""
-    return f"{path}, {'row' if file_format(path)[0] == 'parquet' else 'line'} {line}"
+    return f"{quoted(path)}, {'row' if file_format(path)[0] == 'parquet' else 'line'} {line}"
 
 
 def _peek(chunks: Chunks) -> tuple[bool, Chunks]:

@@ -21,6 +21,7 @@ from litgpt_akl.data.preparation import FileRecords
 from litgpt_akl.data.records import place
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.directories import default_cache_dir
+from litgpt_akl.display import say
 from litgpt_akl.errors import UserError
 from litgpt_akl.reading import explain_damage
 
@@ -160,14 +161,14 @@ class StreamingSFT(DataModule):
         if len(bad) == 0:
             return
         for row in dataset.select(bad[:10]):
-            print(f"Left out: {place(files[row['file']], row['line'])}: {row['error']}.", file=sys.stderr)
+            say(f"Left out: {place(files[row['file']], row['line'])}: {row['error']}.", file=sys.stderr)
         share = len(bad) / len(dataset)
         if share > MAX_BAD_SHARE:
             raise UserError(
                 f"{len(bad):,} of {len(dataset):,} records in {path} are bad ({share:.1%}), more than 1 %.\n"
                 f"The first ones are named above; see whether the fields and {cut_by} are as meant."
             )
-        print(f"Left out {len(bad):,} bad records of {len(dataset):,}.", file=sys.stderr)
+        say(f"Left out {len(bad):,} bad records of {len(dataset):,}.", file=sys.stderr)
 
 
 def own_prompt_style(checkpoint_dir: Path) -> PromptStyle:
