@@ -53,7 +53,7 @@ def check_masked(arguments: dict[str, Any]) -> None:
             option = name.replace(".init_args", "")
             raise UserError(
                 f"--{option} {value}: the recipe does not hold what gives access, only a mask for it.\n"
-                f"Give --{option} again, after --config, with the password, token or signature in it."
+                f"Give --{option} again, after the recipe, with the password, token or signature in it."
             )
 
 
