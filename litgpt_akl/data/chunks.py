@@ -15,6 +15,7 @@ import xxhash
 from litgpt.data import LitData
 from torch import Tensor
 
+from litgpt_akl.display import quoted
 from litgpt_akl.errors import UserError, reason
 from litgpt_akl.reading import explain_damage, plain_names
 
@@ -151,7 +152,7 @@ class ChunkStore:
                 excess -= status.st_size
 
     def place(self, number: int) -> str:
-        return f"{self._place}, block {number}"
+        return f"{quoted(self._place)}, block {number}"
 
 
 def _header_size(chunk: dict) -> int:
