@@ -143,6 +143,17 @@ def clear_leftovers(parent: Path, pattern: str) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def clear_unfinished_files(directory: Path) -> None:
+    """Deletes what a killed process left of files that it was writing there by :func:`write_file`.
+
+    No other process may be writing there.
+    """
+    for leftover in directory.glob(f".*{PARTIAL}"):
+        if leftover.is_file():
+            with suppress(OSError):
+                leftover.unlink()
+
+
 def restore_previous(parent: Path, pattern: str) -> None:
     """Gives back their names to directories that a killed process was about to replace; deletes nothing."""
     for previous in parent.glob(f".{pattern}{PREVIOUS}"):

@@ -14,7 +14,7 @@ from litgpt_akl.cache.caches import Caches
 from litgpt_akl.checkpoint import save_student, save_training_state
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import Window
-from litgpt_akl.directories import make_writable
+from litgpt_akl.directories import explain_failure, make_writable, write_file
 from litgpt_akl.errors import UserError, reason
 from litgpt_akl.export_hf import write_export
 from litgpt_akl.lock import locked
@@ -69,7 +69,8 @@ def carry_out(fabric: L.Fabric, run: Run, stores: tuple[Store, Store], caches: C
     announce(fabric, run, state, stores)
     report_accuracy(fabric, run, state["teacher"].model, stores[0], caches)
     if fabric.is_global_zero:
-        (run.out_dir / RECIPE).write_text(run.recipe, encoding="utf-8")
+        with explain_failure(run.out_dir):
+            write_file(run.out_dir / RECIPE, run.recipe.encode("utf-8"))
         if run.resume is None:
             forget(run.out_dir)
         else:

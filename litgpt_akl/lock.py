@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from litgpt_akl.directories import check_new_directory, explain_failure
+from litgpt_akl.directories import check_new_directory, clear_unfinished_files, explain_failure
 from litgpt_akl.display import say
 from litgpt_akl.errors import UserError
 
@@ -100,6 +100,7 @@ def _take(file: Path, directory: Path) -> int:
             raise
         if holder:
             say(f"{directory}: {_describe(holder)} is gone without an end; this process takes its place.")
+            clear_unfinished_files(directory)
         return descriptor
 
 

@@ -1,10 +1,12 @@
 """Kills `litgpt finetune_akl` again and again, and sees that it ends as if nothing had happened.
 
-The real command is started with `--resume auto`, killed by SIGKILL at a random moment, every third time in the middle
-of a save, and started again, until it has been killed often enough and may finish. Its weights must equal those of an
-undisturbed run bit for bit, and its metrics must have each step once.
+Ten kinds of runs: LitGPT's JSON, StreamingSFT, LoRA, on-policy samples and a teacher cache, in one process and in two.
+Each is started with `--resume auto`, killed by SIGKILL at random moments, every third time in the middle of a save, and
+started again until it may finish; then another one begins, until there were enough kills. Weights, optimizer, random
+numbers and the loss of every step must equal those of an undisturbed run bit for bit, and nothing may be left over.
 
-    python scripts/torture.py                       # a tiny pair, 30 kills
+    python scripts/torture.py --kills 200
+    python scripts/torture.py --kinds lora cache --processes 2 --kills 40 --seed 7
     python scripts/torture.py --kills 100 -- STUDENT --teacher_checkpoint_dir TEACHER --data ... --train.max_steps 500
 """
 
@@ -13,16 +15,37 @@ import csv
 import os
 import random
 import shutil
-import subprocess
+import signal
+import socket
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count, product
 from pathlib import Path
+from typing import Any
 
 import materials
 import torch
 
-POLL = 0.002
+POLL = 0.001
 """Seconds between two looks at the run."""
+PATIENCE = 240
+"""Seconds after which a run counts as hanging."""
+MOST_KILLS = 5
+"""Of one run."""
+DATA = ["--data", "JSON", "--data.json_path", "{material}/data", "--data.mask_prompt", "true", "--data.num_workers"]
+KINDS = {
+    "json": [*DATA, "0"],
+    "streaming": [
+        *("--data", "StreamingSFT", "--data.path", "{material}/data/train.json", "--data.mask_prompt", "true"),
+        *("--data.val_path", "{material}/data/val.json", "--data.cache_dir", "{own}/prepared"),
+        *("--data.num_workers", "2", "--data.num_proc", "1"),
+    ],
+    "lora": [*DATA, "2", "--lora.r", "4"],
+    "on-policy": [*DATA, "0", "--distill.on_policy", "0.5", "--distill.on_policy_tokens", "6"],
+    "cache": [*DATA, "0", "--teacher.cache_dir", "{own}/cache"],
+}
 
 
 class NoisyAdamW(torch.optim.AdamW):
@@ -37,130 +60,279 @@ class NoisyAdamW(torch.optim.AdamW):
         return result
 
 
-def tiny_recipe(directory: Path, steps: int) -> list[str]:
-    """Arguments for a run of a few seconds on tiny material."""
+def write_material(directory: Path) -> None:
+    """A tiny pair and the records that it is trained on."""
     if not directory.exists():
         materials.write_teacher(directory / "teacher")
         materials.write_student(directory / "student", tied=True)
         materials.write_alice_json(directory / "data")
+
+
+def tiny_recipe(kind: str, processes: int, material: Path, own: Path, steps: int) -> list[str]:
+    """Arguments for a run of seconds; what it keeps beside its ``--out_dir`` lies in ``own``."""
+    # which of its random numbers would be whose, if the parameters are shared?
+    optimizer = "torture.NoisyAdamW" if processes == 1 else "AdamW"
     return [
-        *(str(directory / "student"), "--teacher_checkpoint_dir", str(directory / "teacher")),
-        *("--data", "StreamingSFT", "--data.path", str(directory / "data" / "train.json")),
-        *("--data.val_path", str(directory / "data" / "val.json"), "--data.cache_dir", str(directory / "cache")),
-        *("--data.mask_prompt", "true", "--train.max_seq_length", "128", "--distill.compile", "false"),
-        *("--train.max_steps", str(steps), "--train.epochs", str(steps)),
-        *("--train.save_interval", "3", "--keep_last", "2"),
-        *("--eval.interval", "20", "--eval.max_iters", "2", "--eval.max_new_tokens", "4"),
+        *(str(material / "student"), "--teacher_checkpoint_dir", str(material / "teacher")),
+        *(word.format(material=material, own=own) for word in KINDS[kind]),
+        *("--train.max_seq_length", "96", "--distill.compile", "false", "--train.epochs", str(steps)),
+        *("--train.max_steps", str(steps), "--train.save_interval", "2", "--keep_last", "2"),
+        *("--train.global_batch_size", "8", "--train.micro_batch_size", "4"),
+        *("--optimizer.class_path", optimizer, "--optimizer.lr", "3e-3"),
+        *("--eval.interval", "5", "--eval.max_iters", "2", "--eval.max_new_tokens", "4"),
     ]
 
 
-def command(recipe: list[str], out_dir: Path) -> list[str]:
-    return [sys.executable, "-m", "litgpt", "finetune_akl", *recipe, "--out_dir", str(out_dir), "--resume", "auto"]
+def import_everything() -> None:
+    """What a run imports, so that copies of this process need not."""
+    import bokeh.plotting  # noqa: F401
+    import litgpt.__main__  # noqa: F401
+
+    import litgpt_akl.export_hf
+    import litgpt_akl.finetune_akl
+    import litgpt_akl.report.page  # noqa: F401
+
+    # each run fills LitGPT's table of commands anew
+    del sys.modules["litgpt.__main__"]
 
 
-def start(recipe: list[str], out_dir: Path, log: Path) -> subprocess.Popen:
-    # this file is where NoisyAdamW is found
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}"}
-    with log.open("a") as file:
-        return subprocess.Popen(command(recipe, out_dir), stdout=file, stderr=file, env=environment)
+@dataclass
+class Started:
+    """A run, in processes that are copies of this one."""
+
+    processes: list[int]
+    ended: dict[int, int] = field(default_factory=dict)
+    """Exit statuses, negative for signals."""
+
+    def poll(self) -> bool:
+        """Whether all have ended."""
+        for process in self.processes:
+            if process not in self.ended:
+                found, status = os.waitpid(process, os.WNOHANG)
+                if found:
+                    self.ended[process] = os.waitstatus_to_exitcode(status)
+        return len(self.ended) == len(self.processes)
+
+    def wait(self) -> list[int]:
+        """Their exit statuses, that of process 0 first."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.poll():
+            if time.monotonic() > deadline:
+                self.kill()
+                raise SystemExit(f"The run in processes {self.processes} did not end within {PATIENCE} s")
+            time.sleep(POLL)
+        return [self.ended[process] for process in self.processes]
+
+    def kill(self, victims: int | None = None) -> None:
+        """SIGKILL to all, or to some of them, and wait for the end of all."""
+        self.poll()
+        alive = [process for process in self.processes if process not in self.ended]
+        for process in random.sample(alive, min(len(alive), victims or len(alive))):
+            os.kill(process, signal.SIGKILL)
+        self.wait()
+
+
+def start(recipe: list[str], out_dir: Path, log: Path, processes: int = 1, resume: str | None = "auto") -> Started:
+    """The command in copies of this process, as Fabric would start it if there are several."""
+    words = ["finetune_akl", *recipe, "--out_dir", str(out_dir), "--devices", str(processes)]
+    words += ["--resume", resume] if resume else []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    children = []
+    sys.stdout.flush()
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            _run(words, log, rank, processes, port)
+        children.append(child)
+    return Started(children)
+
+
+def _run(words: list[str], log: Path, rank: int, processes: int, port: int) -> None:
+    import datasets
+
+    from litgpt_akl.cli import main
+
+    if processes > 1:
+        names = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": processes}
+        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in names.items()})
+    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    # a test may have put others in their place
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    datasets.config.HF_DATASETS_CACHE = log.parent / "datasets"
+    sys.argv = ["litgpt", *words]
+    status = 1
+    try:
+        main()
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def saving(out_dir: Path) -> bool:
-    return any(out_dir.glob(".step-*"))
+    return any(out_dir.glob(".*.partial"))
 
 
-def kill_somewhere(process: subprocess.Popen, out_dir: Path, in_a_save: bool, patience: float) -> str | None:
-    """Kill the run at a random moment; says in which one, or None if the run had come to its end."""
-    seen = set(out_dir.glob("step-*"))
-    # from the first new checkpoint on the run is past its start
-    while set(out_dir.glob("step-*")) <= seen and process.poll() is None and random.random() > POLL / patience / 4:
+def kill_somewhere(run: Started, out_dir: Path, duration: float) -> str | None:
+    """Kill the run at a random moment of its ``duration``; says in which one, or None if it had come to its end."""
+    until, in_a_save = time.monotonic() + random.uniform(0, duration), random.random() < 1 / 3
+    while (time.monotonic() < until or (in_a_save and not saving(out_dir))) and not run.poll():
         time.sleep(POLL)
-    until = time.monotonic() + random.uniform(0, patience)
-    while time.monotonic() < until and process.poll() is None:
-        time.sleep(POLL)
-    while in_a_save and not saving(out_dir) and process.poll() is None:
-        time.sleep(POLL / 10)
     if in_a_save:
         time.sleep(random.uniform(0, 0.01))
     was_saving = saving(out_dir)
-    if process.poll() is not None:
+    if run.poll():
         return None
-    process.kill()
-    process.wait()
+    # one of two is lost now and then, and the other is to end by itself
+    run.kill(1 if random.random() < 1 / 4 else None)
     return "in a save" if was_saving else "between saves"
 
 
-def torture(recipe: list[str], out_dir: Path, kills: int, patience: float) -> dict[str, int]:
-    """Kill and restart a run until it was killed ``kills`` times, then let it finish; counts kills by their moment."""
-    counts = {"in a save": 0, "between saves": 0}
-    log = out_dir.with_suffix(".log")
-    while sum(counts.values()) < kills:
-        process = start(recipe, out_dir, log)
-        moment = kill_somewhere(process, out_dir, in_a_save=random.random() < 1 / 3, patience=patience)
-        if moment is None:
-            if process.returncode == 0:
-                raise SystemExit(f"The run ended after {sum(counts.values())} kills: give it more --steps")
-            raise SystemExit(f"The run failed by itself with status {process.returncode}; see {log}")
-        counts[moment] += 1
-        print(f"\rkilled {sum(counts.values())} times, {counts['in a save']} of them in a save", end="", flush=True)
-    print()
-    process = start(recipe, out_dir, log)
-    if process.wait() != 0:
-        raise SystemExit(f"The run failed by itself with status {process.returncode}; see {log}")
-    return counts
+def age(cache: Path) -> None:
+    """Let files that a killed process left in a cache be old: younger ones may be those of another process."""
+    for path in cache.rglob(".*.partial"):
+        os.utime(path, (0, 0))
 
 
-def steps_in_metrics(out_dir: Path) -> list[int]:
+def steps_in_metrics(out_dir: Path) -> list[tuple[int, str]]:
+    """Step and loss of each row."""
     logs = list((out_dir / "logs" / "csv").glob("version_*/metrics.csv"))
     with max(logs, key=lambda path: int(path.parent.name.split("_")[1])).open(newline="") as file:
-        return [int(row["step"]) for row in csv.DictReader(file) if row["loss"]]
+        return [(int(row["step"]), row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
-def compare(undisturbed: Path, disturbed: Path) -> None:
-    """Exits with a message if the two runs differ in their weights or in the steps of their metrics."""
-    weights = [torch.load(path / "final" / "lit_model.pth", weights_only=True) for path in (undisturbed, disturbed)]
-    different = [name for name, weight in weights[0].items() if not torch.equal(weight, weights[1][name])]
-    if different:
-        raise SystemExit(f"{len(different)} of {len(weights[0])} tensors differ, the first is {different[0]}")
-    steps = [steps_in_metrics(path) for path in (undisturbed, disturbed)]
-    if steps[0] != steps[1]:
-        raise SystemExit(f"The metrics have {len(steps[1])} steps instead of {len(steps[0])}, or in another order")
+def same(first: Any, second: Any) -> bool:
+    """Whether two training states are equal, bit for bit."""
+    if isinstance(first, torch.Tensor):
+        return first.dtype == second.dtype and first.shape == second.shape and _bits(first) == _bits(second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second or (first != first and second != second)
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def difference(undisturbed: Path, disturbed: Path) -> str | None:
+    """What differs between the results of two runs, apart from times and places; None if nothing does."""
+    names = [{str(path.relative_to(run)) for path in run.glob("final/*")} for run in (undisturbed, disturbed)]
+    if names[0] != names[1]:
+        return f"only one has {', '.join(sorted(names[0] ^ names[1]))}"
+    # a run that is killed once its student is written does not save or delete checkpoints again
+    steps = [{str(path.relative_to(run)) for path in run.glob("step-*/*")} for run in (undisturbed, disturbed)]
+    if steps[0] and not steps[0] & steps[1]:
+        return "there is no checkpoint of the same step"
+    for directory in {name.partition("/")[0] for name in steps[0]} & {name.partition("/")[0] for name in steps[1]}:
+        found = [{name for name in some if name.startswith(f"{directory}/")} for some in steps]
+        if found[0] != found[1]:
+            return f"only one has {', '.join(sorted(found[0] ^ found[1]))}"
+        names[0] |= found[0]
+    for name in sorted(names[0]):
+        if name.endswith(".pth"):
+            first, second = (torch.load(run / name, weights_only=True) for run in (undisturbed, disturbed))
+            if not same(first, second):
+                return f"{name} differs"
+    hidden = sorted(path.name for path in disturbed.rglob(".*"))
+    hidden += sorted(path.name for path in disturbed.parent.rglob("*") if path.suffix in (".partial", ".incomplete"))
+    if hidden:
+        return f"{', '.join(hidden)} is left over"
+    if steps_in_metrics(undisturbed) != steps_in_metrics(disturbed):
+        return "the metrics have other steps, or another loss"
+    return None
+
+
+@dataclass
+class Result:
+    """What came of the kills of one kind."""
+
+    runs: int = 0
+    identical: int = 0
+    kills: int = 0
+    in_a_save: int = 0
+    differences: list[str] = field(default_factory=list)
+
+
+def torture(recipes: Iterator[tuple[list[str], Path]], processes: int, kills: int) -> Result:
+    """Run the first of the recipes undisturbed, then kill and restart others until there were ``kills``."""
+    recipe, directory = next(recipes)
+    undisturbed, began = directory / "run", time.monotonic()
+    if any(start(recipe, undisturbed, directory / "log", processes).wait()):
+        raise SystemExit(f"The undisturbed run failed; see {directory / 'log'}")
+    duration, result = time.monotonic() - began, Result()
+    while result.kills < kills:
+        recipe, directory = next(recipes)
+        planned = min(kills - result.kills, random.randint(1, MOST_KILLS))
+        run = start(recipe, directory / "run", directory / "log", processes)
+        while planned > 0 and (moment := kill_somewhere(run, directory / "run", duration)) is not None:
+            planned, result.kills = planned - 1, result.kills + 1
+            result.in_a_save += moment == "in a save"
+            age(directory / "cache")
+            run = start(recipe, directory / "run", directory / "log", processes)
+        result.runs += 1
+        statuses = run.wait()
+        found = f"it failed with {statuses}" if any(statuses) else difference(undisturbed, directory / "run")
+        if found is None:
+            result.identical += 1
+            shutil.rmtree(directory)
+        else:
+            result.differences.append(f"{found}; see {directory / 'log'}")
+            print(result.differences[-1], flush=True)
+    return result
+
+
+def recipes_of(kind: str, args: argparse.Namespace, processes: int) -> Iterator[tuple[list[str], Path]]:
+    """Recipes of the same run, each with a directory of its own."""
+    for number in count():
+        directory = args.work_dir / f"{kind}-{processes}" / str(number)
+        material = args.work_dir / "material"
+        yield args.recipe or tiny_recipe(kind, processes, material, directory, args.steps), directory
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30, help="how often to kill each run")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader workers, a run for each")
-    parser.add_argument("--devices", type=int, default=1, help="processes of the run")
-    parser.add_argument("--noise", choices=("with", "without", "both"), default="both", help="random numbers in steps")
-    parser.add_argument("--steps", type=int, default=800, help="of the tiny pair's run")
-    parser.add_argument("--patience", type=float, default=1.0, help="seconds of training before a kill, at most")
+    parser.add_argument("--kills", type=int, default=50, help="in all, shared out evenly")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of each kind")
+    parser.add_argument("--steps", type=int, default=13, help="of the tiny pair's runs")
     parser.add_argument("--work_dir", type=Path, default=Path(".torture"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("recipe", nargs="*", help="after --: the arguments of finetune_akl (default: a tiny pair)")
     args = parser.parse_args()
+    args.work_dir = args.work_dir.resolve()
     random.seed(args.seed)
-    recipe = args.recipe or tiny_recipe(args.work_dir / "material", args.steps)
-    for noise in ("without", "with"):
-        if args.noise not in (noise, "both"):
-            continue
-        optimizer = ["--optimizer.class_path", "torture.NoisyAdamW" if noise == "with" else "AdamW"]
-        for workers in args.workers:
-            directory = args.work_dir / f"{noise}-noise-{workers}-workers-{args.devices}-devices"
-            shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
-            options = [*recipe, *optimizer, "--optimizer.lr", "3e-3", "--data.num_workers", str(workers)]
-            options += ["--devices", str(args.devices)]
-            began = time.monotonic()
-            if start(options, directory / "undisturbed", directory / "undisturbed.log").wait() != 0:
-                raise SystemExit(f"The undisturbed run failed; see {directory / 'undisturbed.log'}")
-            counts = torture(options, directory / "disturbed", args.kills, args.patience)
-            compare(directory / "undisturbed", directory / "disturbed")
-            print(
-                f"{noise} noise, {workers} workers, {args.devices} processes: {sum(counts.values())} kills,"
-                f" {counts['in a save']} in a save: the same weights, every step once in the metrics"
-                f" ({time.monotonic() - began:.0f} s)"
-            )
+    torch.set_num_threads(1)
+    shutil.rmtree(args.work_dir, ignore_errors=True)
+    write_material(args.work_dir / "material")
+    import_everything()
+    cells = list(product(["given"] if args.recipe else args.kinds, args.processes))
+    began, results = time.monotonic(), {}
+    print(f"{'run':12}{'processes':>10}{'kills':>8}{'in a save':>11}{'runs':>6}{'identical':>11}")
+    for number, (kind, processes) in enumerate(cells):
+        share = args.kills * (number + 1) // len(cells) - args.kills * number // len(cells)
+        found = results[kind, processes] = torture(recipes_of(kind, args, processes), processes, share)
+        counts = f"{found.kills:8}{found.in_a_save:11}{found.runs:6}{found.identical:11}"
+        print(f"{kind:12}{processes:10}{counts}", flush=True)
+    kills, runs, identical = (
+        sum(getattr(r, name) for r in results.values()) for name in ("kills", "runs", "identical")
+    )
+    print(f"{kills} kills, {identical} of {runs} runs identical to undisturbed ones ({time.monotonic() - began:.0f} s)")
+    raise SystemExit(0 if identical == runs else 1)
 
 
 if __name__ == "__main__":

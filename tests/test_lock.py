@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import random
 import signal
 import threading
 import time
@@ -10,10 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torture
 
 from litgpt_akl import lock
 from litgpt_akl.errors import UserError
 from litgpt_akl.lock import LOCK, locked
+
+ROUNDS = int(os.environ.get("LITGPT_AKL_ROUNDS", 2))
+"""Of two runs in one ``--out_dir``."""
+SEED = int(os.environ.get("LITGPT_AKL_SEED", 0))
+"""Of the moments at which they start."""
 
 
 @contextmanager
@@ -147,3 +154,51 @@ def test_a_garbled_lock_is_nobodys(tmp_path, content):
     with locked(tmp_path):
         pass
     assert not (tmp_path / LOCK).exists()
+
+
+def test_a_killed_process_leaves_no_unfinished_file(tmp_path):
+    (tmp_path / ".0c1d.partial").write_text("half of")
+    with another_process(tmp_path):
+        pass
+    (tmp_path / "mine.partial").write_text("whole")
+    with locked(tmp_path):
+        assert [path.name for path in tmp_path.iterdir() if path.name != LOCK] == ["mine.partial"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A recipe of a short run for so many processes, what it comes to when nobody else is there, and how long it takes.
+
+    The function gives them.
+    """
+    base = tmp_path_factory.mktemp("alone")
+    torture.write_material(base / "material")
+    torture.import_everything()
+    known = {}
+
+    def run(processes: int) -> tuple[list[str], Path, float]:
+        if processes not in known:
+            own, began = base / str(processes), time.monotonic()
+            recipe = torture.tiny_recipe("json", processes, base / "material", own, steps=6)
+            assert not any(torture.start(recipe, own / "run", own / "log", processes).wait())
+            known[processes] = recipe, own / "run", time.monotonic() - began
+        return known[processes]
+
+    return run
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_of_two_runs_in_one_directory_one_goes_on(alone, tmp_path, number):
+    draw = random.Random(f"{SEED} {number}")
+    processes, resume = 1 + number % 2, draw.choice(("auto", None))
+    recipe, expected, duration = alone(processes)
+    out_dir, logs = tmp_path / "run", [tmp_path / name / "log" for name in ("first", "second")]
+    first = torture.start(recipe, out_dir, logs[0], processes, resume)
+    time.sleep(draw.uniform(0, 0.7 * duration))
+    second = torture.start(recipe, out_dir, logs[1], processes, resume)
+    ends = list(zip((first.wait(), second.wait()), (log.read_text() for log in logs), strict=True))
+    assert sorted(all(statuses) for statuses, _ in ends) == sorted(any(statuses) for statuses, _ in ends) == [0, 1]
+    told = next(text for statuses, text in ends if all(statuses))
+    assert "Traceback" not in told and told.count(" is writing there.\nWait until it has ended, or give") == 1
+    assert told.rstrip().splitlines()[-2].startswith(f"error: {out_dir}: process ")
+    assert torture.difference(expected, out_dir) is None
