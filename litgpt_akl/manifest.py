@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ FORMAT = 1
 STEPS = "step-*"
 """Names of the directories that a run saves; which step one holds is in its manifest."""
 KNOWN = 4096
-"""Files whose checksums are kept in mind."""
+"""Files whose checksums are kept in mind; more if there are more to be looked at again."""
 
 
 class Damaged(Exception):
@@ -126,6 +127,7 @@ def remove_old(out_dir: Path, keep_last: int, written: Path) -> None:
         written: The directory just written, which is kept whatever step it holds.
     """
     kept = [directory for directory in newest_first(out_dir) if not is_timed(directory)]
+    _keep_in_mind(sum(len(os.listdir(directory)) for directory in kept))
     whole = [directory for directory in kept if damage(directory) is None]
     losses = {directory: read_manifest(directory)["validation_loss"] for directory in whole}
     validated = [directory for directory in whole if losses[directory] is not None]
@@ -163,11 +165,19 @@ def _check_size(path: Path, name: str, expected: int) -> None:
 
 # at every save the question which older directories are whole comes up anew, and each may hold many gigabytes
 _known: dict[Stamp, str] = {}
+"""Those asked for last come last."""
+_room = [KNOWN]
+
+
+def _keep_in_mind(files: int) -> None:
+    """See to it that looking through so many files again and again reads each of them once."""
+    # as many again may be of directories that are gone
+    _room[0] = max(KNOWN, 2 * files)
 
 
 def know_checksum(path: Path, checksum: str) -> None:
     """Keep in mind what was computed while a file was written; from then on nobody may write to it."""
-    if len(_known) >= KNOWN:
+    while len(_known) >= _room[0]:
         _known.pop(next(iter(_known)))
     _known[stamp_of(path)] = checksum
 
@@ -176,7 +186,8 @@ def _checksum(path: Path) -> str:
     stamp = stamp_of(path)
     if stamp not in _known:
         know_checksum(path, _read_checksum(path))
-    return _known[stamp]
+    checksum = _known[stamp] = _known.pop(stamp)
+    return checksum
 
 
 def _read_checksum(path: Path) -> str:

@@ -12,7 +12,7 @@ from checkpoints import IDENTITY, draw, find, make_state, names, save, save_step
 
 from litgpt_akl.checkpoint import load_training_state, read_training_state
 from litgpt_akl.errors import UserError
-from litgpt_akl.manifest import MANIFEST, damage, read_manifest
+from litgpt_akl.manifest import KNOWN, MANIFEST, damage, read_manifest, write_manifest
 from litgpt_akl.metrics import copy_marked_rows
 
 
@@ -165,3 +165,25 @@ def test_what_cannot_be_removed_does_not_end_a_run(saved, student_dir):
     (saved / ".step-000001.removed").touch()
     save_steps(saved, student_dir, [11], keep_last=1)
     assert names(saved) == [".step-000001.removed", "step-000001", "step-000011"]
+
+
+def test_a_save_beside_many_kept_checkpoints_reads_none_of_them_again(student_dir, tmp_path):
+    (step,) = save_steps(tmp_path, student_dir, [1])
+    for number in range(2, 421):
+        shutil.copytree(step, tmp_path / f"step-{number:06d}", copy_function=os.link, ignore=lambda *_: [MANIFEST])
+        other = tmp_path / f"step-{number:06d}"
+        for name in ("hyperparameters.yaml", *(f"more-{n}" for n in range(8))):
+            (other / name).unlink(missing_ok=True)
+            (other / name).write_bytes(os.urandom(2000))
+        write_manifest(other, number, None)
+    files = sum(len(read_manifest(path)["files"]) for path in tmp_path.glob("step-*"))
+    assert files > KNOWN
+    read = []
+    for number in (1001, 1002, 1003):
+        before = int(Path("/proc/self/io").read_text().split()[1])
+        save(tmp_path, {**make_state(), "step_count": number}, student_dir, keep_last=1000)
+        read.append(int(Path("/proc/self/io").read_text().split()[1]) - before)
+    manifests = sum((path / MANIFEST).stat().st_size for path in tmp_path.glob("step-*"))
+    # what is read each time are the manifests, which are asked for their step and more
+    assert read[2] < 5 * manifests + 2 * sum(path.stat().st_size for path in step.iterdir())
+    assert read[2] < read[0] - 400 * 8 * 1500

@@ -361,7 +361,7 @@ DEEP = '{"a": ' + "[" * 200_000 + "]" * 200_000 + "}"
         ('[{"a": 1}]\n\n]', 3, "is not valid JSON: Extra data at column 1"),
         ('[{"a": 1}, {"a": "\t"}]', 1, "is not valid JSON: Invalid control character at column 19"),
         ('[{"a": 1}, {"b": "\\q"}]', 1, "is not valid JSON: Invalid \\escape at column 19"),
-        (f'[{{"a": 1}},\n{DEEP}, {{}}]', 2, "is nested too deeply"),
+        (f'[{{"a": 1}},\n{DEEP}, {{}}]', 2, "is nested too deeply: in more than 256 levels"),
     ],
 )
 def test_a_broken_list_ends_with_one_bad_record(
@@ -384,7 +384,7 @@ def test_a_broken_list_ends_with_one_bad_record(
         ('{"é": "'.encode() + b'\xff"}', "is not valid UTF-8 at byte 9"),
         (b'{"a": "b\xe4', "is not valid UTF-8 at byte 9"),
         ('{"a": "b"}'.encode("utf-16"), "is not valid UTF-8 at byte 1"),
-        (DEEP.encode(), "is nested too deeply"),
+        (DEEP.encode(), "is nested too deeply: in more than 256 levels"),
     ],
 )
 def test_broken_lines_are_told_and_left_behind(tmp_path: Path, line: bytes, error: str) -> None:

@@ -21,11 +21,14 @@ Chunks = Iterator[tuple[bytes, int]]
 CHUNK = 2**18
 """Bytes that are read at a time."""
 
-PACKED_CHUNK = 2**14
-"""The same for a compressed file, whose bytes may become a thousand times as many."""
+PACKED_CHUNKS = {"gzip": 2**14, "zstd": 2**10}
+"""The same for a compressed file, whose bytes may become a thousand times as many, with zstd 32,768 times."""
 
-ROWS = 64
-"""Rows of a Parquet file that are Python objects at a time."""
+LARGEST_WINDOW = 2**27
+"""Bytes of what came before that zstd data may refer to, all of which are held in memory: `zstd --long` writes that."""
+
+ROWS, ROWS_BYTES = 64, 2**23
+"""Rows of a Parquet file that are Python objects at a time, and their bytes if they are about equally large."""
 
 COMPRESSIONS = {"": None, ".gz": "gzip", ".zst": "zstd"}
 FORMATS = {
@@ -37,8 +40,7 @@ FORMATS = {
 
 DECOMPRESSORS = {
     "gzip": lambda: zlib.decompressobj(wbits=31),
-    # `zstd --long=31` writes the largest window
-    "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
+    "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW).decompressobj(),
 }
 
 VERSIONS = ("ETag", "etag", "Content-MD5", "Digest", "generation", "md5Hash", "blob_id")
@@ -151,7 +153,7 @@ def read_chunks(path: str) -> Chunks:
     """
     compression = file_format(path)[1]
     with _reporting(path), _open(path, block_size=0 if _is_http(path) else None) as file:
-        chunks = _stored_chunks(file, PACKED_CHUNK if compression else CHUNK)
+        chunks = _stored_chunks(file, PACKED_CHUNKS.get(compression, CHUNK))
         yield from _decompress(chunks, path, compression) if compression else chunks
 
 
@@ -171,11 +173,17 @@ def _decompress(chunks: Chunks, path: str, compression: str) -> Chunks:
             try:
                 chunk = stream.decompress(packed)
             except (zlib.error, zstandard.ZstdError) as error:
+                if "too much memory" in str(error):
+                    raise UserError(
+                        f"{path} needs a zstd window of more than {LARGEST_WINDOW >> 20} MiB to be read, from line"
+                        f" {line} on.\nCompress it again with `zstd --long=27`, or without --long."
+                    ) from error
                 raise UserError(
                     f"{path} is no valid {compression} data from line {line} on: {error}.\nCopy or download it again."
                 ) from error
             line += chunk.count(b"\n")
-            yield chunk, bytes_read
+            for start in range(0, len(chunk), CHUNK):
+                yield chunk[start : start + CHUNK], bytes_read
             packed, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
     if stream is not None:
         raise UserError(
@@ -183,8 +191,10 @@ def _decompress(chunks: Chunks, path: str, compression: str) -> Chunks:
         )
 
 
-def read_rows(path: str) -> Iterator[tuple[dict, int]]:
-    """A Parquet file's rows, and about how many of the file's bytes had been read for each.
+def read_rows(path: str, largest: int) -> Iterator[tuple[dict | None, int, int]]:
+    """A Parquet file's rows, the bytes of each, and about how many of the file's bytes had been read for it.
+
+    A row of more than ``largest`` bytes is None.
 
     Raises:
         UserError: the file does not exist, cannot be read or is broken.
@@ -194,13 +204,21 @@ def read_rows(path: str) -> Iterator[tuple[dict, int]]:
     rows = 0
     # by default pyarrow holds a row group's columns whole; it jumps between them, so that reading ahead would be wasted
     with _reporting(path), _open(path, cache_type="none") as stored:
-        size = stored.seek(0, os.SEEK_END)
+        stored_bytes = stored.seek(0, os.SEEK_END)
         file = ParquetFile(stored, pre_buffer=False, buffer_size=2**22)
-        for batch in file.iter_batches(batch_size=ROWS):
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        mean = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+        for batch in file.iter_batches(batch_size=max(1, min(ROWS, ROWS_BYTES // max(1, mean)))):
+            bytes_read = stored_bytes * (rows + batch.num_rows) // file.metadata.num_rows
             rows += batch.num_rows
-            bytes_read = size * rows // file.metadata.num_rows
-            for row in batch.to_pylist():
-                yield row, bytes_read
+            if batch.nbytes <= ROWS_BYTES:
+                size = batch.nbytes // max(1, batch.num_rows)
+                for row in batch.to_pylist():
+                    yield row, size, bytes_read
+                continue
+            for number in range(batch.num_rows):
+                row = batch.slice(number, 1)
+                yield row.to_pylist()[0] if row.nbytes <= largest else None, row.nbytes, bytes_read
 
 
 def _open(path: str, **options) -> BinaryIO:

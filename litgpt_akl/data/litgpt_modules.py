@@ -134,8 +134,12 @@ class ModuleRecords:
         self._module, self._records, self._transform = module, records, transform
         self.sizes = [len(records)]
         digest = xxhash.xxh3_128()
-        for _, record in self:
-            digest.update(json.dumps(record.value, default=repr).encode())
+        for number, record in self:
+            try:
+                digest.update(json.dumps(record.value, default=repr).encode(errors="backslashreplace"))
+            except (RecursionError, ValueError):
+                # nested too deeply or in itself: whatever it holds, it is refused
+                digest.update(f"nested {number}".encode())
         self.identity = digest.hexdigest()
 
     def __iter__(self) -> Iterator[tuple[int, Record]]:

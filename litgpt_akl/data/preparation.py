@@ -3,12 +3,13 @@
 import hashlib
 import inspect
 import json
+import pickle
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -24,18 +25,18 @@ from torch.utils.data import Dataset
 from litgpt_akl.data.chat_template import ChatTemplate
 from litgpt_akl.data.encoding import Encoder
 from litgpt_akl.data.files import identify
-from litgpt_akl.data.records import Record, place, read
+from litgpt_akl.data.records import TOO_DEEP, Record, is_too_deep, place, read
 from litgpt_akl.data.workers import fetch
 from litgpt_akl.display import say
-from litgpt_akl.errors import UserError
+from litgpt_akl.errors import UserError, reason
 from litgpt_akl.progress import progress_bar
 
-FORMAT = 2
+FORMAT = 3
 """Goes into every fingerprint; to be raised when the same records become other rows."""
 Portion = list[tuple[int, Record]]
 """Records, each with the number of its file."""
-PORTION = 256
-"""Records that are encoded together."""
+PORTION, PORTION_SIZE = 256, 2**22
+"""Records that are encoded together: how many at most, and about how many bytes or characters of them."""
 BATCH_BYTES = 2**22
 """Of rows that are written together: memory-mapped, each such batch takes some memory of its own."""
 COLUMNS = datasets.Features(
@@ -185,8 +186,9 @@ class Rows(Dataset):
     def _encoder(self) -> RecordEncoder:
         return self.settings.encoder()
 
-    def __getitem__(self, portion: Portion) -> tuple[int, int, pa.RecordBatch]:
+    def __getitem__(self, packed: Portion | bytes) -> tuple[int, int, pa.RecordBatch]:
         """The number of the last record's file, how many of its bytes had been read, and the rows."""
+        portion = pickle.loads(packed) if isinstance(packed, bytes) else packed
         rows = [self._row(record) | {"file": file, "line": record.line} for file, record in portion]
         file, record = portion[-1]
         return file, record.bytes_read, pa.RecordBatch.from_pylist(rows, schema=COLUMNS.arrow_schema)
@@ -200,8 +202,11 @@ class Rows(Dataset):
             if len(input_ids) > context_length:
                 # kept on disk, this is read by commands that have other options
                 raise ValueError(f"has {len(input_ids):,} tokens; the pair reads {context_length:,}")
-        except ValueError as error:
-            return {"input_ids": [], "responses": [], "length": 0, "response_tokens": 0, "draw": 0, "error": str(error)}
+        except (ValueError, RecursionError, MemoryError) as error:
+            told = str(error) if isinstance(error, ValueError) else f"cannot be encoded: {error!r}"
+            # half a character has no place in an Arrow file
+            told = told.encode(errors="backslashreplace").decode()
+            return {"input_ids": [], "responses": [], "length": 0, "response_tokens": 0, "draw": 0, "error": told}
         begins, ends = np.reshape(responses, (-1, 2)).T
         return {
             "input_ids": np.array(input_ids, dtype=np.int32),
@@ -240,7 +245,10 @@ class Preparation(datasets.ArrowBasedBuilder):
         options = {"unit": config.source.unit, "unit_scale": True, "leave": False}
         with progress_bar(total=starts[-1], desc="preparing data", **options) as bar:
             fewer = config.settings.fewer_processes.format(config.num_proc)
-            portions = fetch(Rows(config.settings), _portions(config.source), config.num_proc, fewer)
+            keys = _portions(config.source)
+            if config.num_proc > 0:
+                keys = map(_pack, keys)
+            portions = fetch(Rows(config.settings), keys, config.num_proc, fewer)
             batches: list[pa.RecordBatch] = []
             size = first_row = 0
             try:
@@ -262,9 +270,35 @@ class Preparation(datasets.ArrowBasedBuilder):
 
 def _portions(source: Source) -> Iterator[Portion]:
     # a portion goes on from file to file: each costs a message, whatever is in it
-    records = iter(source)
-    while portion := list(islice(records, PORTION)):
+    portion, size = [], 0
+    for file, record in source:
+        if record.error is None and is_too_deep(record.value):
+            record = replace(record, value=None, error=TOO_DEEP)
+        portion.append((file, record))
+        size += record.size
+        if len(portion) == PORTION or size >= PORTION_SIZE:
+            yield portion
+            portion, size = [], 0
+    if portion:
         yield portion
+
+
+def _pack(portion: Portion) -> bytes:
+    """For another process; a queue would drop what cannot be pickled, and it would be waited for without end."""
+    try:
+        return pickle.dumps(portion)
+    except Exception:
+        # an object of a data module may fail in every way
+        return pickle.dumps([(file, _sendable(record)) for file, record in portion])
+
+
+def _sendable(record: Record) -> Record:
+    try:
+        pickle.dumps(record)
+    except Exception as error:
+        told = f"cannot be handed to another process: {type(error).__name__}: {reason(error)}"
+        return replace(record, value=None, error=told)
+    return record
 
 
 def _check(rows: pa.RecordBatch, first_row: int, source: Source, cut_by: str) -> None:

@@ -10,8 +10,11 @@ from itertools import chain
 from litgpt_akl.data.files import Chunks, file_format, read_chunks, read_rows
 from litgpt_akl.display import quoted
 
-LARGEST = 256 * 2**20
+LARGEST = 32 * 2**20
 """Bytes or characters of a record; whatever is longer is taken for broken."""
+DEEPEST = 256
+"""Levels of lists and objects in each other; Python's own ways of handling values end at about a thousand."""
+TOO_DEEP = f"is nested too deeply: in more than {DEEPEST} levels"
 
 DECODER = json.JSONDecoder()
 BLANK = re.compile(r"[ \t\r\n]*")
@@ -34,6 +37,24 @@ class Record:
 
     It is never more than the bytes that ``identify`` tells, unless a server does not tell them.
     """
+    size: int = 0
+    """About how many bytes or characters it has, where it may be large."""
+
+
+def is_too_deep(value: object) -> bool:
+    """Whether lists and objects lie in each other in more than ``DEEPEST`` levels."""
+    level = {id(value): value} if isinstance(value, (dict, list)) else {}
+    for _ in range(DEEPEST):
+        if not level:
+            return False
+        # what is met more than once, as in an object that holds itself, counts once on each level
+        level = {
+            id(inner): inner
+            for outer in level.values()
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        }
+    return bool(level)
 
 
 def read(path: str) -> Iterator[Record]:
@@ -47,8 +68,8 @@ def read(path: str) -> Iterator[Record]:
     """
     form, _ = file_format(path)
     if form == "parquet":
-        for row, (value, bytes_read) in enumerate(read_rows(path), start=1):
-            yield Record(row, value, None, bytes_read)
+        for row, (value, size, bytes_read) in enumerate(read_rows(path, LARGEST), start=1):
+            yield Record(row, value, _too_long() if value is None else None, bytes_read, size)
     elif form == "jsonl":
         yield from _read_lines(read_chunks(path))
     else:
@@ -79,7 +100,7 @@ def _read_lines(chunks: Chunks) -> Iterator[Record]:
             line = line.removeprefix(codecs.BOM_UTF8)
         if line and not line.isspace():
             empty = False
-            yield Record(number, *_parse(line), bytes_read)
+            yield Record(number, *_parse(line), bytes_read, len(line))
     if empty:
         yield Record(1, None, "the file is empty", bytes_read)
 
@@ -102,7 +123,7 @@ def _lines(chunks: Chunks) -> Iterator[tuple[bytes, int]]:
 def _parse(line: bytes) -> tuple[dict | None, str | None]:
     """A line's value and error, one of which is None."""
     if len(line) > LARGEST:
-        return None, f"is longer than {LARGEST >> 20} MiB"
+        return None, _too_long()
     try:
         text = line.decode()
         value = DECODER.decode(text)
@@ -114,9 +135,13 @@ def _parse(line: bytes) -> tuple[dict | None, str | None]:
     return (None, error) if error else (value, None)
 
 
+def _too_long() -> str:
+    return f"is longer than {LARGEST >> 20} MiB"
+
+
 def _describe(error: ValueError | RecursionError, column: int) -> str:
     if isinstance(error, RecursionError):
-        return "is nested too deeply"
+        return TOO_DEEP
     # the decoder's own message goes on with line, column and character
     reason = error.msg.removesuffix(" at") if isinstance(error, json.JSONDecodeError) else str(error)
     return f"is not valid JSON: {reason} at column {column}"
@@ -126,14 +151,14 @@ def _find_fault(value: object, text: str) -> str | None:
     """Why valid JSON is no record; ``text`` is what ``value`` was read from."""
     if not isinstance(value, dict):
         return f"is {NAMES[type(value)]}, not an object"
+    if is_too_deep(value):
+        return TOO_DEEP
     if SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start].encode("unicode_escape").decode()
             return f"has {half}, half of a surrogate pair, which is no character"
-        except RecursionError as error:
-            return _describe(error, 1)
     return None
 
 
@@ -142,13 +167,13 @@ def _read_list(chunks: Chunks) -> Iterator[Record]:
     try:
         for value, end in _items(text):
             line, source = text.line, text.text[text.position : end]
-            error = _find_fault(value, source)
+            error = _too_long() if len(source) > LARGEST else _find_fault(value, source)
             # bytes that are not UTF-8 were decoded to characters that cannot be encoded
             invalid = None if source.isascii() else re.search("[\udc80-\udcff]", source)
             if invalid:
                 text.advance(text.position + invalid.start())
                 line, error = text.line, f"is not valid UTF-8 at column {text.column}"
-            yield Record(line, None if error else value, error, text.bytes_read)
+            yield Record(line, None if error else value, error, text.bytes_read, len(source))
             text.advance(end)
     except (ValueError, RecursionError) as error:
         text.advance(getattr(error, "pos", text.position))
