@@ -146,11 +146,11 @@ def read_in_a_process(path: Path) -> tuple[int, set[str], float]:
     return int(count), set(errors), int(kilobytes) / 1024
 
 
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".json.zst"])
-@pytest.mark.parametrize("what", [b"a", b"[", b"\n"])
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.zst"])
+@pytest.mark.parametrize("what", [b"a", b"\n"])
 def test_a_bomb_of_one_record_takes_little_memory(tmp_path, suffix, what):
     # each empty line is looked at, which takes its time
-    size = (20 if what == b"\n" else 400) * 2**20
+    size = (20 if what == b"\n" else 200) * 2**20
     count, errors, taken = read_in_a_process(bomb(tmp_path / f"bomb{suffix}", size, what))
     assert (count, errors) == ((2, {"None"}) if what == b"\n" else (3, {"None", "is longer than 32 MiB"}))
     assert taken < 200
