@@ -48,6 +48,8 @@ def begin(fabric: L.Fabric, run: Run) -> tuple[tuple[Store, Store], Caches] | No
         stores = prepare_stores(run.data, pair.tokenizer, train, *options, date=day.date)
     if getattr(run.data, "date", None):
         fabric.print(day)
+    # its tokenizer and its chat template were read
+    pair.check_unchanged("student")
     if asked and run.teacher.cache_mode != "fill" and _is_finished(fabric, run, asked, stores[0]):
         return None
     # a run that fills a cache has no student
@@ -87,6 +89,7 @@ def _open_cache(fabric: L.Fabric, run: Run, stores: tuple[Store, Store]) -> Cach
         identity = make_identity(
             run.pair, run.teacher, dtype, run.data, run.train.max_seq_length, stores, recorded=recorded
         )
+        run.pair.check_unchanged("teacher")
         caches = open_caches(directory, identity, stores, writable)
         if run.teacher.cache_mode == "fill" and fabric.local_rank == 0:
             caches.training.verify()

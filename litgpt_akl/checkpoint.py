@@ -28,7 +28,7 @@ from litgpt_akl.manifest import (
     write_manifest,
 )
 from litgpt_akl.metrics import METRICS_MARK
-from litgpt_akl.model_files import copy_model_files, describe_to_hugging_face
+from litgpt_akl.model_files import ModelFiles, copy_model_files, describe_to_hugging_face
 from litgpt_akl.padding import write_config_without_padding
 from litgpt_akl.sharding import (
     from_each,
@@ -61,7 +61,7 @@ IDENTITY = ("data", "models")
 def write_student(
     directory: Path | None,
     student: nn.Module,
-    source_dir: Path,
+    model_files: ModelFiles,
     *,
     tied: bool,
     prompt_style: PromptStyle | None,
@@ -76,7 +76,7 @@ def write_student(
         directory: From :func:`~litgpt_akl.directories.write_directory`; None in other processes than 0, which take part
             in gathering the parameters.
         student: Its parameters may be sharded; they are whole one at a time.
-        source_dir: The student's original checkpoint directory.
+        model_files: Those of the student's original checkpoint.
         tied: Whether embeddings and LM head are one matrix in the file; written into config.json, since Hugging Face
             models throw away the LM head of a model that is said to be tied.
         prompt_style: What the prompts were made with, if the data module tells.
@@ -84,11 +84,12 @@ def write_student(
         ids: Rows of the student's embeddings and LM head, if it lost those that were padding.
     """
     if directory is not None:
-        copy_model_files(source_dir, directory, prompt_style)
+        with model_files.unpacked(directory.parent) as source_dir:
+            copy_model_files(source_dir, directory, prompt_style)
+            if ids is not None:
+                write_config_without_padding(source_dir, directory, ids)
         if (directory / "config.json").is_file():
             describe_to_hugging_face(directory / "config.json", tied, student.lm_head.weight.dtype, ids)
-        if ids is not None:
-            write_config_without_padding(source_dir, directory, ids)
         if prompt_style is not None:
             save_prompt_style(prompt_style, directory)
         (directory / "hyperparameters.yaml").write_text(recipe, encoding="utf-8")
@@ -99,21 +100,21 @@ def write_student(
             file.save(store_adapters(student, file))
 
 
-def save_student(directory: Path, state: dict, *, steps: int, source_dir: Path, **options) -> None:
+def save_student(directory: Path, state: dict, *, steps: int, model_files: ModelFiles, **options) -> None:
     """Write the trained student, and a manifest that says of which run. All processes take part.
 
     Args:
         directory: Where it is to appear.
         state: As in :func:`save_training_state`.
         steps: Of the whole run, which may have ended before.
-        source_dir: The student's original checkpoint directory.
+        model_files: Those of the student's original checkpoint.
         options: Those of :func:`write_student`.
 
     Raises:
         UserError: ``directory`` cannot be written; it is as it was.
     """
     with _write_in_one_process(directory) as partial, explain_failure(directory):
-        write_student(partial, state["student"], source_dir, **options)
+        write_student(partial, state["student"], model_files, **options)
         if partial is not None:
             write_manifest(partial, state["step_count"], None, steps=steps, **{name: state[name] for name in IDENTITY})
     wait_for_all()
@@ -123,7 +124,7 @@ def save_training_state(
     directory: Path,
     state: dict,
     *,
-    source_dir: Path,
+    model_files: ModelFiles,
     metrics: dict[str, Any] | None,
     keep_last: int | None,
     timed: bool = False,
@@ -136,7 +137,7 @@ def save_training_state(
     Args:
         directory: Where it is to appear.
         state: Student, optimizer, scheduler, and what there is of ``POSITION`` and ``IDENTITY``.
-        source_dir: The student's original checkpoint directory.
+        model_files: Those of the student's original checkpoint.
         metrics: Which rows of the run's log are behind it, from :class:`~litgpt_akl.metrics.MetricsMarker`.
         keep_last: As in :func:`remove_old`; None keeps all.
         timed: Whether only the clock asks for it: the next save then deletes it.
@@ -149,7 +150,7 @@ def save_training_state(
         with explain_failure(directory):
             clear_leftovers(directory.parent, STEPS)
     with _write_in_one_process(directory) as partial, explain_failure(directory):
-        write_student(partial, state["student"], source_dir, **options)
+        write_student(partial, state["student"], model_files, **options)
         with tensor_file(_in(partial, TRAINING_STATE)) as file:
             file.save(_training_state(state, file))
         if partial is not None:

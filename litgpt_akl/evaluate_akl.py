@@ -228,6 +228,7 @@ def _open_records(fabric: L.Fabric, evaluation: Evaluation) -> tuple[Store, rang
         stores = prepare_stores(evaluation.data, pair.tokenizer, *options, date=day.date)
     if getattr(evaluation.data, "date", None):
         fabric.print(day)
+    pair.check_unchanged("student")
     store = stores[evaluation.split == "validation"]
     numbers = range(len(store))[: evaluation.max_records]
     if not numbers:
@@ -284,8 +285,10 @@ def _read_and_ask(
 
     pair = evaluation.pairs["student"]
     teacher = load_frozen(fabric, pair.teacher_dir, pair.teacher_config, evaluation.dtype)
+    pair.check_unchanged("teacher")
     for role, pair in evaluation.pairs.items():
         student = load_frozen(fabric, pair.student_dir, pair.student_config, evaluation.dtype)
+        pair.check_unchanged("student")
         measures = measure(fabric, student, teacher, evaluation.loss, store, numbers, name=role, **options)
         found |= {role: measures.student, "teacher": found.get("teacher", measures.teacher)}
         if asker is not None:

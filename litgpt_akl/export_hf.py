@@ -15,7 +15,8 @@ from litgpt_akl.model_files import copy_hf_files, write_json
 from litgpt_akl.models import is_tied
 from litgpt_akl.out_dir import check_apart
 from litgpt_akl.padding import config_without_padding, count_ids, describe_padding, without_padding
-from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
+from litgpt_akl.stamps import check_unchanged, stamp_of
+from litgpt_akl.weights import find_checkpoint_dir, model_paths, open_weights, read_config
 
 MAX_SHARD_SIZE = "5GB"
 """What Hugging Face recommends."""
@@ -68,6 +69,7 @@ def write_export(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str 
     Raises:
         UserError: the checkpoint cannot be read or converted, or ``out_dir`` not be written, which is then as it was.
     """
+    stamps = [*map(stamp_of, model_paths(checkpoint_dir))]
     config = read_config(checkpoint_dir)
     weights, ids = open_weights(checkpoint_dir, config), count_ids(checkpoint_dir)
     padding = describe_padding(config, ids)
@@ -84,6 +86,7 @@ def write_export(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str 
         copy_hf_files(checkpoint_dir, directory, for_transformers=True)
         write_json(directory / "config.json", hf_config)
         write(directory, config, weights, max_shard_size)
+        check_unchanged(stamps)
     if padding:
         say(f"{out_dir}: {padding} It has none of them.")
     if not tied and hf_config["model_type"].startswith("gemma"):

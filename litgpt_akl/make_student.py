@@ -17,8 +17,9 @@ from litgpt_akl.model_files import copy_model_files, read_hf_config, write_json
 from litgpt_akl.out_dir import check_apart
 from litgpt_akl.padding import config_without_padding, count_ids, describe_padding, without_padding
 from litgpt_akl.reading import explain_damage
+from litgpt_akl.stamps import check_unchanged, stamp_of
 from litgpt_akl.tensor_file import save_tensors
-from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
+from litgpt_akl.weights import find_checkpoint_dir, model_paths, open_weights, read_config
 
 HF_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
@@ -40,6 +41,7 @@ def make_student(teacher_dir: Path, out_dir: Path, *, layers: int | list[int]) -
     """
     teacher_dir, out_dir = find_checkpoint_dir(teacher_dir, "teacher"), Path(out_dir)
     check_apart("out_dir", out_dir, {"teacher": teacher_dir})
+    stamps = [*map(stamp_of, model_paths(teacher_dir))]
     teacher_config = read_config(teacher_dir)
     kept = _kept_layers(layers, teacher_config.n_layer)
     teacher_weights, ids = open_weights(teacher_dir, teacher_config), count_ids(teacher_dir)
@@ -52,6 +54,7 @@ def make_student(teacher_dir: Path, out_dir: Path, *, layers: int | list[int]) -
                 _edit_hf_config(student_dir / "config.json", teacher_config, kept, config.padded_vocab_size)
         student_weights = _student_weights(without_padding(teacher_weights, ids), kept)
         save_tensors(student_weights, student_dir / "lit_model.pth")
+        check_unchanged(stamps)
         write_manifest(student_dir, 0, None)
     say(
         f"{out_dir}: a student with {len(kept)} of the {teacher_config.n_layer} layers of {teacher_dir} "

@@ -2,7 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,16 +34,56 @@ HF_FILES = (
 COPIED_FILES = ("config.json", "model_config.yaml", "prompt_style.yaml", *HF_FILES)
 
 
+@dataclass(frozen=True)
+class ModelFiles:
+    """What lies beside a model's weights, as it was when it was read: nobody can change or remove it any more."""
+
+    name: str
+    """Of its directory, from which LitGPT reads rules."""
+    contents: dict[str, bytes]
+    """By file name."""
+
+    @contextmanager
+    def unpacked(self, parent: Path) -> Iterator[Path]:
+        """While entered, a directory of that name with these files; it lies somewhere in ``parent``.
+
+        Raises:
+            OSError: they cannot be written there.
+        """
+        with TemporaryDirectory(dir=parent) as place:
+            directory = Path(place) / self.name
+            directory.mkdir()
+            for name, content in self.contents.items():
+                (directory / name).write_bytes(content)
+            yield directory
+
+
+def files_beside_weights(directory: Path) -> list[Path]:
+    """Those of a checkpoint that say what the weights are and how they are used, as far as they are there."""
+    return [path for name in (*COPIED_FILES, "tokenizer_config.json") if (path := directory / name).is_file()]
+
+
+def read_model_files(directory: Path) -> ModelFiles:
+    """What lies beside the weights of a checkpoint now.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    contents = {}
+    for path in files_beside_weights(directory):
+        with explain_damage(path, "a file of a model"):
+            contents[path.name] = path.read_bytes()
+    return ModelFiles(directory.resolve().name, contents)
+
+
 def check_model_files(directory: Path) -> None:
     """See that what lies beside a model's weights can be read, as far as it is there: much of it is only copied later.
 
     Raises:
         UserError: a file cannot be; the message names it.
     """
-    for name in (*COPIED_FILES, "tokenizer_config.json"):
-        path = directory / name
-        if not path.is_file():
-            continue
+    for path in files_beside_weights(directory):
+        name = path.name
         if name == "config.json":
             read_hf_config(path)
         elif name == "generation_config.json":

@@ -7,8 +7,9 @@ from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.errors import UserError
-from litgpt_akl.model_files import read_tokenizer
-from litgpt_akl.weights import find_checkpoint_dir, read_config
+from litgpt_akl.model_files import ModelFiles, read_model_files, read_tokenizer
+from litgpt_akl.stamps import Stamp, check_unchanged, stamp_of
+from litgpt_akl.weights import find_checkpoint_dir, model_paths, read_config
 
 
 @dataclass
@@ -23,6 +24,10 @@ class Pair:
     """The student's; the teacher's has the same id -> token map."""
     vocab_size: int
     """Ids that the tokenizer and both heads have; ids from here on are padding."""
+    student_files: ModelFiles
+    """What a trained student is written with."""
+    stamps: dict[str, list[Stamp]]
+    """Of all files of both models, by role, from before any was read."""
 
     @property
     def directories(self) -> dict[str, Path]:
@@ -39,6 +44,21 @@ class Pair:
         """Tokens that both models can read."""
         return min(self.student_config.block_size, self.teacher_config.block_size)
 
+    def check_unchanged(self, role: str) -> None:
+        """See that a model's files are those that were there when the first of them was read.
+
+        Raises:
+            UserError: one was changed, replaced or removed, or another one has come.
+        """
+        check_unchanged(self.stamps[role])
+        known = {stamp.path for stamp in self.stamps[role]}
+        others = [path for path in model_paths(self.directories[role]) if path not in known]
+        if others:
+            raise UserError(
+                f"{others[0]} was added while this command was reading {self.directories[role]}.\n"
+                "Give the command again once nothing else writes there."
+            )
+
 
 def check_pair(
     student_dir: Path, teacher_dir: Path, access_token: str | None = None, teacher_weights_needed: bool = True
@@ -51,6 +71,9 @@ def check_pair(
     """
     student_dir = find_checkpoint_dir(student_dir, "student", access_token)
     teacher_dir = find_checkpoint_dir(teacher_dir, "teacher", access_token, teacher_weights_needed)
+    directories = {"student": student_dir, "teacher": teacher_dir}
+    stamps = {role: [*map(stamp_of, model_paths(directory))] for role, directory in directories.items()}
+    student_files = read_model_files(student_dir)
     configs = {"student": read_config(student_dir), "teacher": read_config(teacher_dir)}
     tokenizer, teacher_tokenizer = read_tokenizer(student_dir), read_tokenizer(teacher_dir)
     tokens = token_map(tokenizer)
@@ -68,7 +91,16 @@ def check_pair(
                 f"The {role}'s end-of-text id is {reader.eos_id}; its tokenizer has the ids 0 to {vocab_size - 1}.\n"
                 "Set eos_token in its tokenizer_config.json to a token of the tokenizer."
             )
-    return Pair(student_dir, teacher_dir, configs["student"], configs["teacher"], tokenizer, vocab_size)
+    return Pair(
+        student_dir,
+        teacher_dir,
+        configs["student"],
+        configs["teacher"],
+        tokenizer,
+        vocab_size,
+        student_files,
+        stamps,
+    )
 
 
 def token_map(tokenizer: Tokenizer) -> dict[int, str]:

@@ -159,7 +159,7 @@ def longest_sample(run: Run) -> int:
 def export_options(run: Run, state: dict) -> dict[str, Any]:
     """What lies beside the weights of this run's students."""
     return {
-        "source_dir": run.pair.student_dir,
+        "model_files": run.pair.student_files,
         "tied": state["tied"],
         "prompt_style": getattr(run.data, "prompt_style", None),
         "recipe": run.recipe,

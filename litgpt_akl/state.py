@@ -14,6 +14,7 @@ from litgpt_akl.errors import UserError
 from litgpt_akl.frozen import load_frozen
 from litgpt_akl.generation import stop_sequences
 from litgpt_akl.lora import lora_config, with_new_adapters
+from litgpt_akl.manifest import damage
 from litgpt_akl.models import (
     build_model,
     checkpoint_activations,
@@ -37,7 +38,7 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
     Only process 0 reads weights.
 
     Raises:
-        UserError: a checkpoint that cannot be read or does not fit, or one of another run.
+        UserError: a checkpoint that cannot be read or does not fit, one of another run, or one that somebody changes.
     """
     pair, weights, tied = run.pair, None, None
     config = config_without_padding(pair.student_config, count_ids(pair.student_dir, pair.tokenizer))
@@ -85,6 +86,8 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
         load_weights(student, weights)
     # setting models up has drawn some, how many depends on the number of processes; on GPUs all have the first one's
     draw_own_numbers(0)
+    for role in pair.stamps:
+        pair.check_unchanged(role)
     if run.resume is not None:
         resume(fabric, run, state)
     return state
@@ -140,22 +143,28 @@ def load_teacher(fabric: L.Fabric, run: Run, caches: Caches) -> GPT:
     """The frozen teacher; its head goes into a cache that is being filled.
 
     Raises:
-        UserError: they cannot be read or do not fit.
+        UserError: its weights cannot be read or do not fit, or somebody changes them.
     """
     directory, config = run.pair.teacher_dir, run.pair.teacher_config
     dtype = run.teacher.dtype(fabric.device.type)
     if fabric.is_global_zero and caches.writable:
         weights = open_weights(directory, config)
         names = [name for name in ("lm_head.weight", "lm_head.bias") if name in weights]
-        write_head(caches.directory, {name: weights[name].to(dtype) for name in names})
-    return load_frozen(fabric, directory, config, dtype, quantize=run.teacher.quantize, compile=run.compile)
+        head = {name: weights[name].to(dtype, copy=True) for name in names}
+        # a cache must not get a head of other weights than those that it is named after
+        run.pair.check_unchanged("teacher")
+        write_head(caches.directory, head)
+    model = load_frozen(fabric, directory, config, dtype, quantize=run.teacher.quantize, compile=run.compile)
+    run.pair.check_unchanged("teacher")
+    return model
 
 
 def resume(fabric: L.Fabric, run: Run, state: dict) -> None:
     """Set ``state`` to what was saved, if it is of the same run; an optimizer's settings are those of the recipe.
 
     Raises:
-        UserError: the run differs in what changes its result, and that was not accepted.
+        UserError: the run differs in what changes its result, and that was not accepted; or somebody changes what
+            was saved.
     """
     if fabric.is_global_zero and not run.accept_changes:
         _refuse_changes(run, state)
@@ -163,6 +172,11 @@ def resume(fabric: L.Fabric, run: Run, state: dict) -> None:
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     base_rates = scheduler.base_lrs
     load_training_state(run.resume, state)
+    if fabric.is_global_zero and (what := damage(run.resume)):
+        raise UserError(
+            f"{run.resume} was changed while this command was reading it: {what}.\n"
+            "Give the command again once nothing else writes there."
+        )
     scheduler.base_lrs = base_rates
     for group, values, rate, factor in zip(
         optimizer.param_groups, settings, base_rates, scheduler.lr_lambdas, strict=True

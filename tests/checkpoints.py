@@ -11,7 +11,11 @@ import numpy as np
 import torch
 
 from litgpt_akl.checkpoint import find_training_state, save_training_state
+<<<<<<< HEAD
 from litgpt_akl.metrics import MetricsMarker
+=======
+from litgpt_akl.model_files import read_model_files
+>>>>>>> 78ac442 (A student is written with the files that lay beside it at the start; models that change while they are read are refused)
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 """Pytest's ``pythonpath``, which other processes do not know."""
@@ -47,8 +51,15 @@ def draw() -> tuple[float, float, float]:
 
 def save(out_dir: Path, state: dict, source: Path, keep_last: int | None = None) -> Path:
     directory = out_dir / f"step-{state['step_count']:06d}"
+<<<<<<< HEAD
     metrics = MetricsMarker().mark(out_dir / "logs.csv", out_dir)
     save_training_state(directory, state, source_dir=source, metrics=metrics, keep_last=keep_last, **EXPORT)
+=======
+    metrics = out_dir / "logs.csv"
+    save_training_state(
+        directory, state, metrics_file=metrics, keep_last=keep_last, model_files=read_model_files(source), **EXPORT
+    )
+>>>>>>> 78ac442 (A student is written with the files that lay beside it at the start; models that change while they are read are refused)
     return directory
 
 

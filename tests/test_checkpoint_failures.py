@@ -19,6 +19,7 @@ from checkpoints import EXPORT, find, in_a_process, make_state, names, save, sav
 from litgpt_akl.checkpoint import load_training_state, save_student
 from litgpt_akl.errors import UserError
 from litgpt_akl.manifest import damage, read_manifest
+from litgpt_akl.model_files import read_model_files
 
 
 def kill_at_every_moment(base: str, source: str) -> None:
@@ -94,7 +95,7 @@ def fail_to_save(out: Path, state: dict, source: Path, directory: Path | None = 
         if directory is None:
             save(out, {**state, "step_count": step}, source)
         else:
-            save_student(directory, state, steps=step, source_dir=source, **EXPORT)
+            save_student(directory, state, steps=step, model_files=read_model_files(source), **EXPORT)
     assert names(out) == before and damage(out / before[0]) is None
     print(caught.value)
 

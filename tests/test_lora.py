@@ -18,6 +18,7 @@ from litgpt_akl.divergences import adaptive_kl
 from litgpt_akl.errors import UserError
 from litgpt_akl.head_loss import DistillationLoss
 from litgpt_akl.lora import adapters_of, lora_config, with_new_adapters, without_adapters
+from litgpt_akl.model_files import read_model_files
 from litgpt_akl.models import build_model, distillation_loss, hidden_states, set_up_teacher
 from litgpt_akl.sharding import load_weights
 from litgpt_akl.weights import read_config
@@ -61,7 +62,9 @@ def make(source: Path, lora: LoRAArgs, tied: bool = False, trained: bool = True)
 def test_what_is_saved_gives_the_logits_of_the_student(request, source, targets, tmp_path):
     source, lora, tied = request.getfixturevalue(source), adapted(targets), source == "student_dir"
     student = make(source, lora, tied)
-    write_student(tmp_path, student, source, tied=tied and not lora.head, prompt_style=None, recipe="")
+    write_student(
+        tmp_path, student, read_model_files(source), tied=tied and not lora.head, prompt_style=None, recipe=""
+    )
     # in float32 two ways to the same logits differ by 1e-5 on some processors
     logits, weights, adapters = student.double()(IDS), read(tmp_path), read_adapters(tmp_path)
     assert (litgpt_model(source, read(source)).double()(IDS) - logits).abs().max() > 0.01
@@ -76,7 +79,7 @@ def test_what_is_saved_gives_the_logits_of_the_student(request, source, targets,
 def test_only_what_has_an_adapter_changes(untied_student_dir, targets, tmp_path):
     lora = adapted(targets)
     student = make(untied_student_dir, lora)
-    write_student(tmp_path, student, untied_student_dir, tied=False, prompt_style=None, recipe="")
+    write_student(tmp_path, student, read_model_files(untied_student_dir), tied=False, prompt_style=None, recipe="")
     start, weights = read(untied_student_dir), read(tmp_path)
     assert weights.keys() == start.keys()
     layers = {
@@ -97,7 +100,7 @@ def test_only_what_has_an_adapter_changes(untied_student_dir, targets, tmp_path)
 
 def test_a_merged_weight_in_bfloat16_is_rounded_once(untied_student_dir, tmp_path):
     student = make(untied_student_dir, adapted("all")).bfloat16()
-    write_student(tmp_path, student, untied_student_dir, tied=False, prompt_style=None, recipe="")
+    write_student(tmp_path, student, read_model_files(untied_student_dir), tied=False, prompt_style=None, recipe="")
     layer = student.transformer.h[0].mlp.fc_1
     expected = layer.linear.weight.double() + 4 * layer.lora_B.double() @ layer.lora_A.double()
     found = read(tmp_path)["transformer.h.0.mlp.fc_1.weight"]
