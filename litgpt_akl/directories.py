@@ -10,12 +10,13 @@ from uuid import uuid4
 
 from litgpt_akl.errors import UserError
 
+WAY_OUT = "Make room, or give another directory."
 PARTIAL, PREVIOUS, REMOVED = ".partial", ".previous", ".removed"
 """Endings of hidden names: not yet written, about to be replaced, about to be deleted."""
 
 
 @contextmanager
-def write_directory(out_dir: Path) -> Iterator[Path]:
+def write_directory(out_dir: Path, way_out: str = WAY_OUT) -> Iterator[Path]:
     """Yields an empty directory that takes the place of ``out_dir`` when the block ends without an error.
 
     Until then an existing ``out_dir`` stays as it is; after an error (or an interrupt) it is still as it was and the
@@ -25,18 +26,19 @@ def write_directory(out_dir: Path) -> Iterator[Path]:
     Args:
         out_dir: Where the directory is to appear. The yielded directory lies on the same disk and has the same name,
             because LitGPT reads rules from a folder's name.
+        way_out: A sentence for the message.
 
     Raises:
         UserError: The directory cannot be created or replaced.
     """
     out_dir = out_dir.resolve()
     partial = _hidden(out_dir, PARTIAL)
-    with explain_failure(out_dir):
+    with explain_failure(out_dir, way_out):
         clear_leftovers(out_dir.parent, glob.escape(out_dir.name))
         (partial / out_dir.name).mkdir(parents=True)
     try:
         yield partial / out_dir.name
-        with explain_failure(out_dir):
+        with explain_failure(out_dir, way_out):
             _flush_tree(partial / out_dir.name)
             _swap_in(partial / out_dir.name, out_dir)
     finally:
@@ -70,7 +72,7 @@ def make_writable(out_dir: Path) -> None:
 
 
 @contextmanager
-def explain_failure(out_dir: Path) -> Iterator[None]:
+def explain_failure(out_dir: Path, way_out: str = WAY_OUT) -> Iterator[None]:
     """For a block that writes ``out_dir``: what the system refuses becomes one clear message.
 
     Raises:
@@ -84,7 +86,7 @@ def explain_failure(out_dir: Path) -> Iterator[None]:
         reason = f"{error.strerror or error}" + (f": {place}" if place else "")
         raise UserError(
             f"{out_dir} cannot be written ({reason}); {shutil.disk_usage(existing).free:,} bytes are free on its disk."
-            "\nWhat was saved before is as it was. Make room, or give another directory."
+            f"\nWhat was saved before is as it was. {way_out}"
         ) from error
 
 

@@ -19,6 +19,7 @@ from litgpt_akl.errors import UserError, reason
 from litgpt_akl.export_hf import write_export
 from litgpt_akl.lock import locked
 from litgpt_akl.loggers import continue_metrics, flushed_metrics
+from litgpt_akl.mapped_files import check_mapped_files
 from litgpt_akl.metrics import MetricsMarker
 from litgpt_akl.monitor import Progress
 from litgpt_akl.out_dir import FINAL, FINAL_HF, RECIPE
@@ -97,6 +98,7 @@ def carry_out(fabric: L.Fabric, run: Run, stores: tuple[Store, Store], caches: C
 
 def write_student(run: Run, state: dict, store: Store) -> None:
     """Write ``final/``, as the student is now."""
+    check_mapped_files()
     options = export_options(run, state)
     save_student(run.out_dir / FINAL, state, steps=total_steps(run.train, len(store)), **options)
     state["saved_student"] = state["step_count"]
@@ -152,6 +154,7 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
     def save(timed: bool) -> Path:
         # a run that goes on from here then reads what this one would have read
         state["caches"].flush()
+        check_mapped_files()
         directory = run.out_dir / f"step-{state['step_count']:06d}"
         log = flushed_metrics(fabric) if fabric.is_global_zero else None
         metrics = None if log is None else marker.mark(log, run.out_dir)

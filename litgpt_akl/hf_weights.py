@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from litgpt_akl.errors import UserError, reason
+from litgpt_akl.mapped_files import watch
 from litgpt_akl.model_files import write_json
 from litgpt_akl.reading import explain_damage, plain_names, read_json
 
@@ -83,6 +84,7 @@ def read(directory: Path, way_out: str) -> dict[str, Tensor]:
     places = _read_index(directory) if (directory / INDEX).is_file() else {}
     for path in files_in(directory):
         with explain_damage(path, "safetensors", way_out):
+            watch([path])
             tensors = load_file(path)
         if twice := sorted(found.keys() & tensors.keys()):
             raise UserError(f"{path} holds {twice[0]}, which another file of {directory} holds, too.\n{way_out}")

@@ -14,6 +14,7 @@ from litgpt.utils import SavingProxyForTensor, incremental_save
 from torch import Tensor
 
 from litgpt_akl.manifest import know_checksum
+from litgpt_akl.mapped_files import watch
 from litgpt_akl.reading import COPY_AGAIN, explain_damage
 from litgpt_akl.sharding import wait_for_all, whole
 
@@ -35,6 +36,7 @@ def read_tensors(path: Path, what: str, way_out: str = COPY_AGAIN) -> Any:
         UserError: the file cannot be read.
     """
     with explain_damage(path, what, way_out):
+        watch([path])
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 

@@ -16,12 +16,8 @@ from litgpt_akl import hf_weights
 from litgpt_akl.errors import UserError
 from litgpt_akl.lora import ADAPTERS
 from litgpt_akl.manifest import MANIFEST, damage
-<<<<<<< HEAD
 from litgpt_akl.metrics import METRICS_COPY, METRICS_MARK
-from litgpt_akl.model_files import check_model_files, read_hf_config
-=======
 from litgpt_akl.model_files import check_model_files, files_beside_weights, read_hf_config
->>>>>>> 78ac442 (A student is written with the files that lay beside it at the start; models that change while they are read are refused)
 from litgpt_akl.reading import explain_damage, read_yaml
 from litgpt_akl.stamps import Stamp, stamp_of
 from litgpt_akl.tensor_file import check_tensors, read_tensors

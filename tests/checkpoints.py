@@ -11,11 +11,8 @@ import numpy as np
 import torch
 
 from litgpt_akl.checkpoint import find_training_state, save_training_state
-<<<<<<< HEAD
 from litgpt_akl.metrics import MetricsMarker
-=======
 from litgpt_akl.model_files import read_model_files
->>>>>>> 78ac442 (A student is written with the files that lay beside it at the start; models that change while they are read are refused)
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 """Pytest's ``pythonpath``, which other processes do not know."""
@@ -51,15 +48,10 @@ def draw() -> tuple[float, float, float]:
 
 def save(out_dir: Path, state: dict, source: Path, keep_last: int | None = None) -> Path:
     directory = out_dir / f"step-{state['step_count']:06d}"
-<<<<<<< HEAD
     metrics = MetricsMarker().mark(out_dir / "logs.csv", out_dir)
-    save_training_state(directory, state, source_dir=source, metrics=metrics, keep_last=keep_last, **EXPORT)
-=======
-    metrics = out_dir / "logs.csv"
     save_training_state(
-        directory, state, metrics_file=metrics, keep_last=keep_last, model_files=read_model_files(source), **EXPORT
+        directory, state, metrics=metrics, keep_last=keep_last, model_files=read_model_files(source), **EXPORT
     )
->>>>>>> 78ac442 (A student is written with the files that lay beside it at the start; models that change while they are read are refused)
     return directory
 
 
@@ -86,7 +78,7 @@ def in_a_process(function: Callable, *arguments, prefix: tuple[str, ...] = ()) -
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SCRIPTS}{os.pathsep}{SCRIPTS.parent}"},
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout

@@ -24,6 +24,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt_akl.data import StreamingSFT
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.errors import UserError
+from litgpt_akl.manifest import MANIFEST
 
 
 def records(count: int, first: int = 0) -> list[dict]:
@@ -308,7 +309,7 @@ def test_an_interrupted_preparation_is_never_taken_for_whole(tmp_path, teacher_d
     _, errors = process.communicate(timeout=60)
     if number == signal.SIGINT:
         assert process.returncode == 130 and "Traceback" not in errors and "Interrupted." in errors
-    assert not list(cache_dir.rglob("dataset_info.json"))
+    assert not list(cache_dir.rglob(MANIFEST))
     store = stores(path, teacher_dir, cache_dir, val_split_fraction=0.0)[0]
     assert len(store) == 20_000 and store.place(19_999).endswith("line 20000")
 
@@ -335,8 +336,8 @@ def test_a_full_disk_is_told(tmp_path, teacher_dir):
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY}))"
     _, errors = (process := prepare_in_a_process(path, teacher_dir, cache_dir, limit)).communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in errors
-    assert "The data cannot be prepared in" in errors and "File too large" in errors
-    assert not list(cache_dir.rglob("dataset_info.json"))
+    assert "cannot be written" in errors and "--data.cache_dir" in errors and "File too large" in errors
+    assert not list(cache_dir.rglob(MANIFEST))
     assert len(stores(path, teacher_dir, cache_dir, val_split_fraction=0.0)[0]) == 5000
 
 

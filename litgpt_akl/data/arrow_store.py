@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 
 import datasets
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from litgpt_akl.directories import explain_failure
 from litgpt_akl.head_loss import IGNORE_INDEX
 
 ALL = (0.0, math.inf)
@@ -33,7 +35,6 @@ class ArrowStore:
         numbers: np.ndarray | None = None,
         mask_prompt: bool,
         settings: str,
-        fingerprint: str,
         place: Callable[[int, int, int], str],
     ) -> None:
         """Reads the rows' lengths, a hundred thousand at a time; ``place`` tells of a file, a line and a row."""
@@ -65,8 +66,7 @@ class ArrowStore:
             digest.update(draw)
         self.fingerprint = digest.hexdigest()
         if numbers is None and samples < len(dataset):
-            name = xxhash.xxh3_128_hexdigest(f"{fingerprint} {low} {high}".encode())
-            dataset = _select(dataset, low, high, name)
+            self._numbers = _numbers_between(dataset, low, high) if samples else np.empty(0, dtype=np.int64)
         # a choice of columns is made once, as it copies the dataset's description
         columns = {"lengths": ["length"], "counts": ["response_tokens"], "samples": ["input_ids", "responses"]}
         columns |= {"places": ["file", "line"], "responses": ["responses"]}
@@ -133,16 +133,20 @@ def _choose(draw: np.ndarray, length: np.ndarray, low: float, high: float) -> np
     return (length > 0) & (low <= draw) & (draw < high)
 
 
-def _select(dataset: datasets.Dataset, low: float, high: float, fingerprint: str) -> datasets.Dataset:
-    """The same, the chosen rows by a memory-mapped list of their numbers."""
-    return (
-        dataset.with_format("numpy")
-        .filter(
-            partial(_choose, low=low, high=high),
-            input_columns=["draw", "length"],
-            batched=True,
-            batch_size=100_000,
-            new_fingerprint=fingerprint,
-        )
-        .with_format("arrow")
-    )
+def _numbers_between(dataset: datasets.Dataset, low: float, high: float) -> np.ndarray:
+    """The numbers of the rows that are chosen, memory-mapped, since they may be more than memory holds.
+
+    Raises:
+        UserError: the disk for temporary files does not take them.
+    """
+    directory = Path(gettempdir())
+    way_out = "Make room there, or name another directory by the environment variable TMPDIR."
+    # nameless, so that nobody else can change it, and gone when this process is
+    with explain_failure(directory, way_out), TemporaryFile(dir=directory) as file:
+        first = 0
+        for table in dataset.select_columns(["length", "draw"]).iter(100_000):
+            chosen = _choose(table["draw"].to_numpy(), table["length"].to_numpy(), low, high)
+            file.write(first + np.flatnonzero(chosen))
+            first += len(chosen)
+        file.flush()
+        return np.memmap(file, dtype=np.int64, mode="r")

@@ -99,14 +99,22 @@ def _is_folder(file_system: fsspec.AbstractFileSystem, name: str) -> bool:
     return "." not in name.partition("?")[0].rpartition("/")[2] if _is_http(name) else kind == "directory"
 
 
-def identify(files: list[str]) -> list[list]:
+def identify(files: list[str], anew: bool = False) -> list[list]:
     """For each file ``[path, bytes, ...]``: text and numbers that change when the file changes. Nothing is read.
 
     The bytes are 0 where a server does not tell them.
 
+    Args:
+        files: as :func:`find_files` names them.
+        anew: whether to forget what file systems keep in mind of earlier answers.
+
     Raises:
         UserError: a file does not exist or cannot be reached.
     """
+    if anew:
+        for path in {path.partition("://")[0] if "://" in path else "": path for path in files}.values():
+            with _reporting(path):
+                _file_system(path)[0].invalidate_cache()
     listings: dict[str, dict[str, dict]] | None = {} if len(files) > 1 else None
     return [_identify(path, listings) for path in files]
 
@@ -208,7 +216,8 @@ def read_rows(path: str, largest: int) -> Iterator[tuple[dict | None, int, int]]
         file = ParquetFile(stored, pre_buffer=False, buffer_size=2**22)
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         mean = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-        for batch in file.iter_batches(batch_size=max(1, min(ROWS, ROWS_BYTES // max(1, mean)))):
+        size = max(1, min(ROWS, ROWS_BYTES // max(1, mean)))
+        for batch in file.iter_batches(batch_size=size, use_threads=False):
             bytes_read = stored_bytes * (rows + batch.num_rows) // file.metadata.num_rows
             rows += batch.num_rows
             if batch.nbytes <= ROWS_BYTES:

@@ -4,8 +4,6 @@ import hashlib
 import inspect
 import json
 import pickle
-import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +25,6 @@ from litgpt_akl.data.encoding import Encoder
 from litgpt_akl.data.files import identify
 from litgpt_akl.data.records import TOO_DEEP, Record, is_too_deep, place, read
 from litgpt_akl.data.workers import fetch
-from litgpt_akl.display import say
 from litgpt_akl.errors import UserError, reason
 from litgpt_akl.progress import progress_bar
 
@@ -149,6 +146,9 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[tuple[int, Record]]:
         """Each record and the number of its file."""
 
+    def check_unchanged(self) -> None:
+        """See that the records are still those that ``identity`` stands for; raises UserError."""
+
     def refusal(self, file: int, line: int, row: int, error: str, cut_by: str) -> UserError:
         """What a user is told of a bad record: the ``row``-th of all, counted from 0; ``cut_by`` cuts long ones."""
 
@@ -168,6 +168,14 @@ class FileRecords:
         for number, file in enumerate(self.files):
             for record in read(file):
                 yield number, record
+
+    def check_unchanged(self) -> None:
+        for before, now in zip(self.identity, identify(self.files, anew=True), strict=True):
+            if before != now:
+                raise UserError(
+                    f"{before[0]} was changed or replaced while its records were read.\n"
+                    "Give the command again once nothing else writes there."
+                )
 
     def refusal(self, file: int, line: int, row: int, error: str, cut_by: str) -> UserError:
         return UserError(
@@ -306,66 +314,3 @@ def _check(rows: pa.RecordBatch, first_row: int, source: Source, cut_by: str) ->
     if len(bad):
         row = rows.slice(bad[0], 1).to_pylist()[0]
         raise source.refusal(row["file"], row["line"], first_row + int(bad[0]), row["error"], cut_by)
-
-
-def prepare(source: Source, settings: Settings, cache_dir: Path, num_proc: int) -> tuple[datasets.Dataset, str]:
-    """One row for each record, in their order, and their fingerprint; what was prepared before is found again.
-
-    Args:
-        source: the records.
-        settings: what to make of them.
-        cache_dir: where prepared data is kept, in a folder for each fingerprint.
-        num_proc: processes that encode; with 0 this one does.
-
-    Raises:
-        UserError: a bad record, unless they are to be skipped; unreadable files; a full disk.
-    """
-    # preparation has a progress line of its own, with an end in sight
-    datasets.disable_progress_bars()
-    fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([settings.fingerprint, source.identity]).encode())
-    folder = cache_dir / fingerprint
-    found = any(folder.glob("**/dataset_info.json"))
-    options = {"config_id": fingerprint, "source": source, "settings": settings, "num_proc": num_proc}
-    try:
-        builder = Preparation(cache_dir=str(folder), **options)
-        return _build(builder), fingerprint
-    except (OSError, ValueError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and not found:
-            raise _cause(error, folder, settings) from error
-        if not found:
-            raise
-        say(f"The prepared data in {folder} is damaged ({_first_line(error)}): preparing it again.", file=sys.stderr)
-        shutil.rmtree(folder)
-    return _build(builder), fingerprint
-
-
-def _build(builder: Preparation) -> datasets.Dataset:
-    try:
-        builder.download_and_prepare()
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise _cause(error, Path(builder.cache_dir), builder.config.settings) from error
-    rows = builder.info.splits["train"].num_examples
-    if rows == 0:
-        # the package writes no file then
-        return datasets.Dataset.from_dict({name: [] for name in COLUMNS}, features=COLUMNS)
-    dataset = builder.as_dataset(split="train")
-    if len(dataset) != rows:
-        raise ValueError(f"{len(dataset):,} rows instead of {rows:,}")
-    return dataset
-
-
-def _cause(error: BaseException, folder: Path, settings: Settings) -> Exception:
-    """What a user is to be told about: the package that prepares the data wraps what went wrong."""
-    while not isinstance(error, (UserError, OSError)) and error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, OSError):
-        free = shutil.disk_usage(next(parent for parent in folder.parents if parent.is_dir())).free
-        return UserError(
-            f"The data cannot be prepared in {folder}: {_first_line(error)} ({free / 1e9:,.1f} GB are free).\n"
-            f"{settings.other_cache}"
-        )
-    return error
-
-
-def _first_line(error: BaseException) -> str:
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]

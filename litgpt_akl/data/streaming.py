@@ -18,6 +18,7 @@ from litgpt_akl.data.arrow_store import ALL, ArrowStore
 from litgpt_akl.data.chat_template import ChatTemplate
 from litgpt_akl.data.files import find_files
 from litgpt_akl.data.preparation import FileRecords
+from litgpt_akl.data.prepared import prepare
 from litgpt_akl.data.records import place
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.directories import default_cache_dir
@@ -136,7 +137,7 @@ class StreamingSFT(DataModule):
     def _stores(self, path: str, settings: preparation.Settings, ranges: list[tuple[float, float]]) -> list[ArrowStore]:
         files = find_files(path)
         cache_dir, num_proc = self.cache_dir or default_cache_dir(), self.num_proc or available_cores()
-        dataset, fingerprint = preparation.prepare(FileRecords(files), settings, cache_dir, num_proc)
+        dataset = prepare(FileRecords(files), settings, cache_dir, num_proc)
         if len(dataset) == 0:
             raise UserError(f"There are no records in {', '.join(files[:3])}. Give a file that has some.")
         if self.on_error == "skip":
@@ -147,7 +148,6 @@ class StreamingSFT(DataModule):
                 draws,
                 mask_prompt=self.mask_prompt,
                 settings=settings.fingerprint,
-                fingerprint=fingerprint,
                 place=lambda file, line, row: place(files[file], line),
             )
             for draws in ranges

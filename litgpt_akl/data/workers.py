@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from litgpt_akl.cgroups import cpu_quota
 from litgpt_akl.errors import UserError
+from litgpt_akl.mapped_files import describe_cut
 
 SHARED_MEMORY = "/dev/shm"
 SHARE = 0.5
@@ -107,6 +108,8 @@ class Fetched(Iterator):
         for number, worker in enumerate(workers, start=1):
             if worker.exitcode is not None and worker.exitcode < 0:
                 by = signal.Signals(-worker.exitcode).name
+                if by == "SIGBUS" and (message := describe_cut()):
+                    raise UserError(message) from None
                 raise UserError(
                     f"Worker {number} of {len(workers)}, process {worker.pid}, was killed while it fetched data ({by}):"
                     f" most likely memory or /dev/shm is full.\n{self._fewer}"
@@ -150,6 +153,9 @@ def _depend_on_the_main_process(worker: int) -> None:
     # terminals and schedulers signal the whole group, but the work at hand still needs its workers
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "SIGBUS"):
+        # torch's handler blames shared memory, also for a mapped file that was cut: the main process can tell
+        signal.signal(signal.SIGBUS, signal.SIG_DFL)
     # if the main process is killed, a worker may be in the middle of a message that nobody else ends
     end_with_parent()
 

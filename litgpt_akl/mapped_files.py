@@ -1,0 +1,100 @@
+"""Files that lie in memory as they lie on the disk: whoever changes one there changes what a run reads.
+
+A file that is cut ends the process that reads behind its end by SIGBUS, which by itself says nothing.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from litgpt_akl.errors import UserError
+
+WAY_OUT = "Run the same command again once nothing else writes there; --resume auto goes on from the last checkpoint."
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """A file as it was when it was mapped; one that takes its place later is another file, and changes nothing."""
+
+    path: Path
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+    def change(self) -> str | None:
+        """What has become of it, in a short phrase."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            # removed, it stays as it is for those who have mapped it
+            return None
+        if (found.st_dev, found.st_ino) != (self.device, self.inode):
+            return None
+        if found.st_size < self.size:
+            return f"was cut from {self.size:,} to {found.st_size:,} bytes"
+        return None if found.st_mtime_ns == self.modified else "was changed"
+
+
+_watched: dict[Path, MappedFile] = {}
+_read_to_the_end: set[Path] = set()
+_handlers: list[Callable] = []
+
+
+def watch(paths: Iterable[Path], read_to_the_end: bool = False) -> None:
+    """From now on a process that is ended by a cut one of these files names it.
+
+    Args:
+        paths: of files that are about to be mapped.
+        read_to_the_end: whether they are read as long as the command runs, so that :func:`check_mapped_files` asks for
+            them.
+    """
+    for path in paths:
+        found = path.stat()
+        _watched[path] = MappedFile(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        if read_to_the_end:
+            _read_to_the_end.add(path)
+    if not _handlers and hasattr(signal, "SIGBUS"):
+        _name_cut_files()
+
+
+def check_mapped_files() -> None:
+    """See that what the command has read until now is what was there when it began.
+
+    Raises:
+        UserError: a file was changed in its place.
+    """
+    for path in _read_to_the_end:
+        if what := _watched[path].change():
+            raise UserError(f"{path} {what} while this command was reading it.\n{WAY_OUT}")
+
+
+def describe_cut() -> str | None:
+    """Two lines on a file that was cut; None if none was."""
+    cut = next((file for file in _watched.values() if (file.change() or "").startswith("was cut")), None)
+    return None if cut is None else f"{cut.path} {cut.change()} while this command was reading it.\n{WAY_OUT}"
+
+
+def _name_cut_files() -> None:
+    # Python's own handlers only run once the instruction that reads the file is over, which it never is
+    libc = ctypes.CDLL(None)
+    handler_type = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+
+    @handler_type
+    def handler(number: int) -> None:
+        message = describe_cut()
+        if message is None:
+            # something else: it happens again at once, to the handler before this one
+            libc.signal(number, previous)
+            return
+        sys.stdout.flush()
+        os.write(2, f"{message}\n".encode(errors="backslashreplace"))
+        os._exit(1)
+
+    _handlers.append(handler)
+    previous = libc.signal(signal.SIGBUS, ctypes.cast(handler, ctypes.c_void_p))
