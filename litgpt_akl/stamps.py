@@ -1,6 +1,7 @@
 """Has a file changed since it was looked at? What the file system keeps of it tells, and nothing is read."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,3 +42,15 @@ def check_unchanged(stamps: Iterable[Stamp]) -> None:
                 f"{stamp.path} was {what} while this command was reading it.\n"
                 "Give the command again once nothing else writes there."
             )
+
+
+@contextmanager
+def unchanged_meanwhile(paths: Iterable[Path]) -> Iterator[None]:
+    """For a block that reads files: what it has read is of one version of each.
+
+    Raises:
+        UserError: one was changed, replaced or removed; as :func:`check_unchanged`.
+    """
+    stamps = [stamp_of(path) for path in paths]
+    yield
+    check_unchanged(stamps)
