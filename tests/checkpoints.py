@@ -12,7 +12,7 @@ import torch
 
 from litgpt_akl.checkpoint import find_training_state, save_training_state
 from litgpt_akl.metrics import MetricsMarker
-from litgpt_akl.model_files import read_model_files
+from litgpt_akl.model_files import ModelFiles, read_model_files
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 """Pytest's ``pythonpath``, which other processes do not know."""
@@ -46,12 +46,11 @@ def draw() -> tuple[float, float, float]:
     return torch.rand(1).item(), random.random(), np.random.rand()
 
 
-def save(out_dir: Path, state: dict, source: Path, keep_last: int | None = None) -> Path:
+def save(out_dir: Path, state: dict, source: Path | ModelFiles, keep_last: int | None = None) -> Path:
     directory = out_dir / f"step-{state['step_count']:06d}"
-    metrics = MetricsMarker().mark(out_dir / "logs.csv", out_dir)
-    save_training_state(
-        directory, state, metrics=metrics, keep_last=keep_last, model_files=read_model_files(source), **EXPORT
-    )
+    options = {"metrics": MetricsMarker().mark(out_dir / "logs.csv", out_dir), "keep_last": keep_last}
+    model_files = source if isinstance(source, ModelFiles) else read_model_files(source)
+    save_training_state(directory, state, model_files=model_files, **options, **EXPORT)
     return directory
 
 

@@ -309,8 +309,9 @@ without_traceback(runs.distil)(Path({student!r}), Path({teacher!r}), data, Path(
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("change", ["cut", "edited", "replaced", "removed"])
+@pytest.mark.parametrize(
+    "change, workers", [("cut", 0), ("cut", 2), ("edited", 0), ("edited", 2), ("replaced", 2), ("removed", 0)]
+)
 def test_prepared_data_that_changes_while_it_is_read_ends_a_run_in_two_lines(
     tmp_path, student_dir, teacher_dir, workers, change
 ):

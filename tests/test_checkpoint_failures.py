@@ -19,7 +19,7 @@ from checkpoints import EXPORT, find, in_a_process, make_state, names, save, sav
 from litgpt_akl.checkpoint import load_training_state, save_student
 from litgpt_akl.errors import UserError
 from litgpt_akl.manifest import damage, read_manifest
-from litgpt_akl.model_files import read_model_files
+from litgpt_akl.model_files import ModelFiles, read_model_files
 
 
 def kill_at_every_moment(base: str, source: str) -> None:
@@ -88,7 +88,7 @@ def test_after_a_kill_at_any_time_there_is_a_whole_checkpoint(student_dir, tmp_p
     in_a_process(kill_at_any_time, tmp_path / "out", student_dir)
 
 
-def fail_to_save(out: Path, state: dict, source: Path, directory: Path | None = None) -> None:
+def fail_to_save(out: Path, state: dict, source: Path | ModelFiles, directory: Path | None = None) -> None:
     """Prints the message of a save; the checkpoint before is as it was and nothing is left over."""
     before, step = names(out), state["step_count"] + 1
     with pytest.raises(UserError) as caught:
@@ -127,10 +127,12 @@ def fill_the_disk(base: str, source: str) -> None:
 def forbid(base: str, source: str) -> None:
     out, state = Path(base) / "out", make_state()
     save(out, state, Path(source))
+    # the student's directory may not be for others to read
+    model_files = read_model_files(Path(source))
     os.chmod(out, 0o555)
     if os.geteuid() == 0:
         os.seteuid(65534)
-    fail_to_save(out, state, Path(source))
+    fail_to_save(out, state, model_files)
 
 
 def test_a_file_too_large(student_dir, tmp_path):
