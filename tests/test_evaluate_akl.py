@@ -118,7 +118,7 @@ def test_rouge_is_that_of_the_library_on_the_answers_that_were_written(found):
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     content, out_dir = found
     lines = answers_in(out_dir)
-    assert content["data"] == {"records": 7, "prompts": len(lines), "prompts_left_out": 0}
+    assert content["data"] == {"records": 7, "prompts": len(lines), "prompts_left_out": 0, "date": None}
     for role in ("student", "teacher"):
         by_seed = [
             sum(
