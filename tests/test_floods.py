@@ -17,8 +17,9 @@ from litgpt.tokenizer import Tokenizer
 from pyarrow import parquet
 
 from litgpt_akl.data import StreamingSFT, litgpt_modules, preparation
-from litgpt_akl.data.preparation import Settings, prepare
+from litgpt_akl.data.preparation import Settings
 from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.prepared import prepare
 from litgpt_akl.data.records import DEEPEST, Record, read
 from litgpt_akl.errors import UserError
 
@@ -88,6 +89,9 @@ class Values:
     def __iter__(self) -> Iterator[tuple[int, Record]]:
         for number, value in enumerate(self.values):
             yield 0, Record(number, value, None, number + 1)
+
+    def check_unchanged(self) -> None:
+        pass
 
     def refusal(self, file: int, line: int, row: int, error: str, cut_by: str) -> UserError:
         return UserError(f"record {row}: {error}")

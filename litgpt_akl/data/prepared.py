@@ -82,7 +82,9 @@ def _flaw(folder: Path) -> str | None:
 def _write(folder: Path, source: Source, settings: Settings, num_proc: int) -> None:
     with write_directory(folder, settings.other_cache) as partial:
         place = partial / "being-written"
-        builder = Preparation(cache_dir=str(place), source=source, settings=settings, num_proc=num_proc)
+        # without an id, the package would make one by pickling all records that lie in memory
+        options = {"config_id": "rows", "source": source, "settings": settings, "num_proc": num_proc}
+        builder = Preparation(cache_dir=str(place), **options)
         try:
             builder.download_and_prepare()
         except datasets.exceptions.DatasetGenerationError as error:
