@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from litgpt_akl.cache.chunks import (
-    DIGEST,
-    NUMBER,
     Chunk,
     Damaged,
     Record,
@@ -81,7 +79,7 @@ class TeacherCache:
     def check(self, keys: np.ndarray) -> None:
         """See that samples on disk are those that are meant; arguments and error are :meth:`read`'s."""
         for number, digest in keys:
-            if self._chunks[self._chunk_of[number]].index[self._row_of[number], DIGEST] != digest:
+            if self._chunks[self._chunk_of[number]].index["digest"][self._row_of[number]] != digest:
                 raise UserError(
                     f"The teacher cache {self.directory} was filled for another sample {number}: its ids, or which of"
                     " them count, have changed.\nGive the data and the prompt style that it was filled with, or"
@@ -168,7 +166,7 @@ class TeacherCache:
                 self.refresh()
 
     def _add_chunk(self, chunk: Chunk) -> None:
-        numbers = chunk.index[:, NUMBER]
+        numbers = chunk.index["number"]
         self._known.add(chunk.path)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self._chunk_of):
             self._discard(chunk.path, f"it has sample {numbers.max()} of {len(self._chunk_of)}")
@@ -181,8 +179,9 @@ class TeacherCache:
     def _salvage(self, chunk: Chunk, damage: str) -> None:
         """Put those records of a chunk that are whole into another one, and forget the rest; keep it if all are."""
         rows = [(chunk, row) for row in range(len(chunk.index))]
-        found = zip(chunk.index.tolist(), read_records(self.directory, rows), strict=True)
-        whole = [Record(entry[NUMBER], entry[DIGEST], hidden) for entry, hidden in found if isinstance(hidden, Tensor)]
+        keys = zip(chunk.index["number"].tolist(), chunk.index["digest"].tolist(), strict=True)
+        found = zip(keys, read_records(self.directory, rows), strict=True)
+        whole = [Record(*key, hidden) for key, hidden in found if isinstance(hidden, Tensor)]
         if len(whole) == len(rows):
             say(f"The teacher cache: {chunk.path} is whole when it is read again ({damage}).", file=sys.stderr)
             return

@@ -25,6 +25,8 @@ from litgpt_akl.errors import UserError, reason
 
 NUMBER, DIGEST, START, TOKENS, CHECKSUM = range(5)
 """Columns of an index: the sample's number and digest, its first row and how many there are, their checksum."""
+IN_MEMORY = np.dtype([("number", np.int32), ("digest", np.int64), ("tokens", np.uint32), ("checksum", np.int64)])
+"""An index while a cache is open, of which there may be millions of rows; the first rows follow from the tokens."""
 ENDING = ".safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 """Of hidden states, by their names in safetensors."""
@@ -57,7 +59,7 @@ class Chunk:
 
     path: str
     index: np.ndarray
-    """``[records, 5]`` int64."""
+    """``[records]`` of ``IN_MEMORY``."""
     dtype: torch.dtype
     width: int
     hidden_at: int
@@ -67,7 +69,7 @@ class Chunk:
 
     def ranges(self, row: int) -> list[tuple[int, int]]:
         """The bytes of a record: of its hidden states, and of their scales if they have any."""
-        start, tokens = int(self.index[row, START]), int(self.index[row, TOKENS])
+        start, tokens = int(self.index["tokens"][:row].sum()), int(self.index["tokens"][row])
         size = self.width * self.dtype.itemsize
         found = [(self.hidden_at + start * size, self.hidden_at + (start + tokens) * size)]
         if self.scales_at is not None:
@@ -80,8 +82,8 @@ class Chunk:
         Raises:
             Damaged: they are not what was written.
         """
-        if _checksum(parts) != int(self.index[row, CHECKSUM]):
-            raise Damaged(f"the checksum of sample {self.index[row, NUMBER]} is wrong")
+        if _checksum(parts) != int(self.index["checksum"][row]):
+            raise Damaged(f"the checksum of sample {self.index['number'][row]} is wrong")
         dtypes = (self.dtype, torch.float32)
         tensors = [torch.frombuffer(bytearray(part), dtype=dtype) for part, dtype in zip(parts, dtypes, strict=False)]
         tensors[0] = tensors[0].view(-1, self.width)
@@ -221,7 +223,10 @@ def _parse(path: str, head: bytes, size: int) -> Chunk:
         )
         index = np.frombuffer(head[end + index_at : end + index_end], dtype=np.int64).reshape(-1, 5)
         written = end + max(last for _, last in places.values())
+        ends = np.cumsum(index[:, TOKENS])
         fits = last - first == tokens * width * dtype.itemsize and tokens == index[:, TOKENS].sum()
+        fits = fits and (index[:, START] == ends - index[:, TOKENS]).all() and (index[:, TOKENS] >= 0).all()
+        fits = fits and abs(index[:, NUMBER]).max(initial=0) < 2**31
     # a header can be damaged in every way
     except Exception as error:
         raise Damaged("its header is garbled") from error
@@ -232,7 +237,10 @@ def _parse(path: str, head: bytes, size: int) -> Chunk:
     if not fits:
         raise Damaged("its header is garbled")
     scales_at = end + places["scales"][0] if "scales" in places else None
-    return Chunk(path, index, dtype, width, end + first, scales_at)
+    in_memory = np.empty(len(index), dtype=IN_MEMORY)
+    for name, column in (("number", NUMBER), ("digest", DIGEST), ("tokens", TOKENS), ("checksum", CHECKSUM)):
+        in_memory[name] = index[:, column]
+    return Chunk(path, in_memory, dtype, width, end + first, scales_at)
 
 
 def _bytes_of_index(head: bytes) -> int:
