@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from checkpoints import in_a_process
 from litgpt.args import TrainArgs
 from litgpt.data import JSON
 from litgpt.prompts import Default
@@ -287,6 +289,34 @@ def test_two_processes_prepare_the_same_data_one_after_the_other(tmp_path, teach
         open_stores(data, teacher_dir)
         assert time.monotonic() - begin >= 1.5 and folder.is_dir() and other.wait(timeout=60) == 0
     assert capsys.readouterr().err.count("Waiting for another process, which prepares the same data") == 1
+
+
+def open_as_somebody_else(base: str) -> None:
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    train, validation = open_stores(
+        data_of(Path(base) / "data.jsonl", "StreamingSFT", Path(base) / "cache"), Path(base)
+    )
+    print(len(train) + len(validation))
+    data = data_of(Path(base) / "other.jsonl", "StreamingSFT", Path(base) / "cache")
+    with pytest.raises(UserError, match="cache/.* cannot be written .*Permission denied") as refusal:
+        open_stores(data, Path(base))
+    print(str(refusal.value).splitlines()[-1])
+
+
+def test_prepared_data_that_may_only_be_read_is_read(teacher_dir):
+    with tempfile.TemporaryDirectory() as base:
+        shutil.copytree(teacher_dir, base, dirs_exist_ok=True)
+        path, cache_dir = write_records(Path(base) / "data.jsonl", 50), Path(base) / "cache"
+        write_records(Path(base) / "other.jsonl", 40)
+        open_stores(data_of(path, "StreamingSFT", cache_dir), teacher_dir)
+        for place in (cache_dir, *cache_dir.rglob("*")):
+            place.chmod(0o555 if place.is_dir() else 0o444)
+        Path(base).chmod(0o755)
+        lines = in_a_process(open_as_somebody_else, base).splitlines()
+        for place in (cache_dir, *cache_dir.rglob("*")):
+            place.chmod(0o755)
+    assert lines[0] == "50" and "Give another directory with --data.cache_dir." in lines[1]
 
 
 CUT_WHILE_READ = """
