@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from uuid import uuid4
 
@@ -116,6 +117,17 @@ def write_file(path: Path, data: bytes, replace: bool = True) -> None:
                 os.link(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Give what a run has not written another name, ``NAME.other``, which nothing has yet; returns the new path.
+
+    Raises:
+        OSError: It cannot be renamed; it is as it was.
+    """
+    names = (f"{path.name}.other{number or ''}" for number in count())
+    free = next(other for other in map(path.with_name, names) if not os.path.lexists(other))
+    return path.rename(free)
 
 
 def remove_directory(directory: Path) -> None:

@@ -75,7 +75,7 @@ def carry_out(fabric: L.Fabric, run: Run, stores: tuple[Store, Store], caches: C
         if run.resume is None:
             forget(run.out_dir)
         else:
-            continue_metrics(fabric, run.resume, state["step_count"], fabric.print)
+            continue_metrics(fabric, run.resume, state["step_count"])
     with StopSignals(quiet=not fabric.is_global_zero) as stop:
         if run.eval.initial_validation and state["step_count"] == 0:
             report(fabric, run, state, stores[1], stop)

@@ -1,47 +1,45 @@
 """The logger that a run was asked for, and a CSV file, which goes on where an interrupted run was saved."""
 
 import dataclasses
-import shutil
-from collections.abc import Callable
+import os
+import re
+from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
 from lightning.fabric.loggers import CSVLogger, Logger
-from lightning.fabric.loggers.csv_logs import _ExperimentWriter
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from litgpt.args import LogArgs
 from litgpt.types import LoggerChoice
 from litgpt.utils import choose_logger
 
-from litgpt_akl.errors import UserError
+from litgpt_akl.errors import UserError, reason
 from litgpt_akl.metrics import copy_marked_rows
-
-
-class _MetricsWriter(_ExperimentWriter):
-    """Lightning's writer, whose file is whole at any moment: checkpoints have no copy of it."""
-
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        path = Path(self.metrics_file_path)
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            shutil.copyfile(path, partial)
-            self.metrics_file_path = str(partial)
-            super()._rewrite_with_new_header(fieldnames)
-            partial.replace(path)
-        finally:
-            self.metrics_file_path = str(path)
-            partial.unlink(missing_ok=True)
+from litgpt_akl.metrics_file import MetricsFile
+from litgpt_akl.progress import tell
 
 
 class MetricsLogger(CSVLogger):
-    """LitGPT's CSV logger; a run that is killed while a column is added loses no row."""
+    """LitGPT's CSV logger, whose file may go or its disk be full: that is told, and the run goes on."""
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> _MetricsWriter:
+    def experiment(self) -> MetricsFile:
         if self._experiment is None:
-            self._experiment = _MetricsWriter(self.log_dir)
+            self._experiment = MetricsFile(Path(self.log_dir) / "metrics.csv", tell)
         return self._experiment
+
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.tell_losses()
+
+    def _get_next_version(self) -> int:
+        """One more than any number there is, be it a file's or one with an ending."""
+        with suppress(OSError):
+            found = (re.match(r"version_([0-9]{1,9})", name) for name in os.listdir(Path(self.root_dir) / self.name))
+            return max((int(number[1]) + 1 for number in found if number), default=0)
+        return 0
 
 
 def make_loggers(
@@ -65,20 +63,22 @@ def flushed_metrics(fabric: L.Fabric) -> Path | None:
     for logger in fabric.loggers:
         if isinstance(logger, CSVLogger):
             logger.save()
-            return Path(logger.experiment.metrics_file_path)
+            return logger.experiment.path
     return None
 
 
-def continue_metrics(fabric: L.Fabric, checkpoint: Path, step: int, tell: Callable[[str], None]) -> None:
-    """Let this run's CSV file begin with the rows behind a checkpoint of that step; ``tell`` is told what is lost."""
+def continue_metrics(fabric: L.Fabric, checkpoint: Path, step: int) -> None:
+    """Let this run's CSV file begin with the rows behind a checkpoint of that step; what is lost is told."""
     for logger in fabric.loggers:
         if isinstance(logger, CSVLogger):
-            log = Path(logger.experiment.metrics_file_path)
+            log = logger.experiment.path
             try:
+                log.parent.mkdir(parents=True, exist_ok=True)
                 columns, told = copy_marked_rows(checkpoint, step, log)
+                logger.experiment.begin_with(columns)
             except OSError as error:
-                log.unlink(missing_ok=True)
-                columns, told = [], f"{log} cannot begin with the rows of {checkpoint}: {error.strerror}."
-            logger.experiment.metrics_keys = columns
+                with suppress(OSError):
+                    log.unlink(missing_ok=True)
+                told = f"{log} cannot begin with the rows of {checkpoint}: {reason(error)}."
             if told is not None:
                 tell(told)

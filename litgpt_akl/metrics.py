@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from litgpt_akl.metrics_file import names_in
+
 METRICS_MARK = "metrics.json"
 """A checkpoint's file that says which rows are its own; the rows themselves stay in the run's log."""
 METRICS_COPY = "metrics.csv"
@@ -43,7 +45,7 @@ class MetricsMarker:
             self._follow(log)
         return {
             "file": Path(os.path.relpath(log, directory)).as_posix(),
-            "columns": _split(self._header),
+            "columns": names_in(self._header),
             "rows": self._rows,
             "bytes": self._bytes,
             "xxh3_128": self._digest.hexdigest(),
@@ -79,7 +81,7 @@ def copy_marked_rows(checkpoint: Path, step: int, log: Path) -> tuple[list[str],
     if (checkpoint / METRICS_COPY).is_file():
         shutil.copyfile(checkpoint / METRICS_COPY, log)
         with log.open("rb") as file:
-            return _split(file.readline()), None
+            return names_in(file.readline()), None
     if not (checkpoint / METRICS_MARK).is_file():
         return [], None
     mark = json.loads((checkpoint / METRICS_MARK).read_text(encoding="utf-8"))
@@ -121,7 +123,7 @@ def _copy_text(source: BinaryIO, mark: dict[str, Any], log: Path) -> bool:
 
 def _marked_text(source: BinaryIO, mark: dict[str, Any]) -> Iterator[bytes]:
     """The log's beginning as it was when it was marked: columns that have come since are left out again."""
-    columns = _split(source.readline(BLOCK))
+    columns = names_in(source.readline(BLOCK))
     if columns == mark["columns"]:
         source.seek(0)
         left = mark["bytes"]
@@ -140,13 +142,6 @@ def _marked_text(source: BinaryIO, mark: dict[str, Any]) -> Iterator[bytes]:
             text.seek(0)
             text.truncate()
     yield text.getvalue().encode()
-
-
-def _split(header: bytes) -> list[str]:
-    try:
-        return next(csv.reader([header.decode(errors="replace")]), [])
-    except csv.Error:
-        return []
 
 
 def _copy_sound_rows(source: Path, step: int, mark: dict[str, Any], log: Path) -> int:

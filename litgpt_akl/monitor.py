@@ -1,26 +1,47 @@
 """What a run shows: a progress line, the logger's metrics, and which noise of other libraries is kept away."""
 
-import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import lightning as L
 import psutil
 import torch
+from lightning.fabric.loggers import Logger
 
 from litgpt_akl.data.windows import Window
 from litgpt_akl.display import shown
-from litgpt_akl.progress import progress_bar
+from litgpt_akl.errors import reason
+from litgpt_akl.progress import progress_bar, tell
 from litgpt_akl.scoring import STATISTICS
 
 
 class SpeakingFabric(L.Fabric):
     """Lightning's, except that what it prints is fit to be shown, whatever is quoted in it."""
 
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self._fails: dict[Logger, bool] = {}
+        """Of each logger that has taken a row, whether it has failed since."""
+
     def print(self, *texts, **options) -> None:
         super().print(*map(shown, texts), **options)
+
+    def log_dict(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Send metrics to all loggers; of one that has begun and then fails it is told once, and the run goes on."""
+        for logger in self.loggers:
+            try:
+                logger.log_metrics(metrics=dict(metrics), step=step)
+            except Exception as error:
+                # the first row fails by a mistake of whoever asked for this logger
+                if logger not in self._fails:
+                    raise
+                if not self._fails[logger]:
+                    tell(f"{type(logger).__name__} fails ({reason(error)}): what follows may be missing there.")
+                self._fails[logger] = True
+            else:
+                self._fails.setdefault(logger, False)
 
 
 class Progress:
@@ -92,8 +113,7 @@ class Progress:
     def write(self, text: str) -> None:
         """Print a line above the progress line."""
         if self.fabric.is_global_zero:
-            self.bar.write(shown(text), file=sys.stdout)
-            sys.stdout.flush()
+            tell(text)
 
     def close(self) -> None:
         self.bar.close()

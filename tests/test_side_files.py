@@ -1,0 +1,284 @@
+"""Logs, examples, pages and what they are made of: gone, damaged or of another kind, they never end a run."""
+
+import contextlib
+import csv
+import io
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import in_processes
+from runs import distil
+
+import litgpt_akl.distil as module
+from litgpt_akl.loggers import MetricsLogger
+from litgpt_akl.manifest import damage
+from litgpt_akl.metrics_file import ROWS_KEPT
+from litgpt_akl.monitor import SpeakingFabric
+
+STEPS = 6
+OPTIONS = {
+    "train": {"max_steps": STEPS, "global_batch_size": 2, "micro_batch_size": 2},
+    "eval": {"interval": 1, "max_iters": 1, "max_new_tokens": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(teacher_dir, student_dir, alice_json, tmp_path_factory) -> Path:
+    """An undisturbed run's directory. Do not change it."""
+    out_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    distil(student_dir, teacher_dir, alice_json, out_dir, **OPTIONS)
+    return out_dir
+
+
+@pytest.fixture
+def run(teacher_dir, student_dir, alice_json, finished, tmp_path, monkeypatch, capsys) -> Callable:
+    """The run of ``finished`` once more, with something done before the validation of some steps."""
+
+    def disturbed(changes: dict[int, Callable[[Path], None]], **options) -> tuple[Path, str]:
+        out_dir, validate = tmp_path / "run", module.validate
+
+        def change_and_validate(fabric, run, state, *arguments):
+            changes.get(state["step_count"], lambda directory: None)(out_dir)
+            return validate(fabric, run, state, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "validate", change_and_validate)
+            weights = distil(student_dir, teacher_dir, alice_json, out_dir, **OPTIONS, **options)
+        undisturbed = torch.load(finished / "final" / "lit_model.pth", weights_only=True)
+        assert weights.keys() == undisturbed.keys()
+        assert all(torch.equal(weights[name], weight) for name, weight in undisturbed.items())
+        assert damage(out_dir / "final") is None
+        return out_dir, capsys.readouterr().out
+
+    return disturbed
+
+
+def put_a_directory(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def log_of(out_dir: Path) -> Path:
+    return out_dir / "logs" / "csv" / "version_0" / "metrics.csv"
+
+
+def steps_in(path: Path, column: str = "step") -> list[int]:
+    """The steps of the rows that have something in a column."""
+    with path.open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row[column]]
+
+
+def make_logger(base: Path) -> tuple[MetricsLogger, Path]:
+    logger = MetricsLogger(base / "logs", name="csv")
+    return logger, logger.experiment.path
+
+
+def log(logger: MetricsLogger, steps: range, **more: float) -> None:
+    for step in steps:
+        logger.log_metrics({"loss": 0.5, **more}, step)
+    logger.save()
+
+
+@contextlib.contextmanager
+def no_room(path: Path) -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # in the middle of a row
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 3, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@contextlib.contextmanager
+def not_to_be_written(path: Path) -> Iterator[None]:
+    modes = {name: name.stat().st_mode for name in (path, path.parent)}
+    user = os.geteuid()
+    for name in modes:
+        name.chmod(0o500)
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(user)
+    for name, mode in modes.items():
+        name.chmod(mode)
+
+
+@contextlib.contextmanager
+def a_directory(path: Path) -> Iterator[None]:
+    kept = path.rename(path.with_name("kept"))
+    path.mkdir()
+    yield
+    path.rmdir()
+    kept.rename(path)
+
+
+@contextlib.contextmanager
+def a_pipe(path: Path) -> Iterator[None]:
+    kept = path.rename(path.with_name("kept"))
+    os.mkfifo(path)
+    yield
+    path.unlink()
+    kept.rename(path)
+
+
+@contextlib.contextmanager
+def a_file_for_its_folder(path: Path) -> Iterator[None]:
+    kept = path.parent.rename(path.parent.with_name("kept"))
+    path.parent.write_text("")
+    yield
+    path.parent.unlink()
+    kept.rename(path.parent)
+
+
+@pytest.mark.parametrize("when", [no_room, not_to_be_written, a_directory, a_pipe, a_file_for_its_folder])
+@pytest.mark.parametrize("more", [{}, {"val_loss": 1.0}], ids=["rows", "a column"])
+def test_rows_wait_until_they_can_be_written(tmp_path, capsys, when, more):
+    logger, path = make_logger(tmp_path)
+    log(logger, range(10))
+    before = path.read_bytes()
+    with when(path):
+        for step in range(10, 20):
+            log(logger, range(step, step + 1), **more)
+    assert path.read_bytes() == before
+    told = capsys.readouterr().out
+    assert told.startswith(f"{path} cannot be written (") and len(told.splitlines()) == 1
+    log(logger, range(20, 22))
+    logger.finalize("success")
+    assert steps_in(path) == [*range(22)] and os.listdir(path.parent) == ["metrics.csv"]
+    assert steps_in(path, [*more, "loss"][0]) == [*range(10, 20)] if more else [*range(22)]
+    assert capsys.readouterr().out == ""
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 4)
+
+
+CHANGES = {
+    "gone": (lambda path: path.unlink(), "is gone, with the rows in it", [*range(10, 20)], []),
+    "folder": (lambda path: shutil.rmtree(path.parents[2]), "is gone, with the rows in it", [*range(10, 20)], []),
+    "empty": (lambda path: path.write_text(""), "was emptied", [*range(10, 20)], []),
+    "cut": (cut, "was cut", [*range(9), *range(10, 20)], []),
+    "other": (lambda path: path.write_text("a,b\n1,2\n"), "renamed to metrics.csv.other", [*range(10, 20)], ["other"]),
+    "binary": (lambda path: path.write_bytes(bytes(9)), "renamed to metrics.csv.other", [*range(10, 20)], ["other"]),
+    "UTF-16": (
+        lambda path: path.write_text(path.read_text(), encoding="utf-16"),
+        "renamed to metrics.csv.other",
+        [*range(10, 20)],
+        ["other"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("more", [{}, {"val_loss": 1.0}], ids=["rows", "a column"])
+def test_a_log_goes_on_after_something_has_changed_it(tmp_path, capsys, name, more):
+    change, what, steps, others = CHANGES[name]
+    logger, path = make_logger(tmp_path)
+    log(logger, range(10))
+    change(path)
+    for step in range(10, 20):
+        log(logger, range(step, step + 1), **more)
+    logger.finalize("success")
+    told = capsys.readouterr().out
+    assert told.startswith(f"{path} ") and what in told and len(told.splitlines()) == 1
+    assert steps_in(path) == steps
+    assert sorted(os.listdir(path.parent)) == ["metrics.csv", *(f"metrics.csv.{other}" for other in others)]
+
+
+def test_rows_that_wait_take_bounded_memory(tmp_path, capsys):
+    logger, path = make_logger(tmp_path)
+    path.mkdir(parents=True)
+    log(logger, range(ROWS_KEPT + 7))
+    logger.finalize("success")
+    assert len(logger.experiment.metrics) == ROWS_KEPT
+    assert f"lacks {ROWS_KEPT + 7:,} rows" in capsys.readouterr().out
+    path.rmdir()
+    logger.finalize("success")
+    assert steps_in(path) == [*range(7, ROWS_KEPT + 7)]
+    assert "lacks 7 rows" in capsys.readouterr().out
+
+
+def test_a_log_takes_a_number_that_nothing_has(tmp_path):
+    versions = tmp_path / "logs" / "csv"
+    for name, number in (("version_0.bak", 1), ("version_x", 1), ("version_\u00b2", 1), ("version_3_old", 4)):
+        (versions / name).mkdir(parents=True)
+        assert make_logger(tmp_path)[1].parent.name == f"version_{number}"
+    (versions / "version_7").write_text("")
+    logger, path = make_logger(tmp_path)
+    log(logger, range(2))
+    assert path == versions / "version_8" / "metrics.csv" and steps_in(path) == [0, 1]
+
+
+class FailingLogger(MetricsLogger):
+    """As one whose server is gone."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        if step >= self.fails_from:
+            raise ConnectionError("no server")
+
+
+def test_a_logger_that_fails_later_is_told_of_once(tmp_path, capsys):
+    loggers = FailingLogger(tmp_path / "other"), MetricsLogger(tmp_path / "logs", name="csv")
+    fabric = SpeakingFabric(devices=1, accelerator="cpu", loggers=[*loggers])
+    loggers[0].fails_from = 3
+    for step in range(6):
+        fabric.log_dict({"loss": 1.0}, step=step)
+    loggers[1].save()
+    assert capsys.readouterr().out == "FailingLogger fails (no server): what follows may be missing there.\n"
+    assert steps_in(loggers[1].experiment.path) == [*range(6)]
+    fabric = SpeakingFabric(devices=1, accelerator="cpu", loggers=[loggers[0]])
+    with pytest.raises(ConnectionError):
+        fabric.log_dict({"loss": 1.0}, step=3)
+
+
+def test_a_run_goes_on_whatever_becomes_of_its_log(run):
+    def clear(out_dir: Path) -> None:
+        log_of(out_dir).rmdir()
+
+    changes = {
+        1: lambda out_dir: shutil.rmtree(out_dir / "logs"),
+        2: lambda out_dir: put_a_directory(log_of(out_dir)),
+        4: clear,
+        5: lambda out_dir: log_of(out_dir).write_text("a,b\n1,2\n"),
+    }
+    out_dir, told = run(changes)
+    assert told.count("metrics.csv is gone, with the rows in it") == 1
+    assert told.count("metrics.csv cannot be written (something else has its name)") == 1
+    assert told.count("is renamed to metrics.csv.other") == 1 and told.count("metrics.csv ") == 3
+    assert steps_in(log_of(out_dir)) == [5, 6, 6] and (out_dir / "report.html").is_file()
+
+
+def test_a_run_without_any_log_ends_well(run):
+    out_dir, told = run({1: lambda out_dir: put_a_directory(log_of(out_dir))})
+    waiting = STEPS - 1 + STEPS
+    assert told.count("metrics.csv cannot be written") == told.count(f"metrics.csv lacks {waiting} rows") == 1
+
+
+def distil_without_room(student: Path, teacher: Path, data: Path, out_dir: Path, limited: range) -> None:
+    validate = module.validate
+
+    def limit_and_validate(fabric, run, state, *arguments):
+        path = log_of(out_dir)
+        if state["step_count"] in limited:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 3, resource.RLIM_INFINITY))
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return validate(fabric, run, state, *arguments)
+
+    module.validate, said = limit_and_validate, io.StringIO()
+    # files that pytest keeps have the same limit
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+        distil(student, teacher, data, out_dir, **OPTIONS)
+    (out_dir / "said").write_text(said.getvalue())
+
+
+def test_a_run_whose_disk_is_full_for_a_while_lacks_nothing(teacher_dir, student_dir, alice_json, finished, tmp_path):
+    in_processes(1, distil_without_room, student_dir, teacher_dir, alice_json, tmp_path, range(2, 4))
+    assert (tmp_path / "said").read_text().count("metrics.csv cannot be written (File too large)") == 1
+    assert steps_in(log_of(tmp_path)) == steps_in(log_of(finished))
+    weights = [directory / "final" / "lit_model.pth" for directory in (tmp_path, finished)]
+    assert weights[0].read_bytes() == weights[1].read_bytes() and damage(tmp_path / "final") is None
