@@ -25,7 +25,8 @@ from litgpt_akl.monitor import Progress
 from litgpt_akl.out_dir import FINAL, FINAL_HF, RECIPE
 from litgpt_akl.padding import describe_padding
 from litgpt_akl.processes import ending_together, is_loss_of_another
-from litgpt_akl.report.examples import forget, remember
+from litgpt_akl.report.examples import remember
+from litgpt_akl.report.examples_file import forget
 from litgpt_akl.report.keeping import refresh_page
 from litgpt_akl.run import Run, export_options, load_windows, make_windows
 from litgpt_akl.sharding import wait_for_all
@@ -220,7 +221,7 @@ def report(
         tell(f"Step {state['step_count']}: {describe(metrics)}")
         if progress is not None and run.eval.max_new_tokens is not None:
             tell_example(fabric, run, state, store, tell)
-        remember(fabric, run, state, store, complain)
+        remember(fabric, run, state, store, tell, complain)
     refresh_page(fabric, run, complain)
 
 

@@ -1,6 +1,7 @@
 """A run's ``--out_dir``: what may be written there, what is there already, and whether that is all that was wanted."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -11,7 +12,7 @@ import yaml
 
 from litgpt_akl.args import TeacherArgs
 from litgpt_akl.checkpoint import find_training_state
-from litgpt_akl.directories import explain_failure, remove_directory, restore_previous
+from litgpt_akl.directories import explain_failure, remove_directory, restore_previous, set_aside
 from litgpt_akl.errors import UserError
 from litgpt_akl.manifest import MANIFEST, STEPS, Damaged, damage, newest_first, read_manifest, step_of
 from litgpt_akl.pair import Pair
@@ -78,8 +79,14 @@ def is_within(path: Path, directory: Path) -> bool:
     return directory.exists() and any(above.exists() and above.samefile(directory) for above in (path, *path.parents))
 
 
-def check_content(out_dir: Path, exports: bool) -> None:
+def check_content(out_dir: Path, exports: bool, resumes: bool, tell: Callable[[str], None]) -> None:
     """See that what a run is about to replace was written by one.
+
+    Args:
+        out_dir: The run's.
+        exports: Whether ``final-hf/`` will be written.
+        resumes: Whether it goes on there: its page, examples and recipe are then worth no refusal, but set aside.
+        tell: Is told what is set aside.
 
     Raises:
         UserError: something else has the name of what a run writes.
@@ -98,7 +105,12 @@ def check_content(out_dir: Path, exports: bool) -> None:
         kinds[FINAL_HF] = lambda path: (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     for name, is_ours in kinds.items():
         path = out_dir / name
-        if (path.exists() or path.is_symlink()) and not is_ours(path):
+        if not os.path.lexists(path) or is_ours(path):
+            continue
+        if resumes and name in (RECIPE, PAGE, EXAMPLES):
+            with explain_failure(out_dir):
+                tell(f"{path} is not what this run has written: it is renamed to {set_aside(path).name}.")
+        else:
             raise UserError(
                 f"--out_dir {out_dir}: {path} is not what a run of finetune_akl writes under that name, and would be"
                 f" lost.\nMove it, or give another --out_dir."
@@ -117,7 +129,7 @@ def is_recipe(path: Path) -> bool:
     """Whether a file is the recipe of a run of ``finetune_akl``."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return False
     return isinstance(recipe, dict) and "distill" in recipe
 
@@ -129,7 +141,7 @@ def _is_student(path: Path) -> bool:
 def _is_examples(path: Path) -> bool:
     try:
         return json.loads(path.read_text(encoding="utf-8")).keys() >= {"first", "latest"}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, RecursionError, AttributeError):
         return False
 
 
@@ -163,7 +175,7 @@ def open_out_dir(
     Raises:
         UserError: there is something that the run must not replace; or nothing to go on from.
     """
-    check_content(out_dir, exports)
+    check_content(out_dir, exports, bool(resume) and any(out_dir.glob(STEPS)), tell)
     if resume is True or resume == "auto":
         return find_training_state(resume, out_dir, warn=tell)
     goes_on_here = bool(resume) and is_within(Path(resume), out_dir)

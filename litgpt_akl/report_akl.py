@@ -22,7 +22,7 @@ def report_akl(runs: list[Path], *, out: Path = Path("report.html"), overwrite: 
     """
     # Bokeh takes half a second to import, which litgpt's other commands are not to wait for
     from litgpt_akl.out_dir import is_page, is_within
-    from litgpt_akl.report.examples import read_examples
+    from litgpt_akl.report.examples_file import read_examples
     from litgpt_akl.report.history import read_history, unique_names
     from litgpt_akl.report.page import Shown, write_page
 

@@ -79,6 +79,7 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
         "nonfinite_in_a_row": 0,
         "last_validation": -1,
         "saved_student": -1,
+        "has_examples": False,
     }
     if run.lora.r is not None and weights is not None:
         weights = with_new_adapters(student, weights, run.seed)

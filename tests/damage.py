@@ -31,7 +31,7 @@ from litgpt_akl.errors import UserError
 from litgpt_akl.evaluate_akl import evaluate_akl
 from litgpt_akl.export_hf import export_hf, write_export
 from litgpt_akl.make_student import make_student
-from litgpt_akl.report.examples import read_examples
+from litgpt_akl.report.examples_file import read_examples
 from litgpt_akl.report.history import read_history
 from litgpt_akl.report_akl import report_akl
 

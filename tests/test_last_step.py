@@ -63,6 +63,13 @@ def failing_examples(patch: pytest.MonkeyPatch, out_dir: Path) -> None:
     patch.setattr(module, "remember", lambda *given: fail() if given[2]["step_count"] == STEPS else remember(*given))
 
 
+def failing_file_of_examples(patch: pytest.MonkeyPatch, out_dir: Path) -> None:
+    def fail_to_write(*arguments) -> None:
+        raise OSError("made to fail")
+
+    patch.setattr("litgpt_akl.report.examples.write_examples", fail_to_write)
+
+
 def fail_to_log(patch: pytest.MonkeyPatch, step: int) -> None:
     """As a logger without a connection fails, after a step and before it is saved."""
     log = Progress.log
@@ -80,7 +87,7 @@ def failing_logger(patch: pytest.MonkeyPatch, out_dir: Path) -> None:
 AFTERWARDS = {
     "validation": (after_validation(fail), "The last report: RuntimeError: made to fail"),
     "answers": (failing_examples, "The last report: RuntimeError: made to fail"),
-    "file of answers": (taken_by_a_directory("examples.json"), "examples.json cannot be written"),
+    "file of answers": (failing_file_of_examples, "examples.json cannot be written .made to fail"),
     "page": (taken_by_a_directory("report.html"), r"report.html was not refreshed \(IsADirectoryError"),
     "export": (failing_export, "final-hf: RuntimeError: made to fail"),
     "log": (failing_log, "The last step's end: RuntimeError: made to fail"),

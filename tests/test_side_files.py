@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import json
 import os
 import resource
 import shutil
@@ -19,10 +20,12 @@ from litgpt_akl.loggers import MetricsLogger
 from litgpt_akl.manifest import damage
 from litgpt_akl.metrics_file import ROWS_KEPT
 from litgpt_akl.monitor import SpeakingFabric
+from litgpt_akl.reading import with_checksum, without_checksum
+from litgpt_akl.report.examples_file import read_examples, take_examples
 
 STEPS = 6
 OPTIONS = {
-    "train": {"max_steps": STEPS, "global_batch_size": 2, "micro_batch_size": 2},
+    "train": {"max_steps": STEPS, "save_interval": 4, "global_batch_size": 2, "micro_batch_size": 2},
     "eval": {"interval": 1, "max_iters": 1, "max_new_tokens": 2},
 }
 
@@ -282,3 +285,122 @@ def test_a_run_whose_disk_is_full_for_a_while_lacks_nothing(teacher_dir, student
     assert steps_in(log_of(tmp_path)) == steps_in(log_of(finished))
     weights = [directory / "final" / "lit_model.pth" for directory in (tmp_path, finished)]
     assert weights[0].read_bytes() == weights[1].read_bytes() and damage(tmp_path / "final") is None
+
+
+def put(content: bytes | str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return write
+
+
+def put_changed(*keys: str | int, value: object) -> Callable[[Path], None]:
+    """Another value at a place of the examples; their checksum is right."""
+
+    def change(path: Path) -> None:
+        content = place = without_checksum(json.loads(path.read_text()))
+        for key in keys[:-1]:
+            place = place[key]
+        if value is None:
+            del place[keys[-1]]
+        else:
+            place[keys[-1]] = value
+        path.write_text(json.dumps(with_checksum(content)))
+
+    return change
+
+
+def put_a_link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def put_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+POSITION = ("latest", "positions", 0)
+OTHER_EXAMPLES = {
+    "empty": put(""),
+    "a list": put("[1, 2]"),
+    "a number": put("3"),
+    "null": put("null"),
+    "a text": put('"first"'),
+    "nothing in it": put("{}"),
+    "too deep": put("[" * 100_000),
+    "not UTF-8": put(b'{"first": "\xff\xfe"}'),
+    "UTF-16": lambda path: path.write_text(path.read_text(), encoding="utf-16"),
+    "binary": put(bytes(range(256))),
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "a changed text": lambda path: path.write_text(path.read_text().replace('"note": ""', '"note": "x"', 1)),
+    "a directory": put_a_directory,
+    "a link": put_a_link_to_nothing,
+    "a pipe": put_a_pipe,
+    "snapshots of numbers": put('{"first": 1, "latest": 2}'),
+    "steps alone": put('{"first": {"step": 3}, "latest": {"step": 3}}'),
+    "a step in words": put_changed("first", "step", value="three"),
+    "no answers": put_changed("latest", "answers", value=None),
+    "fewer answers": put_changed("latest", "answers", value=["one"]),
+    "an answer of numbers": put_changed("latest", "answers", 1, value=[1, 2]),
+    "prompts in a mapping": put_changed("latest", "prompts", value={"a": 1}),
+    "a teacher of words": put_changed("first", "teacher_answers", value="abc"),
+    "no positions": put_changed("first", "positions", value=None),
+    "positions of numbers": put_changed("first", "positions", value=[1, 2]),
+    "no head": put_changed(*POSITION, "head", value=None),
+    "a head in words": put_changed(*POSITION, "head", value="one"),
+    "a token that is a number": put_changed(*POSITION, "tokens", 0, value=5),
+    "fewer tokens": put_changed(*POSITION, "tokens", value=["a"]),
+    "a probability in words": put_changed(*POSITION, "q", 0, value="much"),
+    "a negative probability": put_changed(*POSITION, "p", 0, value=-0.5),
+    "a huge gap": put_changed(*POSITION, "head_gap", value=1e300),
+    "a note of numbers": put_changed("latest", "note", value=[3]),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_EXAMPLES)
+def test_what_are_no_examples_is_set_aside(finished, tmp_path, name):
+    path, told = tmp_path / "examples.json", []
+    for number in ("", "1"):
+        shutil.copyfile(finished / "examples.json", path)
+        assert take_examples(tmp_path, True, told.append) == read_examples(finished) and not told
+        OTHER_EXAMPLES[name](path)
+        content = path.read_bytes() if path.is_file() else None
+        assert take_examples(tmp_path, True, told.append) is None
+        other = path.with_name(f"examples.json.other{number}")
+        assert not os.path.lexists(path) and os.path.lexists(other)
+        assert content is None or other.read_bytes() == content
+        (line,) = told
+        assert line.startswith(f"{path} ") and f"renamed to {other.name}, and new examples begin" in line
+        assert "\n" not in line
+        told.clear()
+    assert take_examples(tmp_path, True, told.append) is None and told == [f"{path} is gone: new examples begin."]
+    assert take_examples(tmp_path, False, told.append) is None and len(told) == 1
+
+
+def test_a_run_goes_on_whatever_becomes_of_its_examples(run):
+    changes = dict(
+        enumerate(OTHER_EXAMPLES[name] for name in ("a list", "steps alone", "a directory", "no head", "not UTF-8"))
+    )
+    changes = {step + 1: lambda out_dir, do=do: do(out_dir / "examples.json") for step, do in changes.items()}
+    changes[STEPS] = lambda out_dir: (out_dir / "examples.json").unlink()
+    out_dir, told = run(changes)
+    assert told.count("and new examples begin") == 5 and told.count("examples.json is gone") == 1
+    assert sorted(path.name for path in out_dir.glob("*.other*")) == [
+        f"examples.json.other{number}" for number in ("", *range(1, 5))
+    ]
+    assert {name: snapshot["step"] for name, snapshot in read_examples(out_dir).items()} == {
+        "first": STEPS,
+        "latest": STEPS,
+    }
+
+
+def test_a_run_is_resumed_whatever_lies_beside_its_checkpoints(run, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    for name in ("hyperparameters.yaml", "report.html", "examples.json"):
+        put("[1, 2]")(tmp_path / "run" / name)
+    shutil.rmtree(tmp_path / "run" / "final")
+    out_dir, told = run({}, resume="auto")
+    for name in ("hyperparameters.yaml", "report.html", "examples.json"):
+        assert told.count(f"{name} is not what this run has written: it is renamed to {name}.other") == 1
+        assert (out_dir / f"{name}.other").read_text() == "[1, 2]" and (out_dir / name).read_text() != "[1, 2]"

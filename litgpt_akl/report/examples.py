@@ -1,9 +1,7 @@
 """Answers and distributions of a run, first and latest, which its page shows beside those of the teacher."""
 
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,14 +12,13 @@ from torch import Tensor
 from litgpt_akl.adaptive import in_head
 from litgpt_akl.data.stores import Store
 from litgpt_akl.data.windows import in_order
-from litgpt_akl.directories import write_file
-from litgpt_akl.errors import UserError, reason
+from litgpt_akl.errors import reason
 from litgpt_akl.generation import generate, longest_prompt, stop_sequences, together, without_end
 from litgpt_akl.head_loss import IGNORE_INDEX
 from litgpt_akl.heads import Head
 from litgpt_akl.lora import without_adapters
 from litgpt_akl.out_dir import EXAMPLES
-from litgpt_akl.reading import explain_damage, with_checksum, without_checksum
+from litgpt_akl.report.examples_file import take_examples, write_examples
 from litgpt_akl.run import Run, validation_records
 from litgpt_akl.sharding import from_rank_zero, reshard
 from litgpt_akl.teacher import LoneHead
@@ -36,44 +33,31 @@ CONTEXT = 20
 """Tokens shown before a position."""
 
 
-def read_examples(run_dir: Path) -> dict[str, Any] | None:
-    """The snapshots ``first`` and ``latest`` of a run; None if there are none. Raises UserError if they are damaged."""
-    path = run_dir / EXAMPLES
-    if not path.is_file():
-        return None
-    with explain_damage(path, "examples of a run", "Delete it: the page is then without examples."):
-        return without_checksum(json.loads(path.read_text(encoding="utf-8")))
-
-
-def forget(run_dir: Path) -> None:
-    """Delete what a run before this one has left."""
-    (run_dir / EXAMPLES).unlink(missing_ok=True)
-
-
-def remember(fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Callable[[str], None]) -> None:
+def remember(
+    fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Callable[[str], None], complain: Callable[[str], None]
+) -> None:
     """Keep what teacher and student say now as the latest snapshot, and as the first one if there is none.
 
-    All processes must ask together; process 0 writes, and only tells if the disk does not take it. Training's random
-    numbers are left as they were.
+    All processes must ask together; process 0 writes. Training's random numbers are left as they were.
+
+    Args:
+        fabric: The run's.
+        run: It has the directory.
+        state: With the models.
+        store: The validation data.
+        tell: Is told what became of the examples so far.
+        complain: Is told if the disk does not take the new ones.
     """
-    before = from_rank_zero(_read_or_tell(run.out_dir, tell) if fabric.is_global_zero else None)
+    before = from_rank_zero(take_examples(run.out_dir, state["has_examples"], tell) if fabric.is_global_zero else None)
     records = validation_records(run, store)[:RECORDS]
     latest = {"step": state["step_count"], **_answers(fabric, run, state, store.read(records), before)}
     latest["positions"] = _positions(fabric, run, state, store, records)
     if fabric.is_global_zero:
-        content = {"first": before["first"] if before else latest, "latest": latest}
         try:
-            write_file(run.out_dir / EXAMPLES, json.dumps(with_checksum(content), indent=1).encode("utf-8"))
+            write_examples(run.out_dir, before["first"] if before else latest, latest)
+            state["has_examples"] = True
         except OSError as error:
-            tell(f"{run.out_dir / EXAMPLES} cannot be written ({reason(error)})")
-
-
-def _read_or_tell(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any] | None:
-    try:
-        return read_examples(run_dir)
-    except UserError as error:
-        tell(f"{str(error).splitlines()[0]} The examples begin anew.")
-        return None
+            complain(f"{run.out_dir / EXAMPLES} cannot be written ({reason(error)})")
 
 
 def _answers(

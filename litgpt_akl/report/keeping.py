@@ -16,7 +16,7 @@ def refresh_page(fabric: L.Fabric, run: Run, tell: Callable[[str], None]) -> Non
     if metrics is None or not metrics.is_file():
         return
     # Bokeh takes half a second to import, which a start is not to wait for
-    from litgpt_akl.report.examples import read_examples
+    from litgpt_akl.report.examples_file import read_examples
     from litgpt_akl.report.history import read_history
     from litgpt_akl.report.page import Shown, write_page
 
