@@ -11,8 +11,8 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Name, Scope
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from litgpt_akl.data.template_budget import BudgetedEnvironment, OverBudget, within_budget
 from litgpt_akl.errors import UserError, reason
 from litgpt_akl.reading import explain_damage, read_json
 
@@ -22,6 +22,7 @@ ALSO_SAID = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 """Fields of an assistant's message that templates render beside its content, and that the assistant says too."""
 CLOCK = "strftime_now"
 """The function by which a template writes the date, in Transformers."""
+WAY_OUT = "Take the file from the model's publisher again, or remove the template to use LitGPT's prompt style."
 LONGEST_OPENING = 64
 """Characters of a mark such as ``<think>`` that a template writes itself unless a message begins with it."""
 
@@ -49,16 +50,18 @@ class ChatTemplate:
 
         Raises:
             jinja2.TemplateSyntaxError: the source is no template.
+            OverBudget: it cannot be compiled in the time and the memory that it may take.
         """
         self._source, self._variables, self.date = source, variables, date or today()
-        environment = ImmutableSandboxedEnvironment(
+        environment = BudgetedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
         )
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, CLOCK: datetime.fromisoformat(self.date).strftime}
         # templates compare these two with none, which an undefined variable is not
         self.writes_date = any(name.name == CLOCK for name in environment.parse(source).find_all(Name))
-        self._template = environment.from_string(source, globals={"tools": None, "documents": None, **variables})
+        names = {"tools": None, "documents": None, **variables}
+        self._template = within_budget(lambda: environment.from_string(source, globals=names))
 
     def __reduce__(self) -> tuple:
         return ChatTemplate, (self._source, self._variables, self.date)
@@ -91,9 +94,10 @@ class ChatTemplate:
             return cls(source, _special_tokens(checkpoint_dir, config), date)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
-                f"The chat template in {path} has an error in its line {error.lineno}: {error.message}\n"
-                "Take the file from the model's publisher again, or remove the template to use LitGPT's prompt style."
+                f"The chat template in {path} has an error in its line {error.lineno}: {error.message}\n{WAY_OUT}"
             ) from error
+        except OverBudget as error:
+            raise UserError(f"The chat template in {path} {error}.\n{WAY_OUT}") from error
 
     def render(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation and the character spans of what the assistant says in it.
@@ -115,7 +119,9 @@ class ChatTemplate:
 
     def _render(self, messages: list[dict]) -> str:
         try:
-            return self._template.render(messages=messages, add_generation_prompt=False)
+            return within_budget(lambda: self._template.render(messages=messages, add_generation_prompt=False))
+        except OverBudget as error:
+            raise ValueError(f"the chat template {error}") from error
         except Exception as error:  # a template is a program, it can fail in every way
             raise ValueError(f"the chat template refuses it: {reason(error)}") from error
 
