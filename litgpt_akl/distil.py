@@ -123,7 +123,7 @@ def report_on_student(
         if run.eval.final_validation:
             report(fabric, run, state, store, stop, None, failures.append)
         else:
-            refresh_page(fabric, run, failures.append)
+            refresh_page(fabric, run, state, fabric.print, failures.append)
     with noted_if_saved(state, failures, f"{run.teacher.cache_dir}"):
         state["caches"].flush()
     for logger in fabric.loggers:
@@ -222,7 +222,7 @@ def report(
         if progress is not None and run.eval.max_new_tokens is not None:
             tell_example(fabric, run, state, store, tell)
         remember(fabric, run, state, store, tell, complain)
-    refresh_page(fabric, run, complain)
+    refresh_page(fabric, run, state, tell, complain)
 
 
 def tell_example(fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Callable[[str], None]) -> None:

@@ -22,13 +22,13 @@ def report_akl(runs: list[Path], *, out: Path = Path("report.html"), overwrite: 
     """
     # Bokeh takes half a second to import, which litgpt's other commands are not to wait for
     from litgpt_akl.out_dir import is_page, is_within
-    from litgpt_akl.report.examples_file import read_examples
-    from litgpt_akl.report.history import read_history, unique_names
-    from litgpt_akl.report.page import Shown, write_page
+    from litgpt_akl.report.history import unique_names
+    from litgpt_akl.report.page import write_page
+    from litgpt_akl.report.runs import read_runs
 
     runs = list(dict.fromkeys(Path(run).resolve() for run in runs))
-    shown = [Shown(read_history(run), read_examples(run)) for run in runs]
-    for run, name in zip(shown, unique_names(runs), strict=True):
+    found = read_runs(runs, say)
+    for name, run in zip(unique_names([*found]), found.values(), strict=True):
         run.history.name = name
     if out.is_dir():
         raise UserError(f"--out {out} is a directory. Give the name of a file, such as {out / 'report.html'}.")
@@ -42,5 +42,5 @@ def report_akl(runs: list[Path], *, out: Path = Path("report.html"), overwrite: 
                 "Give --overwrite true to replace it, or another --out."
             )
     with explain_failure(out):
-        write_page(out, shown)
-    say(f"{out.resolve()}: {', '.join(run.history.name for run in shown)}")
+        write_page(out, [*found.values()])
+    say(f"{out.resolve()}: {', '.join(run.history.name for run in found.values())}")

@@ -80,6 +80,7 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
         "last_validation": -1,
         "saved_student": -1,
         "has_examples": False,
+        "told_of_page": set(),
     }
     if run.lora.r is not None and weights is not None:
         weights = with_new_adapters(student, weights, run.seed)

@@ -10,18 +10,26 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from ranks import in_processes
 from runs import distil
 
 import litgpt_akl.distil as module
+from litgpt_akl.errors import UserError
 from litgpt_akl.loggers import MetricsLogger
 from litgpt_akl.manifest import damage
 from litgpt_akl.metrics_file import ROWS_KEPT
 from litgpt_akl.monitor import SpeakingFabric
 from litgpt_akl.reading import with_checksum, without_checksum
 from litgpt_akl.report.examples_file import read_examples, take_examples
+from litgpt_akl.report.history import read_history
+from litgpt_akl.report.page import make_page
+from litgpt_akl.report.plots import draw_panels
+from litgpt_akl.report.runs import read_run, read_runs
+from litgpt_akl.report_akl import report_akl
 
 STEPS = 6
 OPTIONS = {
@@ -404,3 +412,229 @@ def test_a_run_is_resumed_whatever_lies_beside_its_checkpoints(run, finished, tm
     for name in ("hyperparameters.yaml", "report.html", "examples.json"):
         assert told.count(f"{name} is not what this run has written: it is renamed to {name}.other") == 1
         assert (out_dir / f"{name}.other").read_text() == "[1, 2]" and (out_dir / name).read_text() != "[1, 2]"
+
+
+def rewrite(change: Callable[[list[str]], list[str]]) -> Callable[[Path], None]:
+    return lambda path: path.write_text("".join(change(path.read_text().splitlines(keepends=True))))
+
+
+def in_encoding(name: str) -> Callable[[Path], None]:
+    return lambda path: path.write_text(path.read_text(), encoding=name)
+
+
+def change_column(name: str, value: Callable[[int, str], str]) -> Callable[[Path], None]:
+    """Other cells in a column, by row number and cell."""
+
+    def change(path: Path) -> None:
+        header, *rows = csv.reader(path.read_text().splitlines())
+        place = header.index(name)
+        rows = [[*row[:place], value(number, row[place]), *row[place + 1 :]] for number, row in enumerate(rows)]
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+
+    return change
+
+
+def double_columns(path: Path) -> None:
+    rewrite(lambda lines: [f"{line.rstrip()},{line}" for line in lines])(path)
+
+
+DAY = "2026-11-27"
+DAMAGED_LOGS = {
+    "columns doubled": (double_columns, "columns named twice", 13),
+    "dates": (change_column("loss", lambda row, cell: cell and DAY), "6 cells that are no numbers", 13),
+    "words": (change_column("loss", lambda row, cell: cell and "much"), "6 cells that are no numbers", 13),
+    "truth": (change_column("loss", lambda row, cell: cell and "true"), "6 cells that are no numbers", 13),
+    "a word": (change_column("h", lambda row, cell: "x" if row == 4 else cell), "1 cells that are no", 13),
+    "a date among the steps": (
+        change_column("step", lambda row, cell: DAY if row == 4 else cell),
+        "1 rows without",
+        12,
+    ),
+    "a huge step": (change_column("step", lambda row, cell: "1e300" if row == 4 else cell), "1 rows without", 12),
+    "steps in halves": (change_column("step", lambda row, cell: f"{cell}.5" if row == 4 else cell), "1 rows", 12),
+    "a huge number": (change_column("loss", lambda row, cell: cell and "1e300"), None, 13),
+    "no tokens": (change_column("tokens", lambda row, cell: ""), None, 13),
+    "UTF-16": (in_encoding("utf-16"), "it is read as UTF-16", 13),
+    "UTF-16 without a mark": (in_encoding("utf-16-be"), "it is read as UTF-16", 13),
+    "UTF-32": (in_encoding("utf-32"), "it is read as UTF-32", 13),
+    "a mark": (in_encoding("utf-8-sig"), None, 13),
+    "ragged": (rewrite(lambda lines: [*lines[:4], "1,2\n", *lines[4:], "1,2,3\n"]), "2 rows of another length", 13),
+    "cut in a row": (lambda path: os.truncate(path, path.stat().st_size - 40), None, 12),
+    "NUL": (rewrite(lambda lines: [*lines[:4], lines[4].replace(".", "\0", 1), *lines[5:]]), "1 cells", 13),
+    "ends in NUL": (lambda path: path.write_bytes(path.read_bytes() + bytes(4096)), None, 13),
+    "ends in one long line": (
+        lambda path: path.write_bytes(path.read_bytes() + b'"' + b"x" * 10**6 + b"\n"),
+        "no table",
+        13,
+    ),
+    "not UTF-8": (lambda path: path.write_bytes(path.read_bytes() + b"\xff\xfe,1\n"), "1 rows of another", 13),
+}
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """The files of a run that a page is made of."""
+    return shutil.copytree(finished, tmp_path / "run", ignore=shutil.ignore_patterns("step-*", "final"))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", DAMAGED_LOGS)
+def test_what_is_left_of_a_log_is_shown(finished, copy, name):
+    damage_log, what, rows = DAMAGED_LOGS[name]
+    damage_log(log_of(copy))
+    told = []
+    shown = read_run(copy, told.append)
+    assert len(told) == (what is not None)
+    assert not told or (told[0].startswith(f"{log_of(copy)} was damaged: ") and what in told[0] and "\n" not in told[0])
+    assert sum(len(columns["step"]) for columns in (shown.history.training, shown.history.validation)) == rows
+    assert shown.examples == read_examples(finished)
+    # no number is another one than was logged
+    logged, training = read_history(finished).training, shown.history.training
+    for column in ("loss", "h", "gradient_norm", "learning_rate"):
+        for step, value in zip(training["step"], training[column], strict=True):
+            assert not np.isfinite(value) or value == logged[column][logged["step"] == step]
+    if name in ("columns doubled", "words", "no tokens"):
+        assert "0.5 akl + 0.5 cross-entropy" in make_page([shown])
+        assert len(draw_panels([shown.history])) == 12
+
+
+LOST_LOGS = {
+    "empty": put(""),
+    "spaces": put("  \n\n"),
+    "a header": rewrite(lambda lines: lines[:1]),
+    "binary": put(bytes(range(256)) * 4),
+    "NUL": put(bytes(4096)),
+    "another table": put("day,price\nMonday,3\n"),
+    "no step": rewrite(lambda lines: [lines[0].replace("step,", "stop,"), *lines[1:]]),
+    "words alone": put("step,loss\n1,much\n2,little\n"),
+    "a directory": put_a_directory,
+    "a link": put_a_link_to_nothing,
+    "a pipe": put_a_pipe,
+    "gone": Path.unlink,
+    "folder gone": lambda path: shutil.rmtree(path.parent),
+    "logs gone": lambda path: shutil.rmtree(path.parents[2]),
+    "a file for the folder": lambda path: (shutil.rmtree(path.parents[1]), path.parents[1].write_text("")),
+}
+
+
+@pytest.mark.parametrize("name", LOST_LOGS)
+def test_a_run_without_a_log_shows_its_examples(finished, copy, name):
+    LOST_LOGS[name](log_of(copy))
+    told = []
+    shown = read_run(copy, told.append)
+    assert len(told) == 1 and told[0].startswith(str(copy)) and "without metrics of this run" in told[0]
+    assert shown.examples == read_examples(finished)
+    (copy / "examples.json").unlink()
+    told.clear()
+    with pytest.raises(UserError) as alone:
+        read_runs([copy], told.append)
+    assert len(str(alone.value).splitlines()) == 2 and not told
+    assert [*read_runs([copy, finished], told.append)] == [finished]
+    assert len(told) == 1 and told[0].startswith(str(copy)) and told[0].endswith("This run is left out.")
+
+
+@pytest.mark.parametrize("name", LOST_LOGS)
+def test_an_older_log_is_shown_in_place_of_a_lost_one(copy, name):
+    if name in ("logs gone", "a file for the folder"):
+        return
+    newer = log_of(copy).parent.with_name("version_10") / "metrics.csv"
+    shutil.copytree(log_of(copy).parent, newer.parent)
+    LOST_LOGS[name](newer)
+    told = []
+    assert len(read_run(copy, told.append).history.training["step"]) == STEPS
+    assert len(told) == (name != "folder gone") and all(
+        f"An older log is shown: {log_of(copy)}" in line for line in told
+    )
+
+
+def test_what_is_no_log_of_a_run_is_skipped(copy):
+    versions = log_of(copy).parents[1]
+    for name in ("version_0.bak", "version_x", "version_", "version_\u00b2", "version_7 (copy)"):
+        shutil.copytree(versions / "version_0", versions / name)
+    (versions / "version_1").write_text("a file")
+    told = []
+    shown = read_run(copy, told.append)
+    assert len(shown.history.training["step"]) == STEPS
+    names = "version_, version_0.bak, version_1, version_7 (copy), version_x, version_\u00b2"
+    assert told == [f"{versions}: skipped {names}, which no run has named so."]
+
+
+def recipe_with(**sections: object) -> Callable[[Path], None]:
+    return lambda path: path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **sections}))
+
+
+DAMAGED_RECIPES = {
+    "empty": put(""),
+    "a list": put("- 1\n- 2\n"),
+    "a number": put("3"),
+    "a text": put("abc"),
+    "no YAML": put("a: [1, 2"),
+    "a tag": put("!!python/object/apply:os.getcwd []"),
+    "too deep": put("[" * 5000),
+    "not UTF-8": put(b"distill: \xff\xfe"),
+    "UTF-16": in_encoding("utf-16"),
+    "binary": put(bytes(range(256))),
+    "a directory": put_a_directory,
+    "a link": put_a_link_to_nothing,
+    "a pipe": put_a_pipe,
+    "a list of options": recipe_with(distill=[1, 2]),
+    "a text of options": recipe_with(train="abc"),
+    "data of numbers": recipe_with(data=3),
+    "data with a list": recipe_with(data={"class_path": "litgpt.data.JSON", "init_args": [1]}),
+    "a share in words": recipe_with(distill={"kd_ratio": "half"}),
+    "no share": recipe_with(distill={"kd_ratio": None}),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", DAMAGED_RECIPES)
+def test_a_recipe_that_cannot_be_read_is_left_out(copy, name):
+    path = copy / "hyperparameters.yaml"
+    DAMAGED_RECIPES[name](path)
+    told = []
+    shown = read_run(copy, told.append)
+    (line,) = told
+    assert line.startswith(str(path)) and line.endswith("The page is without the options of this run.")
+    assert "\n" not in line and len(line) < 900
+    assert len(shown.history.training["step"]) == STEPS and shown.examples is not None
+    path.unlink(missing_ok=True) if not path.is_dir() else path.rmdir()
+    told.clear()
+    assert read_run(copy, told.append).history.recipe == {} and told == []
+
+
+def test_a_page_shows_what_is_left(finished, copy, tmp_path, capsys):
+    """Of one run, of one of which only examples are left, and of two of which one has nothing left."""
+    page = tmp_path / "page.html"
+    put("- 1")(copy / "hyperparameters.yaml")
+    put('{"first": 1, "latest": 2}')(copy / "examples.json")
+    report_akl([copy], out=page)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and last == f"{page}: run"
+    text = page.read_text()
+    assert text.count('<div class="figure" id=') == 12 and "To prompts of the validation data" not in text
+    shutil.copyfile(finished / "examples.json", copy / "examples.json")
+    put("")(log_of(copy))
+    report_akl([copy], out=page)
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    text = page.read_text()
+    assert text.count('<div class="figure" id=') == 0 and "To prompts of the validation data" in text
+    (copy / "examples.json").unlink()
+    report_akl([copy, finished], out=page)
+    line, last = capsys.readouterr().out.splitlines()
+    assert line.endswith("This run is left out.") and last == f"{page}: {finished.name}"
+    with pytest.raises(UserError, match="metrics.csv .*cannot be read as a table of numbers.*it is empty") as alone:
+        report_akl([copy], out=page)
+    assert len(str(alone.value).splitlines()) == 2
+
+
+def test_a_run_keeps_its_page_whatever_becomes_of_what_it_shows(run):
+    def spoil(out_dir: Path) -> None:
+        put("- 1")(out_dir / "hyperparameters.yaml")
+        double_columns(log_of(out_dir))
+        (log_of(out_dir).parents[1] / "version_0.bak").mkdir()
+
+    out_dir, told = run({2: spoil})
+    assert told.count("The page is without the options of this run") == told.count("skipped version_0.bak") == 1
+    assert told.count("metrics.csv is not what this run has written: it is renamed to metrics.csv.other") == 1
+    assert "not refreshed" not in told and "Distillation report" in (out_dir / "report.html").read_text()

@@ -1,15 +1,18 @@
 """What a run has logged, read back from its CSV file, and how many points of it a plot can show."""
 
+import os
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import csv
 
+from litgpt_akl.display import quoted, say
 from litgpt_akl.errors import UserError
 from litgpt_akl.reading import explain_damage, read_yaml
+from litgpt_akl.report.table import read_table
 
 POINTS = 1000
 """A line has at most as many points; a plot is not wider on most screens."""
@@ -30,27 +33,24 @@ class History:
     """The same of the validations' rows, under the names of training: without ``val_``."""
 
 
-def read_history(run_dir: Path) -> History:
+def read_history(run_dir: Path, tell: Callable[[str], None] = say) -> History:
     """Read what ``finetune_akl`` wrote into its ``out_dir``.
 
+    Args:
+        run_dir: That directory.
+        tell: Is told, in one line for each file, what is damaged and what is done about it.
+
     Raises:
-        UserError: it is no such directory, or nothing was logged yet.
+        UserError: it is no such directory, or nothing that was logged can be read.
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is not a directory. Give the --out_dir of a run of litgpt finetune_akl.")
-    logs = {int(path.parent.name.split("_")[1]): path for path in run_dir.glob("logs/csv/version_[0-9]*/metrics.csv")}
-    if not logs:
+    columns = _read_newest(find_logs(run_dir, tell), tell)
+    if columns is None:
         raise UserError(
             f"{run_dir} holds no metrics (logs/csv/version_*/metrics.csv).\n"
             "Give the --out_dir of a run of litgpt finetune_akl that has logged a step or a validation."
         )
-    columns = _read_columns(logs[max(logs)])
-    recipe_file, recipe = run_dir / "hyperparameters.yaml", {}
-    if recipe_file.is_file():
-        recipe = read_yaml(recipe_file)
-        with explain_damage(recipe_file, "the recipe of a run"):
-            distill, *_ = (dict(recipe.get(name) or {}) for name in ("distill", "train", "data"))
-            float(distill.get("kd_ratio", 0.5))
     validated = np.zeros(len(columns["step"]), dtype=bool)
     for name, column in columns.items():
         if name.startswith("val_"):
@@ -58,19 +58,66 @@ def read_history(run_dir: Path) -> History:
     validation = {name.removeprefix("val_"): c[validated] for name, c in columns.items() if name.startswith("val_")}
     training = {name: column[~validated] for name, column in columns.items() if not name.startswith("val_")}
     validation["step"] = columns["step"][validated]
-    return History(run_dir.resolve().name, recipe, training, validation)
+    return History(run_dir.resolve().name, read_recipe(run_dir, tell), training, validation)
 
 
-def _read_columns(path: Path) -> dict[str, np.ndarray]:
-    # the last row may be in the middle of being written
-    options = csv.ParseOptions(invalid_row_handler=lambda row: "skip")
-    numbers = csv.ConvertOptions(null_values=["", "None"])
-    with explain_damage(path, "a table of numbers", "Name another run, or mend the file."):
-        table = csv.read_csv(path, parse_options=options, convert_options=numbers)
-        columns = {name: table[name].cast(pa.float64()).to_numpy() for name in table.column_names}
-    if "step" not in columns:
-        raise UserError(f"{path} has no column step: it is not a log of litgpt finetune_akl. Name another run.")
-    return columns
+def find_logs(run_dir: Path, tell: Callable[[str], None]) -> list[Path]:
+    """The logs of a run, the newest first; ``tell`` is told of what only looks like one."""
+    logs, others = {}, []
+    directory = run_dir / "logs" / "csv"
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        number = re.fullmatch(r"version_([0-9]+)", path.name)
+        if number and path.is_dir():
+            logs[int(number[1])] = path / "metrics.csv"
+        else:
+            others.append(path.name)
+    if others:
+        tell(f"{directory}: skipped {quoted(', '.join(others))}, which no run has named so.")
+    return [logs[number] for number in sorted(logs, reverse=True)]
+
+
+def _read_newest(logs: Sequence[Path], tell: Callable[[str], None]) -> dict[str, np.ndarray] | None:
+    """The newest log that can be read; None if there is none at all. Raises UserError if none can be read."""
+    failed: list[UserError] = []
+    for log in logs:
+        if not os.path.lexists(log):
+            failed.append(UserError(f"{log} is missing.\nName another run."))
+            continue
+        try:
+            columns, notes = read_table(log)
+        except UserError as error:
+            failed.append(error)
+            continue
+        for error in failed:
+            tell(f"{str(error).splitlines()[0]} An older log is shown: {log}.")
+        if notes:
+            tell(f"{log} was damaged: {'; '.join(notes)}. The rest is shown.")
+        return columns
+    if failed:
+        raise failed[0]
+    return None
+
+
+def read_recipe(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any]:
+    """The options of a run; none if it has kept none, or if they cannot be read, which is told."""
+    path = run_dir / "hyperparameters.yaml"
+    if not os.path.lexists(path):
+        return {}
+    try:
+        with explain_damage(path, "the recipe of a run"):
+            if not path.is_file():
+                raise ValueError("it is no file")
+            recipe = read_yaml(path)
+            sections = [recipe.get(name) or {} for name in ("distill", "train", "data")]
+            sections.append(dict(sections[2]).get("init_args") or {})
+            if not all(isinstance(section, dict) for section in sections):
+                raise ValueError("its sections are no entries")
+            if not isinstance(sections[0].get("kd_ratio", 0.5), int | float):
+                raise ValueError("its kd_ratio is no number")
+    except UserError as error:
+        tell(f"{str(error).splitlines()[0]} The page is without the options of this run.")
+        return {}
+    return recipe
 
 
 def finite(x: np.ndarray, *values: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader
 
 from litgpt_akl.directories import write_file
 from litgpt_akl.report.distributions import draw_distribution
-from litgpt_akl.report.history import History
+from litgpt_akl.report.history import History, finite
 from litgpt_akl.report.plots import COLOURS, Drawing, Key, draw_panels
 from litgpt_akl.report.text import printable
 
@@ -90,7 +90,7 @@ def _facts(history: History) -> dict[str, str]:
         "Data": f"{str(data.get('class_path', '')).rpartition('.')[2]} {path}",
         "Steps": f"{int(steps.max()):,}, {train.get('global_batch_size')} records each" if len(steps) else None,
     }
-    tokens = history.training.get("tokens", np.empty(0))
+    (tokens,) = finite(history.training.get("tokens", np.empty(0)))
     if len(tokens):
         facts["Tokens"] = f"{int(tokens[-1]):,}"
     return {name: str(value) for name, value in facts.items() if value} if recipe else {}
