@@ -165,12 +165,16 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
 
     def on_nonfinite(window: Window, result: StepResult) -> str:
         path = run.out_dir / f"nonfinite-step-{state['step_count']:06d}.json"
+        listed = f"its samples are listed in {path}"
         if fabric.is_global_zero:
             samples = [{"number": number, "place": store.place(number)} for number in window.numbers.tolist()]
             values = {"loss": str(result.loss), "gradient_norm": str(result.gradient_norm)}
             content = {"step": state["step_count"], "epoch": window.epoch, **values, "samples": samples}
-            path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        return check_nonfinite(state, result, path, run.on_nonfinite)
+            try:
+                write_file(path, json.dumps(content, indent=1).encode("utf-8"))
+            except OSError as error:
+                listed = f"its samples cannot be listed in {path} ({reason(error)})"
+        return check_nonfinite(state, result, listed, run.on_nonfinite)
 
     windows, own_answers = make_windows(fabric, run, store, state["caches"].training), state["own_answers"]
     if own_answers is not None:

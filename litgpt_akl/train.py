@@ -203,8 +203,8 @@ def validation_due(state: dict, eval: EvalArgs, steps: int) -> bool:
     return 0 < step < steps and step % eval.interval == 0 and state["last_validation"] != step
 
 
-def check_nonfinite(state: dict, result: StepResult, report: Path, on_nonfinite: Literal["stop", "skip"]) -> str:
-    """What to say of a step whose loss or gradient was not finite, if the run may go on.
+def check_nonfinite(state: dict, result: StepResult, listed: str, on_nonfinite: Literal["stop", "skip"]) -> str:
+    """What to say of a step whose loss or gradient was not finite, and where it is ``listed``, if the run may go on.
 
     Raises:
         UserError: it may not.
@@ -212,11 +212,10 @@ def check_nonfinite(state: dict, result: StepResult, report: Path, on_nonfinite:
     state["nonfinite_in_a_row"] += 1
     in_a_row = state["nonfinite_in_a_row"]
     what = f"Step {state['step_count']}: the loss is {result.loss}, the gradient norm {result.gradient_norm}"
-    where = f"its samples are listed in {report}"
     if on_nonfinite == "skip" and in_a_row < NONFINITE_LIMIT:
-        return f"{what}; the step was dropped, {where}"
+        return f"{what}; the step was dropped, {listed}"
     so_far = f", the last of {in_a_row} in a row" if in_a_row > 1 else ""
     raise UserError(
-        f"{what}; the step was not taken{so_far}; {where}.\nLower the optimizer's lr, set --train.max_norm, mend"
+        f"{what}; the step was not taken{so_far}; {listed}.\nLower the optimizer's lr, set --train.max_norm, mend"
         " these samples, or use --on_nonfinite skip. The last checkpoint that was saved is as it was."
     )

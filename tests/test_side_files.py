@@ -638,3 +638,16 @@ def test_a_run_keeps_its_page_whatever_becomes_of_what_it_shows(run):
     assert told.count("The page is without the options of this run") == told.count("skipped version_0.bak") == 1
     assert told.count("metrics.csv is not what this run has written: it is renamed to metrics.csv.other") == 1
     assert "not refreshed" not in told and "Distillation report" in (out_dir / "report.html").read_text()
+
+
+def test_a_step_that_cannot_be_listed_is_dropped_all_the_same(teacher_dir, student_dir, alice_json, tmp_path, capsys):
+    path = tmp_path / "nonfinite-step-000002.json"
+    path.mkdir()
+    options = {
+        "train": OPTIONS["train"] | {"max_steps": 2, "max_norm": None, "lr_warmup_steps": 0},
+        "eval": {"initial_validation": False, "final_validation": False},
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e20, "foreach": False}},
+    }
+    distil(student_dir, teacher_dir, alice_json, tmp_path, on_nonfinite="skip", **options)
+    assert f"its samples cannot be listed in {path} (Is a directory)" in capsys.readouterr().out
+    assert damage(tmp_path / "final") is None
