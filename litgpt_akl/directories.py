@@ -34,10 +34,10 @@ def write_directory(out_dir: Path, way_out: str = WAY_OUT) -> Iterator[Path]:
     """
     out_dir = out_dir.resolve()
     partial = _hidden(out_dir, PARTIAL)
-    with explain_failure(out_dir, way_out):
-        clear_leftovers(out_dir.parent, glob.escape(out_dir.name))
-        (partial / out_dir.name).mkdir(parents=True)
     try:
+        with explain_failure(out_dir, way_out):
+            clear_leftovers(out_dir.parent, glob.escape(out_dir.name))
+            (partial / out_dir.name).mkdir(parents=True)
         yield partial / out_dir.name
         with explain_failure(out_dir, way_out):
             _flush_tree(partial / out_dir.name)

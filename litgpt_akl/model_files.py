@@ -60,7 +60,9 @@ class ModelFiles:
 
 def files_beside_weights(directory: Path) -> list[Path]:
     """Those of a checkpoint that say what the weights are and how they are used, as far as they are there."""
-    return [path for name in (*COPIED_FILES, "tokenizer_config.json") if (path := directory / name).is_file()]
+    paths = [directory / name for name in (*COPIED_FILES, "tokenizer_config.json")]
+    # what is there and no file, such as a link to nowhere, is not to be passed over
+    return [path for path in paths if path.exists() or path.is_symlink()]
 
 
 def read_model_files(directory: Path) -> ModelFiles:

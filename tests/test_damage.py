@@ -2,13 +2,15 @@
 
 import json
 import os
+import random
 import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from damage import make_material, survey, table
+from helpers.material import KINDS
+from helpers.survey import GOOD, Survey, table
 
 from litgpt_akl.checkpoint import find_training_state
 from litgpt_akl.errors import UserError
@@ -27,19 +29,26 @@ SEED = int(os.environ.get("LITGPT_AKL_SEED", 0))
 
 
 @pytest.fixture(scope="module")
-def material(teacher_dir, student_dir, alice_json, tmp_path_factory) -> Path:
-    directory, before = tmp_path_factory.mktemp("damage") / "material", Path.cwd()
-    directory.mkdir()
-    make_material(directory, teacher_dir, student_dir, alice_json)
-    os.chdir(before)
-    return directory
+def survey(teacher_dir, student_dir, alice_json, tmp_path_factory) -> Survey:
+    return Survey(tmp_path_factory.mktemp("damage"), teacher_dir, student_dir, alice_json)
 
 
-def test_no_traceback_and_nothing_wrong_without_a_word(material):
-    counts, bad = survey(material, CASES, seed=SEED)
-    print(table(counts))
-    assert not bad, "\n\n".join(bad)
-    assert counts.total() == CASES
+@pytest.fixture(scope="module")
+def material(survey) -> Path:
+    return survey.material
+
+
+def test_no_traceback_and_nothing_wrong_without_a_word(survey):
+    draw = random.Random(SEED)
+    files = {name: survey.files(kind) for name, kind in KINDS.items()}
+    names = [name for name, found in files.items() if found]
+    for number in range(CASES):
+        name = names[number % len(names)]
+        file, how = draw.randrange(len(files[name])), draw.choice(("cut", "bit", "bit", "byte"))
+        survey.damaged_before(name, file, how, draw.choice(KINDS[name].commands), seed=draw.random())
+    print(table(survey.counts))
+    assert not survey.bad, "\n\n".join(survey.bad)
+    assert survey.counts.total() == CASES and {result for *_, result in survey.counts} <= {*GOOD}
 
 
 @pytest.mark.parametrize("size", [0, 1, 5000, 100_000, -1])
