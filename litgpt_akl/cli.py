@@ -9,7 +9,8 @@ from pkgutil import resolve_name
 from types import ModuleType
 
 from litgpt_akl.display import say
-from litgpt_akl.errors import UserError
+from litgpt_akl.errors import UserError, not_permitted
+from litgpt_akl.terminal import interrupt_as_usual, prepare_terminal
 
 COMMANDS = {
     "finetune_akl": "litgpt_akl.finetune_akl:setup",
@@ -22,6 +23,7 @@ COMMANDS = {
 
 def main() -> None:
     """LitGPT's command line with this package's commands in it; works without the start-up file."""
+    prepare_terminal()
     extend(import_module("litgpt.parser_config"))
     import_module("litgpt.__main__").main()
 
@@ -62,9 +64,13 @@ def without_traceback(command: Callable) -> Callable:
     @functools.wraps(command)
     def run(*args, **kwargs):
         try:
+            interrupt_as_usual()
             return command(*args, **kwargs)
         except UserError as error:
             say(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+        except PermissionError as error:
+            say(f"error: {not_permitted(error, '')}", file=sys.stderr)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)

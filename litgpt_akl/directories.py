@@ -1,5 +1,6 @@
 """Directories that appear and disappear whole or not at all, whatever ends the process meanwhile."""
 
+import errno
 import glob
 import os
 import shutil
@@ -9,8 +10,12 @@ from itertools import count
 from pathlib import Path
 from uuid import uuid4
 
+from filelock import FileLock
+
 from litgpt_akl.errors import UserError
 
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES}
+"""What a file system without hard links answers to who makes one."""
 WAY_OUT = "Make room, or give another directory."
 PARTIAL, PREVIOUS, REMOVED = ".partial", ".previous", ".removed"
 """Endings of hidden names: not yet written, about to be replaced, about to be deleted."""
@@ -58,12 +63,27 @@ def check_new_directory(out_dir: Path) -> None:
         raise UserError(f"out_dir {out_dir} is not empty. Remove it, or give a directory that does not exist yet.")
 
 
+def check_name(path: Path, what: str, way_out: str) -> None:
+    """Refuse a path that the libraries which read and write there cannot be given.
+
+    Raises:
+        UserError: it is not UTF-8; ``way_out`` is the second line.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{what} {path} is not UTF-8, and tokenizers and Arrow take no other names.\n{way_out}"
+        ) from None
+
+
 def make_writable(out_dir: Path) -> None:
     """Make a command's ``--out_dir``, if need be.
 
     Raises:
         UserError: It cannot be made or written to.
     """
+    check_name(out_dir.absolute(), "--out_dir", "Give another directory.")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -113,10 +133,24 @@ def write_file(path: Path, data: bytes, replace: bool = True) -> None:
         if replace:
             partial.rename(path)
         else:
-            with suppress(FileExistsError):
-                os.link(partial, path)
+            _rename_if_free(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _rename_if_free(partial: Path, path: Path) -> None:
+    """Give a file its name, unless another one has it; of several processes that try, one succeeds."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        # such a file system has nothing that renames only if the name is free
+        with FileLock(path.with_name(f".{path.name}.lock")):
+            if not os.path.lexists(path):
+                partial.rename(path)
 
 
 def set_aside(path: Path) -> Path:

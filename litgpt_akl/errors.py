@@ -1,5 +1,8 @@
 """The one exception whose message is all that a user needs to see, and what others say in one line."""
 
+import os
+from pathlib import Path
+
 from litgpt_akl.display import quoted, shown
 
 
@@ -18,3 +21,11 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(shown(message))
+
+
+def not_permitted(error: PermissionError, path: Path | str) -> UserError:
+    """What a user is told who may not read a file, or a directory above it; ``path`` if the error names none."""
+    place = os.fsdecode(error.filename or path)
+    return UserError(
+        f"{place} cannot be read: {error.strerror}.\nLet this user read it, or copy it to where it may be read."
+    )

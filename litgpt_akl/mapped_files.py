@@ -13,7 +13,7 @@ from pathlib import Path
 
 from litgpt_akl.errors import UserError
 
-WAY_OUT = "Run the same command again once nothing else writes there; --resume auto goes on from the last checkpoint."
+WAY_OUT = "Give the command again once nothing else writes there."
 
 
 @dataclass(frozen=True)

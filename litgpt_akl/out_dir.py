@@ -13,7 +13,7 @@ import yaml
 from litgpt_akl.args import TeacherArgs
 from litgpt_akl.checkpoint import find_training_state
 from litgpt_akl.directories import explain_failure, remove_directory, restore_previous, set_aside
-from litgpt_akl.errors import UserError
+from litgpt_akl.errors import UserError, not_permitted
 from litgpt_akl.manifest import MANIFEST, STEPS, Damaged, damage, newest_first, read_manifest, step_of
 from litgpt_akl.pair import Pair
 
@@ -74,9 +74,18 @@ def check_apart(option: str, target: Path, read: dict[str, Path], replaced: tupl
 
 
 def is_within(path: Path, directory: Path) -> bool:
-    """Whether a path, which need not be there, is a directory or lies in it, whatever links or mounts lead there."""
+    """Whether a path, which need not be there, is a directory or lies in it, whatever links or mounts lead there.
+
+    Raises:
+        UserError: one of them lies where this user may not look.
+    """
     path = path.resolve()
-    return directory.exists() and any(above.exists() and above.samefile(directory) for above in (path, *path.parents))
+    try:
+        if not directory.exists():
+            return False
+        return any(above.exists() and above.samefile(directory) for above in (path, *path.parents))
+    except PermissionError as error:
+        raise not_permitted(error, path) from error
 
 
 def check_content(out_dir: Path, exports: bool, resumes: bool, tell: Callable[[str], None]) -> None:

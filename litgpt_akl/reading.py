@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 import yaml
 
-from litgpt_akl.errors import UserError, reason
+from litgpt_akl.errors import UserError, not_permitted, reason
 
 COPY_AGAIN = "Copy or download it again."
 CHECKSUM = "xxh3_128"
@@ -36,6 +36,8 @@ def explain_damage(path: Path | str, what: str, way_out: str = COPY_AGAIN) -> It
         # a panic of tokenizers or safetensors, which are written in Rust, is no Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
+        if isinstance(error, PermissionError):
+            raise not_permitted(error, path) from error
         size = f" ({Path(path).stat().st_size:,} bytes)" if Path(path).is_file() else ""
         raise UserError(
             f"{path}{size} cannot be read as {what}: truncated, changed, or something else"

@@ -9,6 +9,20 @@ def watch() -> None:
     # `litgpt`, `bin/litgpt`, `litgpt.exe`, `-m litgpt.__main__`; the .pth file asks the same before it imports this
     if "litgpt" in [os.path.basename(word).partition(".")[0] for word in sys.orig_argv]:
         sys.meta_path.insert(0, ParserConfigFinder())
+        _prepare_terminal()
+
+
+def _prepare_terminal() -> None:
+    """For this package's commands only: LitGPT's own are as LitGPT has them."""
+    try:
+        from litgpt_akl.cli import COMMANDS
+        from litgpt_akl.terminal import prepare_terminal
+
+        if not COMMANDS.keys().isdisjoint(sys.orig_argv):
+            prepare_terminal()
+    except Exception as error:
+        # an upgrade gone wrong must not take LitGPT down with it
+        print(f"The litgpt-akl commands are missing: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 class ParserConfigFinder:

@@ -13,7 +13,8 @@ from litgpt.utils import auto_download_checkpoint, extend_checkpoint_dir
 from torch import Tensor
 
 from litgpt_akl import hf_weights
-from litgpt_akl.errors import UserError
+from litgpt_akl.directories import check_name
+from litgpt_akl.errors import UserError, not_permitted
 from litgpt_akl.lora import ADAPTERS
 from litgpt_akl.manifest import MANIFEST, damage
 from litgpt_akl.metrics import METRICS_COPY, METRICS_MARK
@@ -39,6 +40,13 @@ def find_checkpoint_dir(path: Path, role: str, access_token: str | None = None, 
     Raises:
         UserError: the directory does not exist, or lacks files.
     """
+    try:
+        return _find_checkpoint_dir(path, role, access_token, weights_needed)
+    except PermissionError as error:
+        raise not_permitted(error, path) from error
+
+
+def _find_checkpoint_dir(path: Path, role: str, access_token: str | None, weights_needed: bool) -> Path:
     directory = extend_checkpoint_dir(Path(path))
     known = {f"{config['hf_config']['org']}/{config['hf_config']['name']}" for config in configs}
     if not directory.exists() and str(path) in known:
@@ -68,8 +76,12 @@ def find_checkpoint_dir(path: Path, role: str, access_token: str | None = None, 
                 else "`litgpt convert_to_litgpt` makes one from a Hugging Face model."
             )
         )
+    check_name(directory.absolute(), f"The {role}'s directory", "Rename it, or give a link to it.")
     _check_written(directory, lambda name: name not in READ_LATER)
     check_model_files(directory)
+    for file in weights_files(directory):
+        # whether they may be read; what is in them takes longer to see
+        file.open("rb").close()
     return directory
 
 

@@ -243,7 +243,8 @@ def _file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=120)
         unpack = not (_suffix(path) or "").endswith((".gz", ".zst"))
         return url_to_fs(path, client_kwargs={"timeout": timeout, "auto_decompress": unpack, "trust_env": True})
-    file_system, name = url_to_fs(path)
+    # without a protocol "::" is a part of a name, and no chain of URLs
+    file_system, name = url_to_fs(path) if "://" in path else (LocalFileSystem(), path)
     if isinstance(file_system, LocalFileSystem):
         name = os.path.abspath(name).replace(os.sep, "/")
     return file_system, name

@@ -12,7 +12,7 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from litgpt_akl.data.preparation import COLUMNS, Preparation, Settings, Source
-from litgpt_akl.directories import explain_failure, write_directory
+from litgpt_akl.directories import check_name, explain_failure, write_directory
 from litgpt_akl.display import say
 from litgpt_akl.errors import UserError
 from litgpt_akl.manifest import damage, read_manifest, write_manifest
@@ -39,6 +39,12 @@ def prepare(source: Source, settings: Settings, cache_dir: Path, num_proc: int) 
     datasets.disable_progress_bars()
     fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([settings.fingerprint, source.identity]).encode())
     folder = cache_dir / fingerprint
+    check_name(folder.absolute(), "The directory for prepared data", settings.other_cache)
+    if "::" in str(folder.absolute()):
+        raise UserError(
+            f"Data cannot be prepared in {folder}: fsspec, which writes it, takes '::' for a chain of URLs.\n"
+            f"{settings.other_cache}"
+        )
     with explain_failure(folder, settings.other_cache):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _in_turn(folder):

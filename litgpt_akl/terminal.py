@@ -1,0 +1,79 @@
+"""The terminal as a long run needs it: what cannot be shown or written ends nothing, and Ctrl-C is no accident."""
+
+import io
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import TextIO
+
+
+def prepare_terminal() -> None:
+    """Make the standard outputs take every character, and let a run go on without them; to be called before imports.
+
+    Until :func:`interrupt_as_usual` Ctrl-C ends the process at once: nothing has begun that would have to be tidied up.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, _steady(stream, says_so=name == "stdout"))
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_usual and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _leave)
+
+
+def interrupt_as_usual() -> None:
+    """From now on Ctrl-C raises KeyboardInterrupt where the program is."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"Interrupted.\n")
+    os._exit(128 + number)
+
+
+def _steady(stream: io.TextIOWrapper, says_so: bool) -> TextIO:
+    raw = getattr(stream.buffer, "raw", stream.buffer)
+    return io.TextIOWrapper(
+        io.BufferedWriter(_SteadyFile(raw, says_so)),
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+class _SteadyFile(io.RawIOBase):
+    """A file whose writes do not fail: a reader that has gone, or a full disk, takes what is printed and no more."""
+
+    def __init__(self, raw: io.RawIOBase, says_so: bool) -> None:
+        self._raw, self._says_so = raw, says_so
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._raw.isatty()
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+    def write(self, data: memoryview) -> int:
+        try:
+            return self._raw.write(data)
+        except OSError as error:
+            if self._says_so:
+                self._says_so = False
+                message = f"The standard output cannot be written ({error.strerror}): the command goes on without it.\n"
+                _try_to_say(message)
+            return len(data)
+
+
+def _try_to_say(message: str) -> None:
+    try:
+        os.write(2, message.encode())
+    except OSError:
+        # nobody is there to be told
+        return
