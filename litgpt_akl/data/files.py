@@ -244,7 +244,7 @@ def _file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
         unpack = not (_suffix(path) or "").endswith((".gz", ".zst"))
         return url_to_fs(path, client_kwargs={"timeout": timeout, "auto_decompress": unpack, "trust_env": True})
     # without a protocol "::" is a part of a name, and no chain of URLs
-    file_system, name = url_to_fs(path) if "://" in path else (LocalFileSystem(), path)
+    file_system, name = url_to_fs(path) if "://" in path else (LocalFileSystem(), os.path.expanduser(path))
     if isinstance(file_system, LocalFileSystem):
         name = os.path.abspath(name).replace(os.sep, "/")
     return file_system, name
