@@ -73,9 +73,14 @@ def check_mapped_files() -> None:
             raise UserError(f"{path} {what} while this command was reading it.\n{WAY_OUT}")
 
 
-def describe_cut() -> str | None:
-    """Two lines on a file that was cut; None if none was."""
-    cut = next((file for file in _watched.values() if (file.change() or "").startswith("was cut")), None)
+def describe_cut(read_to_the_end: bool = False) -> str | None:
+    """Two lines on a file that was cut; None if none was; of those only that are ``read_to_the_end``, if that is true.
+
+    Weights are mapped while they are loaded, and by one process: what has become of them since ends nobody.
+    """
+    paths = _read_to_the_end if read_to_the_end else _watched
+    files = (_watched[path] for path in paths)
+    cut = next((file for file in files if (file.change() or "").startswith("was cut")), None)
     return None if cut is None else f"{cut.path} {cut.change()} while this command was reading it.\n{WAY_OUT}"
 
 

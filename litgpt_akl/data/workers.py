@@ -108,7 +108,7 @@ class Fetched(Iterator):
         for number, worker in enumerate(workers, start=1):
             if worker.exitcode is not None and worker.exitcode < 0:
                 by = signal.Signals(-worker.exitcode).name
-                if by == "SIGBUS" and (message := describe_cut()):
+                if by == "SIGBUS" and (message := describe_cut(read_to_the_end=True)):
                     raise UserError(message) from None
                 raise UserError(
                     f"Worker {number} of {len(workers)}, process {worker.pid}, was killed while it fetched data ({by}):"
