@@ -194,7 +194,10 @@ def test_a_resumed_run_is_bit_identical(undisturbed, student_dir, teacher_dir, a
 @pytest.mark.parametrize("devices", [2, 3])
 def test_processes_take_the_steps_of_one(undisturbed, student_dir, teacher_dir, alice_json, tmp_path, devices):
     in_processes(devices, run_in_processes, student_dir, teacher_dir, alice_json, tmp_path, devices)
-    assert_equal(torch.load(tmp_path / "final" / "lit_model.pth"), undisturbed[0], within=1e-6)
+    # AdamW's steps do not depend on a gradient's size: of one near zero, a rounding is a hundredth of a step (1.7e-6 on
+    # an EPYC); another share of the samples makes a difference of whole steps
+    step = RATE["init_args"]["lr"]
+    assert_equal(torch.load(tmp_path / "final" / "lit_model.pth"), undisturbed[0], within=0.02 * step)
     for first, second in zip(metrics(tmp_path), undisturbed[1], strict=True):
         if "loss" in first:
             assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
