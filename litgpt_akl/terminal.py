@@ -35,9 +35,9 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _steady(stream: io.TextIOWrapper, says_so: bool) -> TextIO:
-    raw = getattr(stream.buffer, "raw", stream.buffer)
+    stream.flush()
     return io.TextIOWrapper(
-        io.BufferedWriter(_SteadyFile(raw, says_so)),
+        io.BufferedWriter(_SteadyFile(stream, says_so)),
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,
@@ -48,8 +48,10 @@ def _steady(stream: io.TextIOWrapper, says_so: bool) -> TextIO:
 class _SteadyFile(io.RawIOBase):
     """A file whose writes do not fail: a reader that has gone, or a full disk, takes what is printed and no more."""
 
-    def __init__(self, raw: io.RawIOBase, says_so: bool) -> None:
-        self._raw, self._says_so = raw, says_so
+    def __init__(self, stream: io.TextIOWrapper, says_so: bool) -> None:
+        # a stream that nobody holds closes its file
+        self._stream, self._says_so = stream, says_so
+        self._raw = getattr(stream.buffer, "raw", stream.buffer)
 
     def writable(self) -> bool:
         return True

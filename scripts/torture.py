@@ -177,9 +177,12 @@ def _run(words: list[str], log: Path, rank: int, processes: int, port: int) -> N
 
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            # a copy of this process must not go on with what this process does
+            os._exit(status)
 
 
 def saving(out_dir: Path) -> bool:

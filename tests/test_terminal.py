@@ -1,5 +1,6 @@
 """What a terminal or a pipe does to a command: odd characters, a reader that goes, a full disk, Ctrl-C at any time."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from litgpt_akl.manifest import damage
+from litgpt_akl.terminal import prepare_terminal
 
 ROOT = Path(__file__).parents[1]
 WAYS_IN = {
@@ -104,3 +106,18 @@ def test_what_the_output_does_not_take_ends_no_run(command, expected, tmp_path, 
     final = tmp_path / "вывод" / "final"
     found = torch.load(final / "lit_model.pth", weights_only=True)
     assert damage(final) is None and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_outputs_that_nobody_else_holds_stay_open(tmp_path, monkeypatch, name):
+    for each in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, each, (tmp_path / each).open("w"))
+    before = signal.getsignal(signal.SIGINT)
+    print("first", file=getattr(sys, name))
+    try:
+        prepare_terminal()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    gc.collect()
+    print("second \udcff", file=getattr(sys, name), flush=True)
+    assert (tmp_path / name).read_text() == "first\nsecond \\udcff\n"
