@@ -41,8 +41,8 @@ def begin(fabric: L.Fabric, run: Run) -> tuple[tuple[Store, Store], Caches] | No
     if run.teacher.cache_mode != "fill":
         _open_out_dir(fabric, run)
     pair, train = run.pair, run.train
-    # whatever is downloaded or prepared is then found by the other processes
     day = _choose_day(fabric, run, asked)
+    # whatever is downloaded or prepared is then found by the other processes
     with fabric.rank_zero_first():
         options = pair.context_length, pair.student_dir
         stores = prepare_stores(run.data, pair.tokenizer, train, *options, date=day.date)

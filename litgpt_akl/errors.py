@@ -23,6 +23,11 @@ class UserError(Exception):
         super().__init__(shown(message))
 
 
+def first_line(error: UserError) -> str:
+    """What is wrong, without the way out."""
+    return str(error).splitlines()[0]
+
+
 def not_permitted(error: PermissionError, path: Path | str) -> UserError:
     """What a user is told who may not read a file, or a directory above it; ``path`` if the error names none."""
     place = os.fsdecode(error.filename or path)

@@ -12,7 +12,7 @@ import xxhash
 
 from litgpt_akl.directories import default_cache_dir, write_file
 from litgpt_akl.progress import progress_bar
-from litgpt_akl.reading import explain_damage, with_checksum, without_checksum
+from litgpt_akl.reading import explain_damage, file_checksum, with_checksum, without_checksum
 from litgpt_akl.stamps import Stamp, stamp_of, unchanged_meanwhile
 from litgpt_akl.weights import CONVERT_AGAIN, read_config, weights_files
 
@@ -20,8 +20,6 @@ MARK = "2-"
 """How fingerprints begin. Those of before have no mark: they are of samples of the files, and miss most changes."""
 CLOCK_STEP = 2 * 10**9
 """Nanoseconds between two times that every file system tells apart; FAT's are the farthest."""
-BLOCK = 2**22
-"""Bytes that are read together."""
 
 
 def fingerprint(checkpoint_dir: Path, like: str | None = None) -> str:
@@ -97,13 +95,9 @@ def _checksum(path: Path) -> str:
 
 
 def _read_checksum(path: Path, size: int) -> str:
-    digest, block = xxhash.xxh3_128(), bytearray(BLOCK)
     options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 2}
-    with path.open("rb", buffering=0) as file, progress_bar(total=size, desc=f"reading {path.name}", **options) as bar:
-        while count := file.readinto(block):
-            digest.update(memoryview(block)[:count])
-            bar.update(count)
-    return digest.hexdigest()
+    with progress_bar(total=size, desc=f"reading {path.name}", **options) as bar:
+        return file_checksum(path, bar.update)
 
 
 def _memory_of(path: Path) -> Path:

@@ -8,11 +8,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from litgpt_akl.directories import remove_directory
-from litgpt_akl.errors import UserError
-from litgpt_akl.reading import plain_names, with_checksum, without_checksum
+from litgpt_akl.errors import UserError, first_line
+from litgpt_akl.reading import file_checksum, plain_names, with_checksum, without_checksum
 from litgpt_akl.stamps import Stamp, stamp_of
 
 MANIFEST = "manifest.json"
@@ -76,7 +74,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         plain_names(manifest["files"], MANIFEST)
     except UserError as error:
-        raise Damaged(str(error).partition("\n")[0].removesuffix(".")) from None
+        raise Damaged(first_line(error).removesuffix(".")) from None
     return manifest
 
 
@@ -185,14 +183,6 @@ def know_checksum(path: Path, checksum: str) -> None:
 def _checksum(path: Path) -> str:
     stamp = stamp_of(path)
     if stamp not in _known:
-        know_checksum(path, _read_checksum(path))
+        know_checksum(path, file_checksum(path))
     checksum = _known[stamp] = _known.pop(stamp)
     return checksum
-
-
-def _read_checksum(path: Path) -> str:
-    digest, block = xxhash.xxh3_128(), bytearray(2**20)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(memoryview(block)[:count])
-    return digest.hexdigest()

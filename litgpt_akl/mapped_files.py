@@ -8,39 +8,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from litgpt_akl.errors import UserError
+from litgpt_akl.stamps import Stamp, changed_meanwhile, stamp_of
 
-WAY_OUT = "Give the command again once nothing else writes there."
-
-
-@dataclass(frozen=True)
-class MappedFile:
-    """A file as it was when it was mapped; one that takes its place later is another file, and changes nothing."""
-
-    path: Path
-    device: int
-    inode: int
-    size: int
-    modified: int
-
-    def change(self) -> str | None:
-        """What has become of it, in a short phrase."""
-        try:
-            found = self.path.stat()
-        except OSError:
-            # removed, it stays as it is for those who have mapped it
-            return None
-        if (found.st_dev, found.st_ino) != (self.device, self.inode):
-            return None
-        if found.st_size < self.size:
-            return f"was cut from {self.size:,} to {found.st_size:,} bytes"
-        return None if found.st_mtime_ns == self.modified else "was changed"
-
-
-_watched: dict[Path, MappedFile] = {}
+_watched: dict[Path, Stamp] = {}
 _read_to_the_end: set[Path] = set()
 _handlers: list[Callable] = []
 
@@ -54,8 +26,7 @@ def watch(paths: Iterable[Path], read_to_the_end: bool = False) -> None:
             them.
     """
     for path in paths:
-        found = path.stat()
-        _watched[path] = MappedFile(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        _watched[path] = stamp_of(path)
         if read_to_the_end:
             _read_to_the_end.add(path)
     if not _handlers and hasattr(signal, "SIGBUS"):
@@ -69,8 +40,8 @@ def check_mapped_files() -> None:
         UserError: a file was changed in its place.
     """
     for path in _read_to_the_end:
-        if what := _watched[path].change():
-            raise UserError(f"{path} {what} while this command was reading it.\n{WAY_OUT}")
+        if what := _change(_watched[path]):
+            raise changed_meanwhile(path, what)
 
 
 def describe_cut(read_to_the_end: bool = False) -> str | None:
@@ -78,10 +49,23 @@ def describe_cut(read_to_the_end: bool = False) -> str | None:
 
     Weights are mapped while they are loaded, and by one process: what has become of them since ends nobody.
     """
-    paths = _read_to_the_end if read_to_the_end else _watched
-    files = (_watched[path] for path in paths)
-    cut = next((file for file in files if (file.change() or "").startswith("was cut")), None)
-    return None if cut is None else f"{cut.path} {cut.change()} while this command was reading it.\n{WAY_OUT}"
+    changes = {path: _change(_watched[path]) for path in (_read_to_the_end if read_to_the_end else _watched)}
+    cut = ((path, what) for path, what in changes.items() if what is not None and what.startswith("cut"))
+    return next((str(changed_meanwhile(path, what)) for path, what in cut), None)
+
+
+def _change(before: Stamp) -> str | None:
+    """What has become of a file, in a short phrase; one that has taken its place is another, and changes nothing."""
+    try:
+        now = stamp_of(before.path)
+    except OSError:
+        # removed, it stays as it is for those who have mapped it
+        return None
+    if (now.device, now.inode) != (before.device, before.inode):
+        return None
+    if now.size < before.size:
+        return f"cut from {before.size:,} to {now.size:,} bytes"
+    return None if now.modified == before.modified else "changed"
 
 
 def _name_cut_files() -> None:

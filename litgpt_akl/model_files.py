@@ -1,6 +1,7 @@
 """What lies beside a model's weights: copied to where a student goes, and made to say how the student was trained."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,7 @@ def files_beside_weights(directory: Path) -> list[Path]:
     """Those of a checkpoint that say what the weights are and how they are used, as far as they are there."""
     paths = [directory / name for name in (*COPIED_FILES, "tokenizer_config.json")]
     # what is there and no file, such as a link to nowhere, is not to be passed over
-    return [path for path in paths if path.exists() or path.is_symlink()]
+    return [path for path in paths if os.path.lexists(path)]
 
 
 def read_model_files(directory: Path) -> ModelFiles:

@@ -8,7 +8,7 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.errors import UserError
 from litgpt_akl.model_files import ModelFiles, read_model_files, read_tokenizer
-from litgpt_akl.stamps import Stamp, check_unchanged, stamp_of
+from litgpt_akl.stamps import WAY_OUT, Stamp, check_unchanged, stamp_of
 from litgpt_akl.weights import find_checkpoint_dir, model_paths, read_config
 
 
@@ -55,8 +55,7 @@ class Pair:
         others = [path for path in model_paths(self.directories[role]) if path not in known]
         if others:
             raise UserError(
-                f"{others[0]} was added while this command was reading {self.directories[role]}.\n"
-                "Give the command again once nothing else writes there."
+                f"{others[0]} was added while this command was reading {self.directories[role]}.\n{WAY_OUT}"
             )
 
 

@@ -1,7 +1,7 @@
 """Files that others wrote, or a disk has spoilt: what is wrong with one is told in two lines that name it."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import yaml
 from litgpt_akl.errors import UserError, not_permitted, reason
 
 COPY_AGAIN = "Copy or download it again."
+BLOCK = 2**20
+"""Bytes that are read together."""
 CHECKSUM = "xxh3_128"
 """The entry of a JSON file that holds the checksum of its other entries."""
 
@@ -83,6 +85,16 @@ def without_checksum(content: dict[str, Any], required: bool = False) -> dict[st
 
 def _own_checksum(content: dict[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_checksum(path: Path, advance: Callable[[int], object] = lambda count: None) -> str:
+    """Of all of a file; ``advance`` is told of the bytes of each block, once they are read. Raises OSError."""
+    digest, block = xxhash.xxh3_128(), bytearray(BLOCK)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(memoryview(block)[:count])
+            advance(count)
+    return digest.hexdigest()
 
 
 def plain_names(names: Iterable[Any], source: Path | str) -> list[str]:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from litgpt_akl.errors import UserError
 
+WAY_OUT = "Give the command again once nothing else writes there."
+"""For who is told that something has changed while it was read."""
+
 
 @dataclass(frozen=True)
 class Stamp:
@@ -26,6 +29,11 @@ def stamp_of(path: Path) -> Stamp:
     return Stamp(path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
+def changed_meanwhile(path: Path, what: str) -> UserError:
+    """What a user is told of a file that was ``what``, such as "removed", while a command read it."""
+    return UserError(f"{path} was {what} while this command was reading it.\n{WAY_OUT}")
+
+
 def check_unchanged(stamps: Iterable[Stamp]) -> None:
     """See that files are as they were when their stamps were taken.
 
@@ -38,10 +46,7 @@ def check_unchanged(stamps: Iterable[Stamp]) -> None:
         except OSError:
             what = "removed"
         if what is not None:
-            raise UserError(
-                f"{stamp.path} was {what} while this command was reading it.\n"
-                "Give the command again once nothing else writes there."
-            )
+            raise changed_meanwhile(stamp.path, what)
 
 
 @contextmanager

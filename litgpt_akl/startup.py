@@ -17,12 +17,11 @@ def _prepare_terminal() -> None:
     try:
         from litgpt_akl.cli import COMMANDS
         from litgpt_akl.terminal import prepare_terminal
-
-        if not COMMANDS.keys().isdisjoint(sys.orig_argv):
-            prepare_terminal()
-    except Exception as error:
-        # an upgrade gone wrong must not take LitGPT down with it
-        print(f"The litgpt-akl commands are missing: {type(error).__name__}: {error}", file=sys.stderr)
+    except Exception:
+        # _extend imports the same, and tells what is wrong
+        return
+    if not COMMANDS.keys().isdisjoint(sys.orig_argv):
+        prepare_terminal()
 
 
 class ParserConfigFinder:

@@ -27,6 +27,7 @@ from litgpt_akl.on_policy import OwnAnswers
 from litgpt_akl.padding import config_without_padding, count_ids, without_padding
 from litgpt_akl.run import Run, changes_since, identity, longest_sample, make_optimizer
 from litgpt_akl.sharding import load_weights
+from litgpt_akl.stamps import WAY_OUT
 from litgpt_akl.teacher import LoneHead, Teacher
 from litgpt_akl.train import make_scheduler, total_steps, warmup_steps
 from litgpt_akl.weights import open_weights
@@ -175,10 +176,7 @@ def resume(fabric: L.Fabric, run: Run, state: dict) -> None:
     base_rates = scheduler.base_lrs
     load_training_state(run.resume, state)
     if fabric.is_global_zero and (what := damage(run.resume)):
-        raise UserError(
-            f"{run.resume} was changed while this command was reading it: {what}.\n"
-            "Give the command again once nothing else writes there."
-        )
+        raise UserError(f"{run.resume} was changed while this command was reading it: {what}.\n{WAY_OUT}")
     scheduler.base_lrs = base_rates
     for group, values, rate, factor in zip(
         optimizer.param_groups, settings, base_rates, scheduler.lr_lambdas, strict=True

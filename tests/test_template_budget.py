@@ -64,7 +64,7 @@ def test_what_does_not_end_or_fills_the_memory_is_an_error_of_the_record(small, 
     assert ChatTemplate("{{ messages[0].content }}", {})._render(MESSAGES) == "Hello"
 
 
-def test_a_template_that_cannot_be_used_is_named(small, tmp_path: Path):
+def test_the_template_of_a_checkpoint_has_a_budget(small, tmp_path: Path):
     (tmp_path / "chat_template.jinja").write_text("{{ 'a'|center(3000000000) }}")
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ValueError, match="the chat template takes more than"):
@@ -85,7 +85,7 @@ def test_ordinary_templates_are_what_they_were(source):
     assert BudgetedEnvironment().from_string(source).render(messages=MESSAGES) == plain == ORDINARY[source]
 
 
-def test_another_timer_goes_on(monkeypatch):
+def test_another_timer_goes_on():
     fired: list[float] = []
     before = signal.signal(signal.SIGALRM, lambda number, frame: fired.append(time.monotonic()))
     try:

@@ -179,11 +179,12 @@ def read_records(directory: str, chunks: list[tuple[Chunk, int]]) -> list[Tensor
     if not chunks:
         return []
     system, _ = fsspec.core.url_to_fs(directory)
-    wanted = [(chunk.path, *span) for chunk, row in chunks for span in chunk.ranges(row)]
+    ranges = [chunk.ranges(row) for chunk, row in chunks]
+    wanted = [(chunk.path, *span) for (chunk, _), spans in zip(chunks, ranges, strict=True) for span in spans]
     parts = iter(system.cat_ranges(*map(list, zip(*wanted, strict=True)), on_error="return"))
     found: list[Tensor | Damaged] = []
-    for chunk, row in chunks:
-        own = [next(parts) for _ in chunk.ranges(row)]
+    for (chunk, row), spans in zip(chunks, ranges, strict=True):
+        own = [next(parts) for _ in spans]
         try:
             found.append(chunk.decode(row, [_check_read(chunk.path, part) for part in own]))
         except Damaged as damaged:
@@ -223,9 +224,9 @@ def _parse(path: str, head: bytes, size: int) -> Chunk:
         )
         index = np.frombuffer(head[end + index_at : end + index_end], dtype=np.int64).reshape(-1, 5)
         written = end + max(last for _, last in places.values())
-        ends = np.cumsum(index[:, TOKENS])
-        fits = last - first == tokens * width * dtype.itemsize and tokens == index[:, TOKENS].sum()
-        fits = fits and (index[:, START] == ends - index[:, TOKENS]).all() and (index[:, TOKENS] >= 0).all()
+        counts = index[:, TOKENS]
+        fits = last - first == tokens * width * dtype.itemsize and tokens == counts.sum()
+        fits = fits and (index[:, START] == np.cumsum(counts) - counts).all() and (counts >= 0).all()
         fits = fits and abs(index[:, NUMBER]).max(initial=0) < 2**31
     # a header can be damaged in every way
     except Exception as error:

@@ -59,9 +59,10 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, CLOCK: datetime.fromisoformat(self.date).strftime}
         # templates compare these two with none, which an undefined variable is not
-        self.writes_date = any(name.name == CLOCK for name in environment.parse(source).find_all(Name))
         names = {"tools": None, "documents": None, **variables}
-        self._template = within_budget(lambda: environment.from_string(source, globals=names))
+        parsed = environment.parse(source)
+        self.writes_date = any(name.name == CLOCK for name in parsed.find_all(Name))
+        self._template = within_budget(lambda: environment.from_string(parsed, globals=names))
 
     def __reduce__(self) -> tuple:
         return ChatTemplate, (self._source, self._variables, self.date)

@@ -216,8 +216,9 @@ def read_rows(path: str, largest: int) -> Iterator[tuple[dict | None, int, int]]
         file = ParquetFile(stored, pre_buffer=False, buffer_size=2**22)
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         mean = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
-        size = max(1, min(ROWS, ROWS_BYTES // max(1, mean)))
-        for batch in file.iter_batches(batch_size=size, use_threads=False):
+        at_once = max(1, min(ROWS, ROWS_BYTES // max(1, mean)))
+        # a pool of threads costs more than the rows of a small file
+        for batch in file.iter_batches(batch_size=at_once, use_threads=False):
             bytes_read = stored_bytes * (rows + batch.num_rows) // file.metadata.num_rows
             rows += batch.num_rows
             if batch.nbytes <= ROWS_BYTES:

@@ -27,6 +27,7 @@ from litgpt_akl.data.records import TOO_DEEP, Record, is_too_deep, place, read
 from litgpt_akl.data.workers import fetch
 from litgpt_akl.errors import UserError, reason
 from litgpt_akl.progress import progress_bar
+from litgpt_akl.stamps import WAY_OUT
 
 FORMAT = 3
 """Goes into every fingerprint; to be raised when the same records become other rows."""
@@ -172,10 +173,7 @@ class FileRecords:
     def check_unchanged(self) -> None:
         for before, now in zip(self.identity, identify(self.files, anew=True), strict=True):
             if before != now:
-                raise UserError(
-                    f"{before[0]} was changed or replaced while its records were read.\n"
-                    "Give the command again once nothing else writes there."
-                )
+                raise UserError(f"{before[0]} was changed or replaced while its records were read.\n{WAY_OUT}")
 
     def refusal(self, file: int, line: int, row: int, error: str, cut_by: str) -> UserError:
         return UserError(

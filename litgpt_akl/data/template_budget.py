@@ -17,10 +17,10 @@ import jinja2.filters
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-try:
+if sys.platform == "linux":
     import resource
-except ImportError:
-    # Windows has no limits of this kind
+else:
+    # others have no such limit, or do not keep to it
     resource = None
 
 SECONDS = 10.0
@@ -91,7 +91,7 @@ class _Budget:
         self._size: int | None = None
 
     def __enter__(self) -> None:
-        if resource is not None and sys.platform == "linux":
+        if resource is not None:
             self._size = self._size or _size()
             self._limits = resource.getrlimit(resource.RLIMIT_AS)
             others = [limit for limit in self._limits if limit != resource.RLIM_INFINITY]
@@ -110,7 +110,7 @@ class _Budget:
             if left:
                 left = max(1e-3, left - (time.monotonic() - self._begin))
             signal.setitimer(signal.ITIMER_REAL, left, interval)
-        if resource is not None and sys.platform == "linux":
+        if resource is not None:
             resource.setrlimit(resource.RLIMIT_AS, self._limits)
 
     def _end(self, number: int, frame: FrameType | None) -> None:
@@ -121,6 +121,8 @@ class _Budget:
 
     def has_grown(self) -> bool:
         """Whether the process needs more room than when it was asked last."""
+        if resource is None:
+            return False
         before, self._size = self._size, _size()
         return before is not None and self._size > before
 

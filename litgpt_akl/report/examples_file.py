@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from litgpt_akl.directories import set_aside, write_file
-from litgpt_akl.errors import UserError, reason
+from litgpt_akl.errors import UserError, first_line, reason
 from litgpt_akl.out_dir import EXAMPLES
 from litgpt_akl.reading import explain_damage, with_checksum, without_checksum
 
@@ -48,7 +48,7 @@ def take_examples(run_dir: Path, are_expected: bool, tell: Callable[[str], None]
     try:
         examples = read_examples(run_dir)
     except UserError as error:
-        what = str(error).splitlines()[0]
+        what = first_line(error)
         try:
             tell(f"{what} It is renamed to {set_aside(path).name}, and new examples begin.")
         except OSError as failure:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from litgpt_akl.display import quoted, say
-from litgpt_akl.errors import UserError
+from litgpt_akl.errors import UserError, first_line
+from litgpt_akl.out_dir import RECIPE
 from litgpt_akl.reading import explain_damage, read_yaml
 from litgpt_akl.report.table import read_table
 
@@ -89,7 +90,7 @@ def _read_newest(logs: Sequence[Path], tell: Callable[[str], None]) -> dict[str,
             failed.append(error)
             continue
         for error in failed:
-            tell(f"{str(error).splitlines()[0]} An older log is shown: {log}.")
+            tell(f"{first_line(error)} An older log is shown: {log}.")
         if notes:
             tell(f"{log} was damaged: {'; '.join(notes)}. The rest is shown.")
         return columns
@@ -100,7 +101,7 @@ def _read_newest(logs: Sequence[Path], tell: Callable[[str], None]) -> dict[str,
 
 def read_recipe(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any]:
     """The options of a run; none if it has kept none, or if they cannot be read, which is told."""
-    path = run_dir / "hyperparameters.yaml"
+    path = run_dir / RECIPE
     if not os.path.lexists(path):
         return {}
     try:
@@ -115,7 +116,7 @@ def read_recipe(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any]:
             if not isinstance(sections[0].get("kd_ratio", 0.5), int | float):
                 raise ValueError("its kd_ratio is no number")
     except UserError as error:
-        tell(f"{str(error).splitlines()[0]} The page is without the options of this run.")
+        tell(f"{first_line(error)} The page is without the options of this run.")
         return {}
     return recipe
 

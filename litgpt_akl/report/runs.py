@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from litgpt_akl.errors import UserError
+from litgpt_akl.errors import UserError, first_line
 from litgpt_akl.out_dir import EXAMPLES, RECIPE
 from litgpt_akl.report.examples_file import read_examples
 from litgpt_akl.report.history import History, read_history, read_recipe
@@ -58,8 +58,3 @@ def read_runs(runs: Sequence[Path], tell: Callable[[str], None]) -> dict[Path, S
     for error in failed:
         tell(f"{first_line(error)} This run is left out.")
     return found
-
-
-def first_line(error: UserError) -> str:
-    """What is wrong, without the way out."""
-    return str(error).splitlines()[0]
