@@ -1,0 +1,1 @@
+"""The commands of this package; importing it imports nothing."""

@@ -1,0 +1,1 @@
+"""The options: groups, which of them go together, and the resolved recipe."""

@@ -1,0 +1,1 @@
+"""Files and directories: whole or not at all, known when they change, locked, checked."""

@@ -1,0 +1,1 @@
+"""A run: set-up, steps, validation, checkpoints, logs."""
