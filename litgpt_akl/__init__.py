@@ -4,19 +4,19 @@ Importing this package imports nothing else: the start-up file loads it in every
 """
 
 _MODULES = {
-    "forward_kl": "litgpt_akl.divergences",
-    "reverse_kl": "litgpt_akl.divergences",
-    "adaptive_kl": "litgpt_akl.divergences",
-    "mixed_kl": "litgpt_akl.divergences",
-    "adaptive_kl_weight": "litgpt_akl.divergences",
-    "generalised_jsd": "litgpt_akl.divergences",
-    "skewed_forward_kl": "litgpt_akl.divergences",
-    "skewed_reverse_kl": "litgpt_akl.divergences",
-    "total_variation": "litgpt_akl.divergences",
-    "token_wise_kl": "litgpt_akl.divergences",
-    "alpha_beta_divergence": "litgpt_akl.divergences",
-    "tail_aware_kl": "litgpt_akl.divergences",
-    "DistillationLoss": "litgpt_akl.head_loss",
+    "forward_kl": "litgpt_akl.loss.divergences",
+    "reverse_kl": "litgpt_akl.loss.divergences",
+    "adaptive_kl": "litgpt_akl.loss.divergences",
+    "mixed_kl": "litgpt_akl.loss.divergences",
+    "adaptive_kl_weight": "litgpt_akl.loss.divergences",
+    "generalised_jsd": "litgpt_akl.loss.divergences",
+    "skewed_forward_kl": "litgpt_akl.loss.divergences",
+    "skewed_reverse_kl": "litgpt_akl.loss.divergences",
+    "total_variation": "litgpt_akl.loss.divergences",
+    "token_wise_kl": "litgpt_akl.loss.divergences",
+    "alpha_beta_divergence": "litgpt_akl.loss.divergences",
+    "tail_aware_kl": "litgpt_akl.loss.divergences",
+    "DistillationLoss": "litgpt_akl.loss.head_loss",
 }
 
 __all__ = [*_MODULES, "__version__"]

@@ -1,4 +1,4 @@
-from litgpt_akl.cli import main
+from litgpt_akl.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -29,10 +29,11 @@ import torch
 from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.make_student import make_student
-from litgpt_akl.manifest import MANIFEST, write_manifest
-from litgpt_akl.metrics import METRICS_MARK, MetricsMarker
+from litgpt_akl.files.manifest import MANIFEST, write_manifest
+from litgpt_akl.files.names import METRICS_MARK
+from litgpt_akl.training.metrics import MetricsMarker
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMOLLM2 = REPOSITORY / ".demo" / "SmolLM2-135M-Instruct"

@@ -124,7 +124,7 @@ def memory_by_tokens(shape: dict) -> None:
 
 
 def divergence_cases(names: list[str], compiled: bool) -> list[Case]:
-    from litgpt_akl.objectives import DivergenceName
+    from litgpt_akl.loss.objective import DivergenceName
 
     if names == ["all"]:
         names = [*get_args(DivergenceName), OWN_FUNCTION]

@@ -18,8 +18,8 @@ from litgpt.data import JSON
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.data.plan import Plan
+from litgpt_akl.data.steps import Windows, load
 from litgpt_akl.data.streaming import StreamingSFT, own_prompt_style
-from litgpt_akl.data.windows import Windows, load
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMOLLM2 = REPOSITORY / ".demo" / "SmolLM2-135M-Instruct"

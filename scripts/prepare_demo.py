@@ -24,8 +24,8 @@ from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import CLI, save_config
 
-from litgpt_akl.directories import write_directory
-from litgpt_akl.errors import UserError
+from litgpt_akl.files.directories import write_directory
+from litgpt_akl.messages import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -88,8 +88,8 @@ def import_everything() -> None:
     import bokeh.plotting  # noqa: F401
     import litgpt.__main__  # noqa: F401
 
-    import litgpt_akl.export_hf
-    import litgpt_akl.finetune_akl
+    import litgpt_akl.commands.export_hf
+    import litgpt_akl.commands.finetune_akl
     import litgpt_akl.report.page  # noqa: F401
 
     # each run fills LitGPT's table of commands anew
@@ -153,7 +153,7 @@ def start(recipe: list[str], out_dir: Path, log: Path, processes: int = 1, resum
 def _run(words: list[str], log: Path, rank: int, processes: int, port: int) -> None:
     import datasets
 
-    from litgpt_akl.cli import main
+    from litgpt_akl.cli.main import main
 
     if processes > 1:
         names = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": processes}

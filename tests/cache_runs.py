@@ -6,8 +6,8 @@ import pytest
 import torch
 from runs import distil
 
-from litgpt_akl.args import TeacherArgs
-from litgpt_akl.cache.chunks import ENDING
+from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.teacher.chunk_file import ENDING
 
 TRAIN = {"global_batch_size": 6, "micro_batch_size": 2, "max_steps": None, "epochs": 2}
 RATE = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2e-4}}

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from litgpt_akl.checkpoint import find_training_state, save_training_state
-from litgpt_akl.metrics import MetricsMarker
-from litgpt_akl.model_files import ModelFiles, read_model_files
+from litgpt_akl.models.model_files import ModelFiles, read_model_files
+from litgpt_akl.training.checkpoint import find_training_state, save_training_state
+from litgpt_akl.training.metrics import MetricsMarker
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 """Pytest's ``pythonpath``, which other processes do not know."""

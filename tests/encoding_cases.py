@@ -10,8 +10,8 @@ from materials import alice_text, write_json
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from litgpt_akl.data.chat_template import ChatTemplate
 from litgpt_akl.data.encoding import Encoder
+from litgpt_akl.models.chat_template import ChatTemplate
 
 SPECIAL_TOKENS = (
     "<s>",

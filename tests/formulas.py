@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from litgpt_akl.objectives import Objective
+from litgpt_akl.loss.objective import Objective
 
 
 def kl(log_a: Tensor, log_b: Tensor) -> Tensor:

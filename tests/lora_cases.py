@@ -7,9 +7,9 @@ from litgpt import lora as litgpt_lora
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from litgpt_akl.args import LoRAArgs
-from litgpt_akl.lora import ADAPTERS, lora_config
-from litgpt_akl.weights import read_config
+from litgpt_akl.config.args import LoRAArgs
+from litgpt_akl.models.lora import ADAPTERS, lora_config
+from litgpt_akl.models.weights import read_config
 
 IDS = torch.arange(4, 132).view(2, 64)
 ALL = dict.fromkeys(("query", "key", "value", "projection", "mlp", "head"), True)

@@ -14,14 +14,14 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from litgpt_akl.cache.caches import Caches
-from litgpt_akl.data.windows import MicroBatch, Window
-from litgpt_akl.generation import generate
-from litgpt_akl.memory_plan import MemoryPlan
-from litgpt_akl.models import build_model, checkpoint_activations, empty_weights, set_up_teacher
-from litgpt_akl.sharding import load_weights, make_strategy, return_freed_memory
-from litgpt_akl.teacher import Teacher
-from litgpt_akl.train import take_step
+from litgpt_akl.data.steps import MicroBatch, Window
+from litgpt_akl.memory.memory_plan import MemoryPlan
+from litgpt_akl.models.generation import generate
+from litgpt_akl.models.gpt import build_model, checkpoint_activations, empty_weights, set_up_teacher
+from litgpt_akl.models.parallel import load_weights, make_strategy, return_freed_memory
+from litgpt_akl.teacher.caches import Caches
+from litgpt_akl.teacher.teacher import Teacher
+from litgpt_akl.training.train import take_step
 
 
 def anonymous() -> int:

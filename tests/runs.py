@@ -8,8 +8,8 @@ from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import JSON
 from litgpt.prompts import Default
 
-from litgpt_akl.args import DistillArgs
-from litgpt_akl.finetune_akl import setup
+from litgpt_akl.commands.finetune_akl import setup
+from litgpt_akl.config.args import DistillArgs
 
 
 def alice(path: Path) -> JSON:

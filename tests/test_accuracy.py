@@ -12,11 +12,11 @@ from memory_runs import watched
 from ranks import in_processes
 from runs import distil
 
-from litgpt_akl import accuracy
-from litgpt_akl.accuracy import compare_teachers
-from litgpt_akl.args import TeacherArgs
-from litgpt_akl.models import make_head
-from litgpt_akl.sharding import rank
+from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.models.gpt import make_head
+from litgpt_akl.models.parallel import rank
+from litgpt_akl.training import accuracy
+from litgpt_akl.training.accuracy import compare_teachers
 
 
 @pytest.fixture

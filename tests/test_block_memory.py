@@ -8,8 +8,8 @@ import torch
 from litgpt import lora, model
 from litgpt.config import Config, configs
 
-from litgpt_akl.block_memory import RunningMemory, block_kinds, measure_block
-from litgpt_akl.model_size import HashableConfig
+from litgpt_akl.memory.block_memory import RunningMemory, block_kinds, measure_block
+from litgpt_akl.models.model_size import HashableConfig
 
 BASE = Config(
     name="small",

@@ -19,12 +19,12 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from litgpt_akl.bos import OneBosTokenizer
-from litgpt_akl.data.chat_template import ChatTemplate
+from litgpt_akl.commands.export_hf import export_hf
+from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.data.encoding import Encoder
-from litgpt_akl.export_hf import export_hf
-from litgpt_akl.make_student import make_student
-from litgpt_akl.model_files import copy_model_files
+from litgpt_akl.models.bos import OneBosTokenizer
+from litgpt_akl.models.chat_template import ChatTemplate
+from litgpt_akl.models.model_files import copy_model_files
 
 QUESTIONS = ("Who stole the tarts?", " 2 + 2 =\n", "", "Say <s> and <|im_start|> twice")
 NO_TEMPLATE = ""

@@ -16,9 +16,9 @@ from fsspec.implementations.local import LocalFileSystem
 from litgpt.prompts import Alpaca
 from ranks import in_processes
 
-from litgpt_akl.cache import cache as cache_module
-from litgpt_akl.cache.cache import TeacherCache
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
+from litgpt_akl.teacher import cache as cache_module
+from litgpt_akl.teacher.cache import TeacherCache
 
 ONE_EPOCH = {"train": {"epochs": 1}}
 
@@ -267,6 +267,6 @@ def test_a_full_disk(student_dir, teacher_dir, short, tmp_path, monkeypatch):
     in_processes(1, limited)
     assert chunks(cache) == [] and not list(cache.glob("**/.*"))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("litgpt_akl.cache.space.disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("litgpt_akl.teacher.space.disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match="needs 1.5 MB, and its disk has 1.0 KB free"):
         run(student_dir, teacher_dir, short, tmp_path / "none", cache, mode="fill", **ONE_EPOCH)

@@ -12,7 +12,7 @@ import torch
 import xxhash
 from checkpoints import in_a_process
 
-from litgpt_akl.cache.cache import TeacherCache
+from litgpt_akl.teacher.cache import TeacherCache
 
 WIDTH = 64
 

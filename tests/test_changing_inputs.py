@@ -21,16 +21,16 @@ from litgpt.prompts import Default
 from litgpt.tokenizer import Tokenizer
 from runs import distil
 
-from litgpt_akl import beginning, state
-from litgpt_akl import distil as distil_module
+from litgpt_akl.commands.evaluate_akl import evaluate_akl
+from litgpt_akl.commands.export_hf import export_hf
+from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.data import StreamingSFT, preparation
 from litgpt_akl.data.prepare import prepare_stores
-from litgpt_akl.errors import UserError
-from litgpt_akl.evaluate_akl import evaluate_akl
-from litgpt_akl.export_hf import export_hf
-from litgpt_akl.make_student import make_student
-from litgpt_akl.manifest import MANIFEST, damage
-from litgpt_akl.weights import model_paths
+from litgpt_akl.files.manifest import MANIFEST, damage
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.weights import model_paths
+from litgpt_akl.training import beginning, state
+from litgpt_akl.training import distil as distil_module
 
 NOTHING_ELSE = "Give the command again once nothing else writes there."
 
@@ -152,7 +152,7 @@ def test_a_checkpoint_that_changes_while_it_is_resumed_is_refused(
 @pytest.mark.parametrize("command", ["make_student", "export_hf", "evaluate_akl"])
 def test_other_commands_refuse_a_model_that_changes_meanwhile(tmp_path, pair, short, monkeypatch, command):
     out = tmp_path / "made"
-    module = sys.modules[f"litgpt_akl.{command}"]
+    module = sys.modules[f"litgpt_akl.commands.{command}"]
     for path in [pair["teacher"] / "lit_model.pth", pair["teacher"] / "tokenizer.json"]:
         with monkeypatch.context() as patch:
             reader = {"make_student": "save_tensors", "export_hf": "write", "evaluate_akl": "load_frozen"}[command]
@@ -324,8 +324,9 @@ import sys, os
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import runs
-from litgpt_akl import distil, errors
-from litgpt_akl.cli import without_traceback
+from litgpt_akl import messages as errors
+from litgpt_akl.training import distil
+from litgpt_akl.cli.main import without_traceback
 from litgpt_akl.data import StreamingSFT
 from litgpt.prompts import Default
 real = distil.announce

@@ -21,9 +21,9 @@ from litgpt.tokenizer import Tokenizer
 from materials import write_json
 from transformers import PreTrainedTokenizerFast
 
-from litgpt_akl.data.chat_template import ChatTemplate
 from litgpt_akl.data.encoding import Encoder
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.chat_template import ChatTemplate
 
 ALL = "{% for message in messages %}{{ message.content }}{% endfor %}"
 TOKENS = "{{ bos_token }} {{ eos_token }} {{ pad_token }} {{ image_token }}" + ALL

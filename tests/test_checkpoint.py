@@ -10,10 +10,10 @@ import pytest
 import torch
 from checkpoints import IDENTITY, draw, find, make_state, names, save, save_steps, train
 
-from litgpt_akl.checkpoint import load_training_state, read_training_state
-from litgpt_akl.errors import UserError
-from litgpt_akl.manifest import KNOWN, MANIFEST, damage, read_manifest, write_manifest
-from litgpt_akl.metrics import copy_marked_rows
+from litgpt_akl.files.manifest import KNOWN, MANIFEST, damage, read_manifest, write_manifest
+from litgpt_akl.messages import UserError
+from litgpt_akl.training.checkpoint import load_training_state, read_training_state
+from litgpt_akl.training.metrics import copy_marked_rows
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ import pytest
 import torch
 from checkpoints import EXPORT, find, in_a_process, make_state, names, save, save_steps, train
 
-from litgpt_akl.checkpoint import load_training_state, save_student
-from litgpt_akl.errors import UserError
-from litgpt_akl.manifest import damage, read_manifest
-from litgpt_akl.model_files import ModelFiles, read_model_files
+from litgpt_akl.files.manifest import damage, read_manifest
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.model_files import ModelFiles, read_model_files
+from litgpt_akl.training.checkpoint import load_training_state, save_student
 
 
 def kill_at_every_moment(base: str, source: str) -> None:

@@ -16,10 +16,10 @@ import torch
 from litgpt.data import LitData
 from runs import distil
 
-from litgpt_akl.data.chunks import LEAST_CACHED, ChunkStore, open_chunks
+from litgpt_akl.data.litdata import LEAST_CACHED, ChunkStore, open_chunks
 from litgpt_akl.data.plan import Plan
-from litgpt_akl.data.windows import Windows, load
-from litgpt_akl.errors import UserError
+from litgpt_akl.data.steps import Windows, load
+from litgpt_akl.messages import UserError
 
 pytest.importorskip("litdata", reason="LitGPT's LitData needs litdata (pip install litgpt-akl[litdata])")
 

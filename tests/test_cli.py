@@ -10,13 +10,13 @@ from typing import Literal, NamedTuple
 
 import pytest
 
-from litgpt_akl.cli import names_our_command, without_traceback
-from litgpt_akl.errors import UserError
-from litgpt_akl.parser import Parser
+from litgpt_akl.cli.main import names_our_command, without_traceback
+from litgpt_akl.cli.parser import Parser
+from litgpt_akl.messages import UserError
 
 DRIVER = """
 import gc, importlib, json, os, sys
-from litgpt_akl.cli import extend, main
+from litgpt_akl.cli.main import extend, main
 
 extend(importlib.import_module("litgpt.parser_config"))
 importlib.import_module("litgpt.__main__")

@@ -115,7 +115,7 @@ def test_a_table_names_no_difference_whose_interval_includes_zero(tmp_path):
 def test_methods_of_the_comparison_are_every_divergence():
     from typing import get_args
 
-    from litgpt_akl.objectives import DivergenceName
+    from litgpt_akl.loss.objective import DivergenceName
 
     assert {method.options["divergence"] for method in METHODS.values()} == set(get_args(DivergenceName))
     assert next(iter(METHODS)) == REFERENCE

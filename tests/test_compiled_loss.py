@@ -15,8 +15,8 @@ from typing import get_args
 import pytest
 import torch
 
-from litgpt_akl.head_loss import DistillationLoss
-from litgpt_akl.objectives import DivergenceName
+from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.loss.objective import DivergenceName
 
 OWN = {
     "akl": ({"mu": 0.5}, {"mu": 0.9}),

@@ -12,11 +12,11 @@ from jsonargparse import Namespace
 from litgpt.utils import instantiate_torch_optimizer
 from test_recipe import make_parser, run_litgpt
 
-from litgpt_akl.checks import check_training_args, choose_precision, optimizer_config
-from litgpt_akl.errors import UserError
-from litgpt_akl.finetune_akl import setup
-from litgpt_akl.parser import Parser
-from litgpt_akl.train import make_scheduler, total_steps, warmup_steps
+from litgpt_akl.cli.parser import Parser
+from litgpt_akl.commands.finetune_akl import setup
+from litgpt_akl.config.checks import check_training_args, choose_precision, optimizer_config
+from litgpt_akl.messages import UserError
+from litgpt_akl.training.train import make_scheduler, total_steps, warmup_steps
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 PATHS = ["student", "--teacher_checkpoint_dir", "teacher", "--out_dir", "out"]

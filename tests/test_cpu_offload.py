@@ -15,20 +15,20 @@ from test_memory import LLAMA_70B, ON_GPUS, OPTIONS
 from test_sharding import difference
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
-from litgpt_akl.args import LoRAArgs, TeacherArgs
-from litgpt_akl.cache.caches import Caches
-from litgpt_akl.data.windows import MicroBatch, Window
-from litgpt_akl.errors import UserError
-from litgpt_akl.finetune_akl import setup
-from litgpt_akl.head_loss import DistillationLoss
-from litgpt_akl.memory import peak, predict
-from litgpt_akl.memory_plan import GATHERED, TEACHER
-from litgpt_akl.memory_report import GB, ways_out
-from litgpt_akl.models import build_model, empty_weights, hidden_states, set_up_teacher
-from litgpt_akl.recipe import differences, recipe_as_yaml
-from litgpt_akl.sharding import bare, load_weights, make_strategy, reshard, whole
-from litgpt_akl.teacher import Teacher
-from litgpt_akl.train import take_step
+from litgpt_akl.commands.finetune_akl import setup
+from litgpt_akl.config.args import LoRAArgs, TeacherArgs
+from litgpt_akl.config.recipe import differences, recipe_as_yaml
+from litgpt_akl.data.steps import MicroBatch, Window
+from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.memory.estimate import peak, predict
+from litgpt_akl.memory.memory_plan import GATHERED, TEACHER
+from litgpt_akl.memory.memory_report import GB, ways_out
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.gpt import build_model, empty_weights, hidden_states, set_up_teacher
+from litgpt_akl.models.parallel import bare, load_weights, make_strategy, reshard, whole
+from litgpt_akl.teacher.caches import Caches
+from litgpt_akl.teacher.teacher import Teacher
+from litgpt_akl.training.train import take_step
 
 
 def are_offloaded(model: torch.nn.Module) -> set[bool]:

@@ -16,18 +16,16 @@ import yaml
 from encoding_cases import talk
 from litgpt.args import LogArgs
 
-from litgpt_akl.args import GenerationArgs
-from litgpt_akl.credentials import MASK, is_masked, masked, without_credentials
+from litgpt_akl.commands.evaluate_akl import evaluate_akl
+from litgpt_akl.commands.report_akl import report_akl
+from litgpt_akl.config.args import GenerationArgs
+from litgpt_akl.config.recipe import check_masked, recipe_as_yaml
 from litgpt_akl.data.files import identify
 from litgpt_akl.data.records import place
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.display import quoted, shown
-from litgpt_akl.errors import UserError
-from litgpt_akl.evaluate_akl import evaluate_akl
-from litgpt_akl.model_files import read_tokenizer
-from litgpt_akl.monitor import Progress, SpeakingFabric
-from litgpt_akl.recipe import check_masked, recipe_as_yaml
-from litgpt_akl.report_akl import report_akl
+from litgpt_akl.messages import MASK, UserError, is_masked, masked, quoted, shown, without_credentials
+from litgpt_akl.models.model_files import read_tokenizer
+from litgpt_akl.training.monitor import Progress, SpeakingFabric
 
 SECRET = "Pl4nted-s3cret"
 URLS = [

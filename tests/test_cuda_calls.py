@@ -9,13 +9,13 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from test_memory import ON_GPUS, make_plan, model
 
-from litgpt_akl import head_loss
-from litgpt_akl.data.windows import MicroBatch
-from litgpt_akl.memory import predict
-from litgpt_akl.memory_plan import STREAM
-from litgpt_akl.models import build_model
-from litgpt_akl.quantize import load_quantized
-from litgpt_akl.teacher import Teacher
+from litgpt_akl.data.steps import MicroBatch
+from litgpt_akl.loss import head_loss
+from litgpt_akl.memory.estimate import predict
+from litgpt_akl.memory.memory_plan import STREAM
+from litgpt_akl.models.gpt import build_model
+from litgpt_akl.models.quantize import load_quantized
+from litgpt_akl.teacher.teacher import Teacher
 
 
 class Stream:

@@ -12,15 +12,15 @@ import torch
 from helpers.material import KINDS
 from helpers.survey import GOOD, Survey, table
 
-from litgpt_akl.checkpoint import find_training_state
-from litgpt_akl.errors import UserError
-from litgpt_akl.export_hf import export_hf
-from litgpt_akl.hf_weights import INDEX, files_in
-from litgpt_akl.make_student import make_student
-from litgpt_akl.manifest import MANIFEST, damage
-from litgpt_akl.reading import explain_damage, plain_names, with_checksum
-from litgpt_akl.tensor_file import check_tensors
-from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
+from litgpt_akl.commands.export_hf import export_hf
+from litgpt_akl.commands.make_student import make_student
+from litgpt_akl.files.manifest import MANIFEST, damage
+from litgpt_akl.files.reading import explain_damage, plain_names, with_checksum
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.hf_weights import INDEX, files_in
+from litgpt_akl.models.tensor_file import check_tensors
+from litgpt_akl.models.weights import find_checkpoint_dir, open_weights, read_config
+from litgpt_akl.training.checkpoint import find_training_state
 
 CASES = int(os.environ.get("LITGPT_AKL_DAMAGES", 78))
 """Damages that the survey tries, a few of each kind of file."""

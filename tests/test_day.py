@@ -16,14 +16,14 @@ from encoding_cases import talk
 from ranks import in_processes
 from runs import distil
 
-from litgpt_akl.args import GenerationArgs, TeacherArgs
-from litgpt_akl.cache.identity import IDENTITY, read_identity
-from litgpt_akl.data import chat_template
+from litgpt_akl.commands.evaluate_akl import RESULTS, evaluate_akl
+from litgpt_akl.config.args import GenerationArgs, TeacherArgs
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.errors import UserError
-from litgpt_akl.evaluate_akl import RESULTS, evaluate_akl
-from litgpt_akl.model_files import read_tokenizer
-from litgpt_akl.reading import with_checksum
+from litgpt_akl.files.reading import with_checksum
+from litgpt_akl.messages import UserError
+from litgpt_akl.models import chat_template
+from litgpt_akl.models.model_files import read_tokenizer
+from litgpt_akl.teacher.identity import IDENTITY, read_identity
 
 # as Llama 3.2's own does it, and told by words, since the tokenizer knows no numbers
 DATED = """

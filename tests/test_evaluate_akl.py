@@ -15,14 +15,14 @@ from rouge_score.rouge_scorer import RougeScorer
 from runs import alice
 from test_generation import slow_answer
 
-from litgpt_akl.answers import Answers, Question, distinct_pairs, find_questions, rate
-from litgpt_akl.args import GenerationArgs
+from litgpt_akl.commands.evaluate_akl import evaluate_akl
+from litgpt_akl.commands.evaluation_table import table
+from litgpt_akl.config.args import GenerationArgs
 from litgpt_akl.data.prepare import prepare_stores
-from litgpt_akl.errors import UserError
-from litgpt_akl.evaluate_akl import evaluate_akl
-from litgpt_akl.evaluation_table import table
-from litgpt_akl.models import build_model
-from litgpt_akl.weights import open_weights, read_config
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.gpt import build_model
+from litgpt_akl.models.weights import open_weights, read_config
+from litgpt_akl.training.answers import Answers, Question, distinct_pairs, find_questions, rate
 
 FEW = GenerationArgs(seeds=[10, 20], max_new_tokens=12, batch_size=3)
 

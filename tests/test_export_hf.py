@@ -23,11 +23,12 @@ from litgpt.tokenizer import Tokenizer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from litgpt_akl import hf_weights
-from litgpt_akl.errors import UserError
-from litgpt_akl.export_hf import export_hf, write_export
-from litgpt_akl.make_student import make_student
-from litgpt_akl.weights import open_weights, read_config
+from litgpt_akl.commands.export_hf import export_hf
+from litgpt_akl.commands.make_student import make_student
+from litgpt_akl.messages import UserError
+from litgpt_akl.models import hf_weights
+from litgpt_akl.models.export import write_export
+from litgpt_akl.models.weights import open_weights, read_config
 
 IDS = torch.arange(4, 132).view(1, 128)
 TEXT = "Who stole the tarts?"

@@ -14,15 +14,15 @@ from cache_runs import assert_equal, fill, run
 from litgpt.model import GPT
 from runs import distil
 
-from litgpt_akl import fingerprints, hf_weights
-from litgpt_akl.args import TeacherArgs
-from litgpt_akl.cache.identity import IDENTITY, read_identity
-from litgpt_akl.directories import default_cache_dir
-from litgpt_akl.errors import UserError
-from litgpt_akl.fingerprints import fingerprint
-from litgpt_akl.manifest import write_manifest
-from litgpt_akl.reading import with_checksum
-from litgpt_akl.weights import open_weights, read_config
+from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.files.directories import default_cache_dir
+from litgpt_akl.files.manifest import write_manifest
+from litgpt_akl.files.reading import with_checksum
+from litgpt_akl.messages import UserError
+from litgpt_akl.models import fingerprints, hf_weights
+from litgpt_akl.models.fingerprints import fingerprint
+from litgpt_akl.models.weights import open_weights, read_config
+from litgpt_akl.teacher.identity import IDENTITY, read_identity
 
 CONFIG = replace(materials.TEACHER_CONFIG, n_layer=3, n_embd=512, head_size=128, intermediate_size=1365)
 """Of 40 MB, of which the fingerprints of before read a tenth."""

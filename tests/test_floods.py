@@ -21,7 +21,7 @@ from litgpt_akl.data.preparation import Settings
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.data.prepared import prepare
 from litgpt_akl.data.records import DEEPEST, Record, read
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
 
 GOOD = {"instruction": "count", "output": "one two three"}
 DEEP = "nested too deeply: in more than 256 levels"

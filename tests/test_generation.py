@@ -15,11 +15,11 @@ from litgpt.utils import load_checkpoint
 from ranks import in_processes
 from transformers import NoRepeatNGramLogitsProcessor
 
-from litgpt_akl.errors import UserError
-from litgpt_akl.frozen import load_frozen
-from litgpt_akl.generation import _Answer, generate, stop_sequences, without_end
-from litgpt_akl.sharding import make_strategy
-from litgpt_akl.weights import read_config
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.frozen import load_frozen
+from litgpt_akl.models.generation import _Answer, generate, stop_sequences, without_end
+from litgpt_akl.models.parallel import make_strategy
+from litgpt_akl.models.weights import read_config
 
 VOCAB = 1000
 """Less than what the models are padded to."""

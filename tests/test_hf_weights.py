@@ -8,9 +8,9 @@ from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
 from runs import distil
 from transformers import AutoModelForCausalLM
 
-from litgpt_akl.errors import UserError
-from litgpt_akl.fingerprints import fingerprint
-from litgpt_akl.weights import find_checkpoint_dir, open_weights, read_config
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.fingerprints import fingerprint
+from litgpt_akl.models.weights import find_checkpoint_dir, open_weights, read_config
 
 
 @pytest.fixture(scope="module")

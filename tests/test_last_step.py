@@ -12,14 +12,14 @@ import torch
 from ranks import in_processes
 from runs import distil
 
-import litgpt_akl.distil as module
-import litgpt_akl.train as train_module
-from litgpt_akl.errors import UserError
-from litgpt_akl.export_hf import export_hf
-from litgpt_akl.manifest import damage, read_manifest
-from litgpt_akl.monitor import Progress
-from litgpt_akl.report_akl import report_akl
-from litgpt_akl.sharding import rank
+import litgpt_akl.training.distil as module
+import litgpt_akl.training.train as train_module
+from litgpt_akl.commands.export_hf import export_hf
+from litgpt_akl.commands.report_akl import report_akl
+from litgpt_akl.files.manifest import damage, read_manifest
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.parallel import rank
+from litgpt_akl.training.monitor import Progress
 
 STEPS = 2
 OPTIONS = {"train": {"max_steps": STEPS}, "eval": {"max_iters": 1, "max_new_tokens": 2, "initial_validation": False}}
@@ -67,7 +67,7 @@ def failing_file_of_examples(patch: pytest.MonkeyPatch, out_dir: Path) -> None:
     def fail_to_write(*arguments) -> None:
         raise OSError("made to fail")
 
-    patch.setattr("litgpt_akl.report.examples.write_examples", fail_to_write)
+    patch.setattr("litgpt_akl.training.examples.write_examples", fail_to_write)
 
 
 def fail_to_log(patch: pytest.MonkeyPatch, step: int) -> None:

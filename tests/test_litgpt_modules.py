@@ -12,7 +12,7 @@ from litgpt.tokenizer import Tokenizer
 from runs import alice
 
 from litgpt_akl.data.prepare import prepare_stores
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
 
 
 def stores(data, tokenizer_dir, context_length=128, **train):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torture
 
-from litgpt_akl import lock
-from litgpt_akl.errors import UserError
-from litgpt_akl.lock import LOCK, locked
+from litgpt_akl.files import lock
+from litgpt_akl.files.lock import LOCK, locked
+from litgpt_akl.messages import UserError
 
 ROUNDS = int(os.environ.get("LITGPT_AKL_ROUNDS", 2))
 """Of two runs in one ``--out_dir``."""

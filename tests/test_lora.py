@@ -12,16 +12,16 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from lora_cases import IDS, TARGETS, adapted, litgpt_lora_model, litgpt_model, read, read_adapters
 
-from litgpt_akl.args import LoRAArgs
-from litgpt_akl.checkpoint import write_student
-from litgpt_akl.divergences import adaptive_kl
-from litgpt_akl.errors import UserError
-from litgpt_akl.head_loss import DistillationLoss
-from litgpt_akl.lora import adapters_of, lora_config, with_new_adapters, without_adapters
-from litgpt_akl.model_files import read_model_files
-from litgpt_akl.models import build_model, distillation_loss, hidden_states, set_up_teacher
-from litgpt_akl.sharding import load_weights
-from litgpt_akl.weights import read_config
+from litgpt_akl.config.args import LoRAArgs
+from litgpt_akl.loss.divergences import adaptive_kl
+from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.gpt import build_model, distillation_loss, hidden_states, set_up_teacher
+from litgpt_akl.models.lora import adapters_of, lora_config, with_new_adapters, without_adapters
+from litgpt_akl.models.model_files import read_model_files
+from litgpt_akl.models.parallel import load_weights
+from litgpt_akl.models.weights import read_config
+from litgpt_akl.training.checkpoint import write_student
 
 SOURCES = ("student_dir", "untied_student_dir", "biased_dir")
 

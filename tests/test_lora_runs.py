@@ -23,12 +23,12 @@ from test_resume import assert_same
 from test_sharding import RATE, UNEVEN, difference, losses_in
 from torch._subclasses import FakeTensor
 
-from litgpt_akl import distil as run_module
-from litgpt_akl.args import LoRAArgs, TeacherArgs
-from litgpt_akl.checkpoint import random_state
-from litgpt_akl.errors import UserError
-from litgpt_akl.lora import adapters_of
-from litgpt_akl.sharding import return_freed_memory
+from litgpt_akl.config.args import LoRAArgs, TeacherArgs
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.lora import adapters_of
+from litgpt_akl.models.parallel import return_freed_memory
+from litgpt_akl.training import distil as run_module
+from litgpt_akl.training.checkpoint import random_state
 
 
 def train(lora: LoRAArgs, student: Path, teacher_dir: Path | None, data, out_dir: Path, **changes) -> None:

@@ -14,10 +14,10 @@ from litgpt.utils import save_config
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.models import WordLevel
 
-from litgpt_akl.directories import write_directory
-from litgpt_akl.errors import UserError
-from litgpt_akl.make_student import make_student
-from litgpt_akl.model_files import copy_model_files
+from litgpt_akl.commands.make_student import make_student
+from litgpt_akl.files.directories import write_directory
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.model_files import copy_model_files
 
 
 def load_model(checkpoint_dir: Path) -> GPT:

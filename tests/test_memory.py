@@ -15,13 +15,13 @@ from memory_runs import take_steps, write_weights
 from ranks import in_processes
 from runs import distil
 
-from litgpt_akl.errors import UserError
-from litgpt_akl.head_loss import DistillationLoss
-from litgpt_akl.memory import peak, predict
-from litgpt_akl.memory_plan import GRADIENTS, LOSS, OPTIMIZER, PARTS, STUDENT, TEACHER, MemoryPlan, try_optimizer
-from litgpt_akl.memory_report import GB, check_fit, describe_memory, ways_out, ways_out_together
-from litgpt_akl.planning import find_models
-from litgpt_akl.run import make_optimizer
+from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.memory.estimate import peak, predict
+from litgpt_akl.memory.memory_plan import GRADIENTS, LOSS, OPTIMIZER, PARTS, STUDENT, TEACHER, MemoryPlan, try_optimizer
+from litgpt_akl.memory.memory_report import GB, check_fit, describe_memory, ways_out, ways_out_together
+from litgpt_akl.memory.planning import find_models
+from litgpt_akl.messages import UserError
+from litgpt_akl.training.run import make_optimizer
 
 OPTIONS = ("train", "teacher", "precision", "devices", "num_nodes", "hybrid_sharding")
 

@@ -12,9 +12,9 @@ import litgpt.data
 import pytest
 
 import litgpt_akl
-from litgpt_akl.cli import COMMANDS
+from litgpt_akl.cli.main import COMMANDS
+from litgpt_akl.cli.parser import Parser
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.parser import Parser
 
 PACKAGE = Path(litgpt_akl.__file__).parent
 OPTION = re.compile(r"(?<![\w-])--([a-z][\w-]*(?:\.\w+)*(?:\.(?=\0))?)")
@@ -23,11 +23,11 @@ OTHERS = {"shm-size": "Docker's", "long": "zstd's"}
 
 
 ELSEWHERE = {
-    ("evaluate_akl", "litgpt_akl.checks.check_run_args"): "it is asked without keep_last",
-    ("evaluate_akl", "litgpt_akl.models.is_tied"): "it is asked without a wish",
-    ("export_hf", "litgpt_akl.models.is_tied"): "it is asked without a wish",
-    ("evaluate_akl", "litgpt_akl.own_divergence.OwnDivergence"): "the divergence is one of the package's own",
-    ("evaluate_akl", "litgpt_akl.processes.WAY_ON"): "it gives words of its own",
+    ("evaluate_akl", "litgpt_akl.config.checks.check_run_args"): "it is asked without keep_last",
+    ("evaluate_akl", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
+    ("export_hf", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
+    ("evaluate_akl", "litgpt_akl.loss.own_divergence.OwnDivergence"): "the divergence is one of the package's own",
+    ("evaluate_akl", "litgpt_akl.training.processes.WAY_ON"): "it gives words of its own",
     ("report_akl", "litgpt_akl.report.history.read_history"): "it says that finetune_akl's option is meant",
     ("report_akl", "litgpt_akl.report.page._objective"): "it shows with what options a run was made",
 }
@@ -156,4 +156,4 @@ def test_the_walk_finds_what_it_is_made_for():
     assert "out" in found["report_akl"]
     for command in ("finetune_akl", "evaluate_akl"):
         assert Definition("litgpt_akl.data.litgpt_modules", "_flaw") in reached(command)
-    assert Definition("litgpt_akl.cache.cache", "TeacherCache") not in reached("evaluate_akl")
+    assert Definition("litgpt_akl.teacher.cache", "TeacherCache") not in reached("evaluate_akl")

@@ -14,9 +14,9 @@ from litgpt.prompts import Default
 from runs import distil, metrics
 from test_evaluate_akl import evaluate
 
-from litgpt_akl.args import GenerationArgs, TeacherArgs
+from litgpt_akl.config.args import GenerationArgs, TeacherArgs
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
 
 TOKENS = (130, 260)
 """Of a micro-batch: of the longest samples one, or two."""

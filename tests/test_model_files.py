@@ -7,7 +7,7 @@ import pytest
 from litgpt.tokenizer import Tokenizer
 from transformers import AutoTokenizer
 
-from litgpt_akl.model_files import copy_model_files
+from litgpt_akl.models.model_files import copy_model_files
 
 TEXT = "Who stole the tarts?"
 BOS = {"SpecialToken": {"id": "<bos>", "type_id": 0}}

@@ -11,11 +11,11 @@ from litgpt.prompts import Default
 from runs import distil
 from test_messages import options_of
 
-from litgpt_akl.args import DistillArgs, GenerationArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.commands.evaluate_akl import evaluate_akl
+from litgpt_akl.commands.finetune_akl import setup
+from litgpt_akl.config.args import DistillArgs, GenerationArgs, LoRAArgs, TeacherArgs
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.errors import UserError
-from litgpt_akl.evaluate_akl import evaluate_akl
-from litgpt_akl.finetune_akl import setup
+from litgpt_akl.messages import UserError
 
 NOWHERE = Path("nowhere")
 CACHE = {"cache_dir": "cache"}

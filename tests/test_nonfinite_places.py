@@ -12,9 +12,9 @@ from litgpt.prompts import Default
 from ranks import in_processes
 from runs import distil
 
-from litgpt_akl import distil as distil_module
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.sharding import rank
+from litgpt_akl.models.parallel import rank
+from litgpt_akl.training import distil as distil_module
 
 BROKEN = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e20, "foreach": False}}
 

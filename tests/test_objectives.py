@@ -9,7 +9,7 @@ from reference import other_divergence as reference
 from test_divergences import logits_of
 
 import litgpt_akl
-from litgpt_akl.objectives import Objective
+from litgpt_akl.loss.objective import Objective
 
 FUNCTIONS = {
     "jsd": litgpt_akl.generalised_jsd,

@@ -18,20 +18,20 @@ from litgpt.utils import load_checkpoint, save_config
 from ranks import in_processes
 from runs import alice, distil, metrics, train_args
 
-from litgpt_akl.args import DistillArgs, GenerationArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.commands.evaluate_akl import evaluate_akl
+from litgpt_akl.commands.finetune_akl import setup
+from litgpt_akl.config.args import DistillArgs, GenerationArgs, LoRAArgs, TeacherArgs
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.steps import Windows
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.data.windows import Windows
-from litgpt_akl.errors import UserError
-from litgpt_akl.evaluate_akl import evaluate_akl
-from litgpt_akl.finetune_akl import setup
-from litgpt_akl.frozen import load_frozen
-from litgpt_akl.generation import stop_sequences
-from litgpt_akl.head_loss import DistillationLoss
-from litgpt_akl.models import build_model
-from litgpt_akl.on_policy import OwnAnswers, check_prompts
-from litgpt_akl.weights import open_weights, read_config
+from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.frozen import load_frozen
+from litgpt_akl.models.generation import stop_sequences
+from litgpt_akl.models.gpt import build_model
+from litgpt_akl.models.weights import open_weights, read_config
+from litgpt_akl.training.on_policy import OwnAnswers, check_prompts
 
 OWN = {"on_policy": 0.5, "on_policy_tokens": 12, "kd_ratio": 0.7}
 # with AdamW's own eps of 1e-8, a rounding of a gradient near zero becomes a hundredth of a step on some processors

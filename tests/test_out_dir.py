@@ -13,14 +13,14 @@ from ranks import in_processes
 from runs import alice, distil
 from test_lock import another_process
 
-import litgpt_akl.distil as module
-from litgpt_akl.args import GenerationArgs, TeacherArgs
-from litgpt_akl.errors import UserError
-from litgpt_akl.evaluate_akl import evaluate_akl
-from litgpt_akl.export_hf import export_hf
-from litgpt_akl.make_student import make_student
-from litgpt_akl.manifest import damage, read_manifest
-from litgpt_akl.report_akl import report_akl
+import litgpt_akl.training.distil as module
+from litgpt_akl.commands.evaluate_akl import evaluate_akl
+from litgpt_akl.commands.export_hf import export_hf
+from litgpt_akl.commands.make_student import make_student
+from litgpt_akl.commands.report_akl import report_akl
+from litgpt_akl.config.args import GenerationArgs, TeacherArgs
+from litgpt_akl.files.manifest import damage, read_manifest
+from litgpt_akl.messages import UserError
 
 TRAIN = {"max_steps": 2, "save_interval": 1}
 EVAL = {"max_iters": 1, "initial_validation": False}

@@ -17,10 +17,10 @@ from litgpt.model import GPT
 from litgpt.utils import save_config
 from runs import distil, eval_args, train_args
 
-from litgpt_akl.args import DistillArgs
-from litgpt_akl.checks import check_training_args, choose_precision, optimizer_config
-from litgpt_akl.errors import UserError
-from litgpt_akl.pair import check_pair
+from litgpt_akl.config.args import DistillArgs
+from litgpt_akl.config.checks import check_training_args, choose_precision, optimizer_config
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.pair import check_pair
 
 
 def altered(source: Path, target: Path, **config) -> Path:

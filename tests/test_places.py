@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from runs import distil
 
-from litgpt_akl.cli import without_traceback
+from litgpt_akl.cli.main import without_traceback
 from litgpt_akl.data import StreamingSFT
-from litgpt_akl.directories import NO_LINKS, write_file
-from litgpt_akl.errors import UserError
+from litgpt_akl.files.directories import NO_LINKS, write_file
+from litgpt_akl.messages import UserError
 
 SOMEBODY = 65534
 """A user who owns nothing; permissions mean nothing to root."""

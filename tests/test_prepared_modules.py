@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from litgpt_akl.data import preparation
 from litgpt_akl.data.arrow_store import ArrowStore
 from litgpt_akl.data.prepare import prepare_stores
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
 
 ROWS = [{"instruction": f"count to {n}", "input": "aloud" * (n % 2), "output": "one two " * (n % 5)} for n in range(30)]
 TALKS = [[f"count to {n}", "one two", "go on", "three " * (1 + n % 4)] for n in range(30)]

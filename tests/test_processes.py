@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_akl.sharding import rank
+from litgpt_akl.models.parallel import rank
 
 STEPS = ["--train.max_steps", "6", "--train.global_batch_size", "6", "--train.micro_batch_size", "2"]
 

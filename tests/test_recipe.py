@@ -19,12 +19,12 @@ from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import JSON, DataModule
 from litgpt.prompts import ChatML, Default, PromptStyle
 
-from litgpt_akl.args import DistillArgs
-from litgpt_akl.checks import optimizer_config
-from litgpt_akl.cli import extend
-from litgpt_akl.finetune_akl import setup
-from litgpt_akl.parser import Parser
-from litgpt_akl.recipe import recipe_as_yaml
+from litgpt_akl.cli.main import extend
+from litgpt_akl.cli.parser import Parser
+from litgpt_akl.commands.finetune_akl import setup
+from litgpt_akl.config.args import DistillArgs
+from litgpt_akl.config.checks import optimizer_config
+from litgpt_akl.config.recipe import recipe_as_yaml
 
 MODELS = ["student", "--teacher_checkpoint_dir", "teacher"]
 pytestmark = pytest.mark.filterwarnings("ignore:The `json_path` points to a single file")

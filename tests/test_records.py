@@ -26,7 +26,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from litgpt_akl.data import files, records
 from litgpt_akl.data.files import find_files, identify
 from litgpt_akl.data.records import place, read
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
 
 RECORDS = [
     {"instruction": "Say hello.", "input": "", "output": "Hello!"},

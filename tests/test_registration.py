@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from litgpt_akl.cli import COMMANDS
+from litgpt_akl.cli.main import COMMANDS
 
 REPOSITORY = Path(__file__).parents[1]
 SITE_PACKAGES = Path("lib", f"python{sys.version_info.major}.{sys.version_info.minor}", "site-packages")
@@ -190,14 +190,14 @@ import sys, time
 line = open(sys.argv[1]).read()
 start = time.perf_counter()
 exec(line)
-print(time.perf_counter() - start, "akl.startup" in " ".join(sys.modules))
+print(time.perf_counter() - start, "akl.cli.startup" in " ".join(sys.modules))
 """
 
 TIME_START_FILE = """
 import sys, time
 finders = len(sys.meta_path)
 start = time.perf_counter()
-from litgpt_akl.startup import watch
+from litgpt_akl.cli.startup import watch
 watch()
 print(time.perf_counter() - start, len(sys.meta_path) > finders)
 """
@@ -219,7 +219,7 @@ def test_other_programs_start_within_a_millisecond(environment, wheel):
 def test_importing_the_package_imports_nothing_heavy(environment, wheel):
     pip(environment, "install", wheel)
     program = (
-        "import sys, litgpt_akl, litgpt_akl.cli; print(litgpt_akl.__file__); print(*dir(litgpt_akl));"
+        "import sys, litgpt_akl, litgpt_akl.cli.main; print(litgpt_akl.__file__); print(*dir(litgpt_akl));"
         "print(*{'torch', 'litgpt', 'lightning', 'jsonargparse'} & set(sys.modules)); print(litgpt_akl.__version__)"
     )
     file, names, heavy, version = run(environment / "bin" / "python", "-c", program).stdout.splitlines()
@@ -231,10 +231,10 @@ def test_importing_the_package_imports_nothing_heavy(environment, wheel):
 
 def test_public_names_are_the_ones_of_their_modules():
     import litgpt_akl
-    import litgpt_akl.divergences
-    import litgpt_akl.head_loss
+    import litgpt_akl.loss.divergences
+    import litgpt_akl.loss.head_loss
 
-    assert litgpt_akl.adaptive_kl is litgpt_akl.divergences.adaptive_kl
-    assert litgpt_akl.DistillationLoss is litgpt_akl.head_loss.DistillationLoss
+    assert litgpt_akl.adaptive_kl is litgpt_akl.loss.divergences.adaptive_kl
+    assert litgpt_akl.DistillationLoss is litgpt_akl.loss.head_loss.DistillationLoss
     with pytest.raises(AttributeError, match="no attribute 'adaptve_kl'"):
         litgpt_akl.adaptve_kl  # noqa: B018

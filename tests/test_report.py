@@ -19,17 +19,17 @@ from ranks import in_processes
 from runs import alice, distil, metrics
 from test_train import gpt
 
-import litgpt_akl.distil
-from litgpt_akl.args import TeacherArgs
-from litgpt_akl.errors import UserError
-from litgpt_akl.loggers import make_loggers
-from litgpt_akl.report.examples import TOKENS
+import litgpt_akl.training.distil
+from litgpt_akl.commands.report_akl import report_akl
+from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.messages import UserError
 from litgpt_akl.report.examples_file import read_examples
 from litgpt_akl.report.history import POINTS, History, read_history, running_mean, thin, unique_names
 from litgpt_akl.report.page import Shown, draw_distributions, make_page
 from litgpt_akl.report.plots import COLOURS, NOISY, draw_panels
 from litgpt_akl.report.text import one_line, printable
-from litgpt_akl.report_akl import report_akl
+from litgpt_akl.training.examples import TOKENS
+from litgpt_akl.training.loggers import make_loggers
 
 OPTIONS = {"train": {"max_steps": 6}, "eval": {"interval": 3, "max_new_tokens": 6}}
 
@@ -199,7 +199,7 @@ def test_what_cannot_be_written_does_not_end_the_run(
     teacher_dir, student_dir, alice_json, tmp_path, monkeypatch, capsys
 ):
     """In its middle; after the last step it is an error (test_last_step.py)."""
-    validate, taken = litgpt_akl.distil.validate, [tmp_path / "report.html"]
+    validate, taken = litgpt_akl.training.distil.validate, [tmp_path / "report.html"]
 
     def validate_where_names_are_taken(fabric, run, state, *arguments):
         for path in taken:
@@ -209,7 +209,7 @@ def test_what_cannot_be_written_does_not_end_the_run(
                 shutil.rmtree(path)
         return validate(fabric, run, state, *arguments)
 
-    monkeypatch.setattr(litgpt_akl.distil, "validate", validate_where_names_are_taken)
+    monkeypatch.setattr(litgpt_akl.training.distil, "validate", validate_where_names_are_taken)
     options = {"train": {"max_steps": 2}, "eval": {"initial_validation": False, "interval": 1}}
     distil(student_dir, teacher_dir, alice_json, tmp_path, **options)
     told = capsys.readouterr().out

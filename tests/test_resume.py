@@ -11,7 +11,7 @@ from litgpt.prompts import Default
 from runs import distil
 
 from litgpt_akl.data import StreamingSFT
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
 
 OPTIONS = {"epochs": 2, "max_steps": None, "global_batch_size": 40, "save_interval": 3}
 

@@ -18,9 +18,9 @@ from runs import distil, metrics
 from test_resume import assert_same
 
 from litgpt_akl.data import StreamingSFT
-from litgpt_akl.models import build_model, empty_weights, hidden_states, set_up_teacher
-from litgpt_akl.sharding import load_weights, make_strategy, reshard, return_freed_memory
-from litgpt_akl.tensor_file import tensor_file
+from litgpt_akl.models.gpt import build_model, empty_weights, hidden_states, set_up_teacher
+from litgpt_akl.models.parallel import load_weights, make_strategy, reshard, return_freed_memory
+from litgpt_akl.models.tensor_file import tensor_file
 
 RATE = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 2e-4}}
 UNEVEN = {"max_steps": 10, "global_batch_size": 7, "micro_batch_size": 2, "max_norm": 0.5}

@@ -11,11 +11,11 @@ import torch
 from ranks import in_processes
 from test_windows import make_store, windows_of
 
-from litgpt_akl.cache.cache import TeacherCache
-from litgpt_akl.cache.chunks import Record
-from litgpt_akl.data.stores import digest
-from litgpt_akl.data.windows import Windows, load, most_bytes
+from litgpt_akl.data.dataset import digest
+from litgpt_akl.data.steps import Windows, load, most_bytes
 from litgpt_akl.data.workers import SHARE, Fetched, free_shared_memory, steps_ahead
+from litgpt_akl.teacher.cache import TeacherCache
+from litgpt_akl.teacher.chunk_file import Record
 
 CAN_MOUNT = subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000

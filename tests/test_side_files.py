@@ -17,19 +17,19 @@ import yaml
 from ranks import in_processes
 from runs import distil
 
-import litgpt_akl.distil as module
-from litgpt_akl.errors import UserError
-from litgpt_akl.loggers import MetricsLogger
-from litgpt_akl.manifest import damage
-from litgpt_akl.metrics_file import ROWS_KEPT
-from litgpt_akl.monitor import SpeakingFabric
-from litgpt_akl.reading import with_checksum, without_checksum
+import litgpt_akl.training.distil as module
+from litgpt_akl.commands.report_akl import report_akl
+from litgpt_akl.files.manifest import damage
+from litgpt_akl.files.reading import with_checksum, without_checksum
+from litgpt_akl.messages import UserError
 from litgpt_akl.report.examples_file import read_examples, take_examples
 from litgpt_akl.report.history import read_history
 from litgpt_akl.report.page import make_page
 from litgpt_akl.report.plots import draw_panels
 from litgpt_akl.report.runs import read_run, read_runs
-from litgpt_akl.report_akl import report_akl
+from litgpt_akl.training.loggers import MetricsLogger
+from litgpt_akl.training.metrics_file import ROWS_KEPT
+from litgpt_akl.training.monitor import SpeakingFabric
 
 STEPS = 6
 OPTIONS = {

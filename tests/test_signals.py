@@ -13,8 +13,8 @@ import pytest
 import torch
 from runs import distil, metrics
 
-from litgpt_akl.errors import UserError
-from litgpt_akl.manifest import damage
+from litgpt_akl.files.manifest import damage
+from litgpt_akl.messages import UserError
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_loss_that_is_not_finite_lists_its_samples(
 
 
 def test_a_dropped_step_changes_nothing_but_the_schedule(teacher_dir, student_dir, alice_json, tmp_path, monkeypatch):
-    import litgpt_akl.train as train
+    import litgpt_akl.training.train as train
 
     taken = train.distillation_loss
     calls = []

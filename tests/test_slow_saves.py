@@ -12,9 +12,10 @@ from ranks import in_processes
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
-from litgpt_akl import manifest, tensor_file
-from litgpt_akl.checkpoint import load_training_state
-from litgpt_akl.directories import remove_directory
+from litgpt_akl.files import manifest
+from litgpt_akl.files.directories import remove_directory
+from litgpt_akl.models import tensor_file
+from litgpt_akl.training.checkpoint import load_training_state
 
 LIMIT = 2.0
 """Seconds that processes wait for each other."""
@@ -35,10 +36,10 @@ def slowly(function):
 
 SLOW = {
     "writing a tensor": (tensor_file._File, "write"),
-    "the manifest": ("litgpt_akl.checkpoint", "write_manifest"),
-    "flushing": ("litgpt_akl.directories", "_flush_tree"),
-    "deleting older ones": ("litgpt_akl.checkpoint", "remove_old"),
-    "deleting leftovers": ("litgpt_akl.checkpoint", "clear_leftovers"),
+    "the manifest": ("litgpt_akl.training.checkpoint", "write_manifest"),
+    "flushing": ("litgpt_akl.files.directories", "_flush_tree"),
+    "deleting older ones": ("litgpt_akl.training.checkpoint", "remove_old"),
+    "deleting leftovers": ("litgpt_akl.training.checkpoint", "clear_leftovers"),
 }
 
 

@@ -23,8 +23,8 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.data import StreamingSFT
 from litgpt_akl.data.prepare import prepare_stores
-from litgpt_akl.errors import UserError
-from litgpt_akl.manifest import MANIFEST
+from litgpt_akl.files.manifest import MANIFEST
+from litgpt_akl.messages import UserError
 
 
 def records(count: int, first: int = 0) -> list[dict]:
@@ -288,7 +288,7 @@ def prepare_in_a_process(path: Path, checkpoint_dir: Path, cache_dir: Path, befo
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path\n"
         f"from test_streaming import stores\n{before}\n"
-        f"from litgpt_akl.cli import without_traceback\n"
+        f"from litgpt_akl.cli.main import without_traceback\n"
         f"print(len(without_traceback(stores)({str(path)!r}, Path({str(checkpoint_dir)!r}), Path({str(cache_dir)!r}),"
         " num_proc=2, val_split_fraction=0.0)[0]))"
     )

@@ -17,9 +17,9 @@ from memory_runs import watched
 from ranks import in_processes
 from runs import distil, metrics
 
-from litgpt_akl.args import LoRAArgs, TeacherArgs
+from litgpt_akl.config.args import LoRAArgs, TeacherArgs
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from litgpt_akl.manifest import damage
-from litgpt_akl.terminal import prepare_terminal
+from litgpt_akl.cli.terminal import prepare_terminal
+from litgpt_akl.files.manifest import damage
 
 ROOT = Path(__file__).parents[1]
 WAYS_IN = {

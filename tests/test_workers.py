@@ -14,9 +14,9 @@ from runs import alice, distil
 from test_streaming import stores, write
 from torch.utils.data import Dataset
 
-from litgpt_akl.args import TeacherArgs
+from litgpt_akl.config.args import TeacherArgs
 from litgpt_akl.data.workers import fetch
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
 
 FEWER = "Have fewer."
 UNSEEN = {"initial_validation": False, "final_validation": False}

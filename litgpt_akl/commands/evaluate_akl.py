@@ -15,29 +15,28 @@ from litgpt.data import Alpaca, DataModule
 from litgpt.model import GPT
 from litgpt.utils import parse_devices
 
-from litgpt_akl.adaptive import HeadRule
-from litgpt_akl.answers import Answers, Asker, as_lines, find_questions, rate
-from litgpt_akl.args import GenerationArgs
-from litgpt_akl.checks import check_questions, check_run_args
+from litgpt_akl.commands.evaluation_table import nan_as_null, table
+from litgpt_akl.config.args import GenerationArgs
+from litgpt_akl.config.checks import check_questions, check_run_args
+from litgpt_akl.config.recipe import check_masked
+from litgpt_akl.data.dataset import Store
 from litgpt_akl.data.prepare import prepare_stores
-from litgpt_akl.data.stores import Store
 from litgpt_akl.data.workers import end_with_parent
-from litgpt_akl.day import choose_day
-from litgpt_akl.directories import explain_failure, make_writable, write_file
-from litgpt_akl.display import say
-from litgpt_akl.errors import UserError
-from litgpt_akl.evaluation_table import nan_as_null, table
-from litgpt_akl.frozen import load_frozen
-from litgpt_akl.generation import longest_prompt, stop_sequences
-from litgpt_akl.head_loss import DistillationLoss
-from litgpt_akl.lock import locked
-from litgpt_akl.measures import gap_closed, measure
-from litgpt_akl.monitor import SpeakingFabric, silence_known_noise
-from litgpt_akl.out_dir import check_apart
-from litgpt_akl.pair import Pair, check_pair
-from litgpt_akl.processes import ending_together
-from litgpt_akl.recipe import check_masked
-from litgpt_akl.sharding import make_strategy
+from litgpt_akl.files.directories import explain_failure, make_writable, write_file
+from litgpt_akl.files.lock import locked
+from litgpt_akl.loss.adaptive import HeadRule
+from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.messages import UserError, say
+from litgpt_akl.models.frozen import load_frozen
+from litgpt_akl.models.generation import longest_prompt, stop_sequences
+from litgpt_akl.models.pair import Pair, check_pair
+from litgpt_akl.models.parallel import make_strategy
+from litgpt_akl.training.answers import Answers, Asker, as_lines, find_questions, rate
+from litgpt_akl.training.day import choose_day
+from litgpt_akl.training.measures import gap_closed, measure
+from litgpt_akl.training.monitor import SpeakingFabric, silence_known_noise
+from litgpt_akl.training.out_dir import check_apart
+from litgpt_akl.training.processes import ending_together
 
 RESULTS, ANSWERS = "evaluation.json", "answers.jsonl"
 """In ``out_dir``."""
@@ -110,7 +109,7 @@ def evaluate_akl(
         mu: Mass of the teacher's distribution that counts as its head, in adaptive KL.
         head_rule: Whether the id that crosses mu belongs to the head (paper), or not, as in the authors' code
             (official).
-        generation: Arguments of the answers that are rated. See ``litgpt_akl.args.GenerationArgs`` for details.
+        generation: Arguments of the answers that are rated. See ``litgpt_akl.config.args.GenerationArgs`` for details.
         precision: What all models are held in and computed with (default: bf16-true on a GPU, 32-true on a CPU).
         devices: How many devices to use on each node. With more than one in all, the models are sharded.
         num_nodes: How many nodes the code is being run on.

@@ -12,11 +12,8 @@ from litgpt.data import Alpaca, DataModule
 from litgpt.types import LoggerChoice
 from litgpt.utils import init_out_dir, parse_devices
 
-from litgpt_akl.args import DistillArgs, LoRAArgs, TeacherArgs
-from litgpt_akl.cache.chunks import DTYPES
-from litgpt_akl.cache.opening import stored_type
-from litgpt_akl.cache.space import describe_plan
-from litgpt_akl.checks import (
+from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.config.checks import (
     check_cpu_offload,
     check_lora_args,
     check_no_effect,
@@ -28,21 +25,24 @@ from litgpt_akl.checks import (
     optimizer_config,
     without_student,
 )
-from litgpt_akl.display import say
-from litgpt_akl.distil import main
-from litgpt_akl.export_hf import check_export
-from litgpt_akl.fill import fill
-from litgpt_akl.loggers import make_loggers
-from litgpt_akl.memory_report import report_memory
-from litgpt_akl.monitor import SpeakingFabric, silence_known_noise
-from litgpt_akl.optimizer_trial import check_optimizer
-from litgpt_akl.out_dir import check_places
-from litgpt_akl.pair import check_pair
-from litgpt_akl.planning import device_bytes, find_models, make_plan, models_of
-from litgpt_akl.quantize import check_quantization
-from litgpt_akl.recipe import check_masked, given, recipe_as_yaml
-from litgpt_akl.run import Run, make_optimizer
-from litgpt_akl.sharding import make_strategy
+from litgpt_akl.config.recipe import check_masked, given, recipe_as_yaml
+from litgpt_akl.memory.memory_report import report_memory
+from litgpt_akl.memory.planning import device_bytes, find_models, make_plan, models_of
+from litgpt_akl.messages import say
+from litgpt_akl.models.export import check_export
+from litgpt_akl.models.pair import check_pair
+from litgpt_akl.models.parallel import make_strategy
+from litgpt_akl.models.quantize import check_quantization
+from litgpt_akl.teacher.chunk_file import DTYPES
+from litgpt_akl.teacher.opening import stored_type
+from litgpt_akl.teacher.space import describe_plan
+from litgpt_akl.training.distil import main
+from litgpt_akl.training.fill import fill
+from litgpt_akl.training.loggers import make_loggers
+from litgpt_akl.training.monitor import SpeakingFabric, silence_known_noise
+from litgpt_akl.training.optimizer_trial import check_optimizer
+from litgpt_akl.training.out_dir import check_places
+from litgpt_akl.training.run import Run, make_optimizer
 
 NOT_IN_RECIPE = ("access_token", "dry_run", "overwrite")
 """Options that a repeated run is not to have."""
@@ -122,9 +122,9 @@ def setup(
         on_nonfinite: What to do when the loss or the gradient is not finite: ``stop``, or ``skip`` the step, but not
             more than two in a row. The samples are listed in a file in ``out_dir``.
         data: Data-related arguments. If not provided, the default is ``litgpt.data.Alpaca``.
-        teacher: Teacher-related arguments. See ``litgpt_akl.args.TeacherArgs`` for details.
-        lora: LoRA-related arguments. See ``litgpt_akl.args.LoRAArgs`` for details.
-        distill: Distillation-related arguments. See ``litgpt_akl.args.DistillArgs`` for details.
+        teacher: Teacher-related arguments. See ``litgpt_akl.config.args.TeacherArgs`` for details.
+        lora: LoRA-related arguments. See ``litgpt_akl.config.args.LoRAArgs`` for details.
+        distill: Distillation-related arguments. See ``litgpt_akl.config.args.DistillArgs`` for details.
         train: Training-related arguments. See ``litgpt.args.TrainArgs`` for details. An iteration is an optimizer step
             here. Without ``lr_warmup_steps`` or ``lr_warmup_fraction``, a tenth of the run warms up, at most 100 steps.
         eval: Evaluation-related arguments. See ``litgpt.args.EvalArgs`` for details. Every validation reads the same

@@ -8,18 +8,17 @@ import torch
 from litgpt.config import Config
 from litgpt.utils import save_config
 
-from litgpt_akl.directories import explain_failure, write_directory
-from litgpt_akl.display import say
-from litgpt_akl.errors import UserError
-from litgpt_akl.lock import new_directory_locked
-from litgpt_akl.manifest import write_manifest
-from litgpt_akl.model_files import copy_model_files, read_hf_config, write_json
-from litgpt_akl.out_dir import check_apart
-from litgpt_akl.padding import config_without_padding, count_ids, describe_padding, without_padding
-from litgpt_akl.reading import explain_damage
-from litgpt_akl.stamps import check_unchanged, stamp_of
-from litgpt_akl.tensor_file import save_tensors
-from litgpt_akl.weights import find_checkpoint_dir, model_paths, open_weights, read_config
+from litgpt_akl.files.directories import explain_failure, write_directory
+from litgpt_akl.files.lock import new_directory_locked
+from litgpt_akl.files.manifest import write_manifest
+from litgpt_akl.files.reading import explain_damage
+from litgpt_akl.files.stamps import check_unchanged, stamp_of
+from litgpt_akl.messages import UserError, say
+from litgpt_akl.models.model_files import copy_model_files, read_hf_config, write_json
+from litgpt_akl.models.padding import config_without_padding, count_ids, describe_padding, without_padding
+from litgpt_akl.models.tensor_file import save_tensors
+from litgpt_akl.models.weights import find_checkpoint_dir, model_paths, open_weights, read_config
+from litgpt_akl.training.out_dir import check_apart
 
 HF_LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 

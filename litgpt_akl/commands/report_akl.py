@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from litgpt_akl.directories import explain_failure
-from litgpt_akl.display import say
-from litgpt_akl.errors import UserError
+from litgpt_akl.files.directories import explain_failure
+from litgpt_akl.messages import UserError, say
 
 
 def report_akl(runs: list[Path], *, out: Path = Path("report.html"), overwrite: bool = False) -> None:
@@ -21,10 +20,10 @@ def report_akl(runs: list[Path], *, out: Path = Path("report.html"), overwrite: 
         overwrite: Whether a file that is no such page may be replaced, too.
     """
     # Bokeh takes half a second to import, which litgpt's other commands are not to wait for
-    from litgpt_akl.out_dir import is_page, is_within
     from litgpt_akl.report.history import unique_names
     from litgpt_akl.report.page import write_page
     from litgpt_akl.report.runs import read_runs
+    from litgpt_akl.training.out_dir import is_page, is_within
 
     runs = list(dict.fromkeys(Path(run).resolve() for run in runs))
     found = read_runs(runs, say)

@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from litgpt_akl.adaptive import HeadRule
-from litgpt_akl.errors import UserError
-from litgpt_akl.head_loss import DistillationLoss
-from litgpt_akl.objectives import DivergenceName, takers
+from litgpt_akl.loss.adaptive import HeadRule
+from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.loss.objective import DivergenceName, takers
+from litgpt_akl.messages import UserError
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 """What LitGPT's LoRA adapts."""

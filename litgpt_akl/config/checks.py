@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import yaml
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
-from litgpt.data import DataModule, LitData
+from litgpt.data import Alpaca, DataModule, LitData, MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories
 
-from litgpt_akl.args import DistillArgs, GenerationArgs, LoRAArgs, TeacherArgs
-from litgpt_akl.data.prepare import without_prompts
-from litgpt_akl.errors import UserError
+from litgpt_akl.config.args import DistillArgs, GenerationArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.messages import UserError
 
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
+FOR_PRETRAINING = (MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories)
 OF_STUDENT = re.compile(
     r"(resume|accept_changes|keep_last|export_hf|on_nonfinite|activation_checkpointing|logger_name)"
     r"|optimizer(\..*)?|(lora|distill|log)\..*|eval\.(max_new_tokens|evaluate_example)"
@@ -51,6 +51,24 @@ def check_lora_args(
             "--train.tie_embeddings true with --lora.head true: trained embeddings and head are not one matrix."
             " Leave one of them out."
         )
+
+
+def without_prompts(data: DataModule | None) -> tuple[str, str] | None:
+    """Why a data module cannot tell prompts from responses, and what to give in its place.
+
+    None if it can, or if only its samples will show; ``data`` is None for the default, Alpaca.
+    """
+    name = "Alpaca" if data is None else type(data).__name__
+    if isinstance(data, (LitData, *FOR_PRETRAINING)):
+        others = "--data StreamingSFT or another module for finetuning, with --data.mask_prompt true"
+        return f"--data {name} has tokens to read on, and no prompts", others
+    if getattr(Alpaca if data is None else data, "mask_prompt", True):
+        return None
+    # an option of a data module needs the module's name
+    chosen = "--data Alpaca " if data is None else ""
+    return f"--data {name} without mask_prompt: of a record all of it counts as a response", (
+        f"{chosen}--data.mask_prompt true"
+    )
 
 
 def check_on_policy(distill: DistillArgs, data: DataModule | None, teacher: TeacherArgs) -> None:

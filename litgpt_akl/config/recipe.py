@@ -12,8 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from litgpt.prompts import PromptStyle, prompt_styles
 
-from litgpt_akl.credentials import is_masked, masked
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError, is_masked, masked
 
 NO_EFFECT = re.compile(
     r"(out_dir|resume|accept_changes|overwrite|save_minutes|keep_last|export_hf|on_nonfinite|logger_name"

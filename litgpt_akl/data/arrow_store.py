@@ -12,8 +12,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from litgpt_akl.directories import explain_failure
-from litgpt_akl.head_loss import IGNORE_INDEX
+from litgpt_akl.files.directories import explain_failure
+from litgpt_akl.loss.head_loss import IGNORE_INDEX
 
 ALL = (0.0, math.inf)
 """Of the draws of records."""

@@ -8,7 +8,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from litgpt_akl.head_loss import IGNORE_INDEX
+from litgpt_akl.loss.head_loss import IGNORE_INDEX
 
 
 class Store(Protocol):

@@ -8,8 +8,8 @@ from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Processor
 
-from litgpt_akl.data.chat_template import ChatTemplate
-from litgpt_akl.display import quoted
+from litgpt_akl.messages import quoted
+from litgpt_akl.models.chat_template import ChatTemplate
 
 PROBE = "probe"
 

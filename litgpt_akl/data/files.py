@@ -12,8 +12,7 @@ import zstandard
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from litgpt_akl.credentials import without_credentials
-from litgpt_akl.errors import UserError, reason
+from litgpt_akl.messages import UserError, reason, without_credentials
 
 Chunks = Iterator[tuple[bytes, int]]
 """A file's bytes, decompressed, and with each chunk how many of the stored bytes had been read for it."""

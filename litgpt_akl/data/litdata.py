@@ -15,9 +15,8 @@ import xxhash
 from litgpt.data import LitData
 from torch import Tensor
 
-from litgpt_akl.display import quoted
-from litgpt_akl.errors import UserError, reason
-from litgpt_akl.reading import explain_damage, plain_names
+from litgpt_akl.files.reading import explain_damage, plain_names
+from litgpt_akl.messages import UserError, quoted, reason
 
 LEAST_CACHED = 4
 """Remote chunks that are kept, however little room there is."""

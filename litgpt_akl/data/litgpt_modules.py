@@ -20,15 +20,14 @@ from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader, Dataset, random_split
 
 from litgpt_akl.data.arrow_store import ArrowStore
+from litgpt_akl.data.dataset import MemoryStore, Store
 from litgpt_akl.data.preparation import FileRecords, Settings
 from litgpt_akl.data.prepared import prepare
 from litgpt_akl.data.records import Record, place
-from litgpt_akl.data.stores import MemoryStore, Store
 from litgpt_akl.data.workers import available_cores
-from litgpt_akl.directories import default_cache_dir
-from litgpt_akl.errors import UserError
-from litgpt_akl.head_loss import IGNORE_INDEX
-from litgpt_akl.progress import progress_bar
+from litgpt_akl.files.directories import default_cache_dir
+from litgpt_akl.loss.head_loss import IGNORE_INDEX
+from litgpt_akl.messages import UserError, progress_bar
 
 SMALL = {"B": 2**20, " records": 2000}
 """What one process has prepared before others would have started."""

@@ -20,14 +20,13 @@ from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from torch.utils.data import Dataset
 
-from litgpt_akl.data.chat_template import ChatTemplate
 from litgpt_akl.data.encoding import Encoder
 from litgpt_akl.data.files import identify
 from litgpt_akl.data.records import TOO_DEEP, Record, is_too_deep, place, read
 from litgpt_akl.data.workers import fetch
-from litgpt_akl.errors import UserError, reason
-from litgpt_akl.progress import progress_bar
-from litgpt_akl.stamps import WAY_OUT
+from litgpt_akl.files.stamps import WAY_OUT
+from litgpt_akl.messages import UserError, progress_bar, reason
+from litgpt_akl.models.chat_template import ChatTemplate
 
 FORMAT = 3
 """Goes into every fingerprint; to be raised when the same records become other rows."""

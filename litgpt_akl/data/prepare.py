@@ -3,36 +3,17 @@
 from pathlib import Path
 
 from litgpt.args import TrainArgs
-from litgpt.data import Alpaca, DataModule, LitData, MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories
+from litgpt.data import DataModule, LitData
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_akl.data.chunks import open_chunks
+from litgpt_akl.config.checks import FOR_PRETRAINING
+from litgpt_akl.data.dataset import Store
+from litgpt_akl.data.litdata import open_chunks
 from litgpt_akl.data.litgpt_modules import open_module
-from litgpt_akl.data.stores import Store
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.errors import UserError
-from litgpt_akl.head_loss import IGNORE_INDEX
-from litgpt_akl.pair import token_map
-
-FOR_PRETRAINING = (MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories)
-
-
-def without_prompts(data: DataModule | None) -> tuple[str, str] | None:
-    """Why a data module cannot tell prompts from responses, and what to give in its place.
-
-    None if it can, or if only its samples will show; ``data`` is None for the default, Alpaca.
-    """
-    name = "Alpaca" if data is None else type(data).__name__
-    if isinstance(data, (LitData, *FOR_PRETRAINING)):
-        others = "--data StreamingSFT or another module for finetuning, with --data.mask_prompt true"
-        return f"--data {name} has tokens to read on, and no prompts", others
-    if getattr(Alpaca if data is None else data, "mask_prompt", True):
-        return None
-    # an option of a data module needs the module's name
-    chosen = "--data Alpaca " if data is None else ""
-    return f"--data {name} without mask_prompt: of a record all of it counts as a response", (
-        f"{chosen}--data.mask_prompt true"
-    )
+from litgpt_akl.loss.head_loss import IGNORE_INDEX
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.pair import token_map
 
 
 def prepare_stores(

@@ -12,11 +12,10 @@ import xxhash
 from filelock import FileLock, Timeout
 
 from litgpt_akl.data.preparation import COLUMNS, Preparation, Settings, Source
-from litgpt_akl.directories import check_name, explain_failure, write_directory
-from litgpt_akl.display import say
-from litgpt_akl.errors import UserError
-from litgpt_akl.manifest import damage, read_manifest, write_manifest
-from litgpt_akl.mapped_files import watch
+from litgpt_akl.files.directories import check_name, explain_failure, write_directory
+from litgpt_akl.files.manifest import damage, read_manifest, write_manifest
+from litgpt_akl.files.mapped_files import watch
+from litgpt_akl.messages import UserError, say
 
 LARGE = 2**30
 """Bytes of prepared data that take more than a second to read."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from litgpt_akl.data.files import Chunks, file_format, read_chunks, read_rows
-from litgpt_akl.display import quoted
+from litgpt_akl.messages import quoted
 
 LARGEST = 32 * 2**20
 """Bytes or characters of a record; whatever is longer is taken for broken."""

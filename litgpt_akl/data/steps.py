@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from litgpt_akl.data.dataset import Store, digest
 from litgpt_akl.data.plan import Plan
-from litgpt_akl.data.stores import Store, digest
 from litgpt_akl.data.workers import (
     PREFETCHED,
     SHARED_MEMORY,
@@ -22,7 +22,7 @@ from litgpt_akl.data.workers import (
     free_shared_memory,
     steps_ahead,
 )
-from litgpt_akl.head_loss import IGNORE_INDEX
+from litgpt_akl.loss.head_loss import IGNORE_INDEX
 
 PART = 100_000
 """Samples whose lengths are asked for together."""
@@ -163,6 +163,20 @@ def cut(lengths: np.ndarray, micro_batch_size: int, micro_batch_tokens: int | No
         if samples > micro_batch_size if micro_batch_tokens is None else samples * longest > micro_batch_tokens:
             starts.append(end - 1)
     return [slice(start, end) for start, end in pairwise([*starts, len(lengths)])]
+
+
+def together(prompts: Sequence[Tensor], most: int, most_tokens: int | None) -> list[list[int]]:
+    """The places of the prompts of each batch, those of like length together.
+
+    Args:
+        prompts: the ids of each, ``[time]``.
+        most: prompts of a batch.
+        most_tokens: of a batch, padding counted; None for no such limit. A longer prompt comes alone.
+    """
+    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    parts = cut(np.array([len(prompts[place]) for place in order]), most, most_tokens)
+    starts = [(start, part.stop) for part in parts for start in range(part.start, part.stop, most)]
+    return [order[start : min(start + most, stop)] for start, stop in starts]
 
 
 def padded(lengths: np.ndarray, cuts: list[slice]) -> int:

@@ -15,16 +15,15 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.data import preparation
 from litgpt_akl.data.arrow_store import ALL, ArrowStore
-from litgpt_akl.data.chat_template import ChatTemplate
 from litgpt_akl.data.files import find_files
 from litgpt_akl.data.preparation import FileRecords
 from litgpt_akl.data.prepared import prepare
 from litgpt_akl.data.records import place
 from litgpt_akl.data.workers import available_cores
-from litgpt_akl.directories import default_cache_dir
-from litgpt_akl.display import say
-from litgpt_akl.errors import UserError
-from litgpt_akl.reading import explain_damage
+from litgpt_akl.files.directories import default_cache_dir
+from litgpt_akl.files.reading import explain_damage
+from litgpt_akl.messages import UserError, say
+from litgpt_akl.models.chat_template import ChatTemplate
 
 MAX_BAD_SHARE = 0.01
 """Of all records; with more bad ones than this, something is wrong with the data or with how it is read."""

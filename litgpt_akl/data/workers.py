@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from litgpt_akl.cgroups import cpu_quota
-from litgpt_akl.errors import UserError
-from litgpt_akl.mapped_files import describe_cut
+from litgpt_akl.data.cgroups import cpu_quota
+from litgpt_akl.files.mapped_files import describe_cut
+from litgpt_akl.messages import UserError
 
 SHARED_MEMORY = "/dev/shm"
 SHARE = 0.5

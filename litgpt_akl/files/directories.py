@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from filelock import FileLock
 
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
 
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EACCES}
 """What a file system without hard links answers to who makes one."""

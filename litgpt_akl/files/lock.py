@@ -14,9 +14,8 @@ from typing import Any
 
 import psutil
 
-from litgpt_akl.directories import check_new_directory, clear_unfinished_files, explain_failure
-from litgpt_akl.display import say
-from litgpt_akl.errors import UserError
+from litgpt_akl.files.directories import check_new_directory, clear_unfinished_files, explain_failure
+from litgpt_akl.messages import UserError, say
 
 LOCK = ".akl.lock"
 BEAT = 5.0

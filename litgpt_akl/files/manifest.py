@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from litgpt_akl.directories import remove_directory
-from litgpt_akl.errors import UserError, first_line
-from litgpt_akl.reading import file_checksum, plain_names, with_checksum, without_checksum
-from litgpt_akl.stamps import Stamp, stamp_of
+from litgpt_akl.files.directories import remove_directory
+from litgpt_akl.files.reading import file_checksum, plain_names, with_checksum, without_checksum
+from litgpt_akl.files.stamps import Stamp, stamp_of
+from litgpt_akl.messages import UserError, first_line
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from litgpt_akl.stamps import Stamp, changed_meanwhile, stamp_of
+from litgpt_akl.files.stamps import Stamp, changed_meanwhile, stamp_of
 
 _watched: dict[Path, Stamp] = {}
 _read_to_the_end: set[Path] = set()

@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 import yaml
 
-from litgpt_akl.errors import UserError, not_permitted, reason
+from litgpt_akl.messages import UserError, not_permitted, reason
 
 COPY_AGAIN = "Copy or download it again."
 BLOCK = 2**20

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
 
 WAY_OUT = "Give the command again once nothing else writes there."
 """For who is told that something has changed while it was read."""

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt_akl.comparison import Comparison
+from litgpt_akl.loss.comparison import Comparison
 
 HeadRule = Literal["paper", "official"]
 

@@ -15,7 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt_akl.comparison import NO_SCRATCH, Comparison, Number, Scratch, distributions, log_distributions, without_nan
+from litgpt_akl.loss.comparison import (
+    NO_SCRATCH,
+    Comparison,
+    Number,
+    Scratch,
+    distributions,
+    log_distributions,
+    without_nan,
+)
 
 # where p and q differ by more than e**80, the smaller one of them has no part in any sum
 _LARGEST_LOG_RATIO = 80.0

@@ -9,9 +9,9 @@ given float64.
 import torch
 from torch import Tensor
 
-from litgpt_akl.adaptive import HeadRule, adaptive_weight, find_head
-from litgpt_akl.comparison import NO_SCRATCH, Comparison, Number, Scratch, compare, distributions, without_nan
-from litgpt_akl.objectives import Objective
+from litgpt_akl.loss.adaptive import HeadRule, adaptive_weight, find_head
+from litgpt_akl.loss.comparison import NO_SCRATCH, Comparison, Number, Scratch, compare, distributions, without_nan
+from litgpt_akl.loss.objective import Objective
 
 
 def blend(share: Number | None, forward: Tensor, reverse: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt_akl.objectives import Objective
-from litgpt_akl.scoring import STATISTICS, Scorer, can_compile
+from litgpt_akl.loss.objective import Objective
+from litgpt_akl.loss.scoring import STATISTICS, Scorer, can_compile
 
 IGNORE_INDEX = -100
 
@@ -59,8 +59,8 @@ class _Head(NamedTuple):
 class DistillationLoss(Objective):
     """Cross-entropy and a divergence to the teacher over two LM heads, exact, in memory that does not grow with tokens.
 
-    Sources: arXiv 2404.02657 for the adaptive divergence, and those that :mod:`litgpt_akl.divergences` names; all sums
-    are in float32 (float64 when given float64).
+    Sources: arXiv 2404.02657 for the adaptive divergence, and those that :mod:`litgpt_akl.loss.divergences` names; all
+    sums are in float32 (float64 when given float64).
     """
 
     block_tokens: int | None = None

@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-from litgpt_akl import closed_forms
-from litgpt_akl.adaptive import HeadRule
-from litgpt_akl.closed_forms import Slope
-from litgpt_akl.own_divergence import OwnDivergence, own_divergence
+from litgpt_akl.loss import closed_forms
+from litgpt_akl.loss.adaptive import HeadRule
+from litgpt_akl.loss.closed_forms import Slope
+from litgpt_akl.loss.own_divergence import OwnDivergence, own_divergence
 
 DivergenceName = Literal[
     "akl", "fkl", "rkl", "mix", "jsd", "skewed_fkl", "skewed_rkl", "tv", "todi", "alpha_beta", "tad"

@@ -7,9 +7,9 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from litgpt_akl.closed_forms import Slope
-from litgpt_akl.comparison import NO_SCRATCH, Comparison, Scratch
-from litgpt_akl.errors import UserError, reason
+from litgpt_akl.loss.closed_forms import Slope
+from litgpt_akl.loss.comparison import NO_SCRATCH, Comparison, Scratch
+from litgpt_akl.messages import UserError, reason
 
 
 class OwnDivergence:

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt_akl.adaptive import adaptive_weight, find_head
-from litgpt_akl.closed_forms import Slope
-from litgpt_akl.comparison import NO_SCRATCH, Comparison, Number, Scratch, compare
-from litgpt_akl.divergences import blend, gradient
-from litgpt_akl.objectives import Objective
-from litgpt_akl.own_divergence import OwnDivergence
+from litgpt_akl.loss.adaptive import adaptive_weight, find_head
+from litgpt_akl.loss.closed_forms import Slope
+from litgpt_akl.loss.comparison import NO_SCRATCH, Comparison, Number, Scratch, compare
+from litgpt_akl.loss.divergences import blend, gradient
+from litgpt_akl.loss.objective import Objective
+from litgpt_akl.loss.own_divergence import OwnDivergence
 
 STATISTICS = (
     "divergence",

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from litgpt_akl.model_size import HashableConfig
+from litgpt_akl.models.model_size import HashableConfig
 
 
 class RunningMemory(NamedTuple):

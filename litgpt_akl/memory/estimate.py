@@ -11,8 +11,8 @@ from functools import cached_property
 
 from litgpt.config import Config
 
-from litgpt_akl.block_memory import RunningMemory, block_kinds, measure_block, measure_norm
-from litgpt_akl.memory_plan import (
+from litgpt_akl.memory.block_memory import RunningMemory, block_kinds, measure_block, measure_norm
+from litgpt_akl.memory.memory_plan import (
     ACTIVATIONS,
     COPIES,
     GATHERED,
@@ -27,7 +27,7 @@ from litgpt_akl.memory_plan import (
     MemoryPlan,
     Moment,
 )
-from litgpt_akl.model_size import HashableConfig, measure_size
+from litgpt_akl.models.model_size import HashableConfig, measure_size
 
 _FLOAT32 = 4
 _QUANTIZED = {"int8": 1, "nf4": 0.5 + 4 / 64}

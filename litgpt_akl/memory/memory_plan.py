@@ -9,7 +9,7 @@ import torch
 from litgpt.config import Config
 from torch import Tensor, nn
 
-from litgpt_akl.head_loss import DistillationLoss
+from litgpt_akl.loss.head_loss import DistillationLoss
 
 STUDENT, GRADIENTS, OPTIMIZER, TEACHER = "student weights", "gradients", "optimizer", "teacher weights"
 GATHERED, COPIES, ACTIVATIONS = "heads and blocks gathered", "weights in another type", "activations"

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
-from litgpt_akl.errors import UserError
-from litgpt_akl.memory import peak, predict
-from litgpt_akl.memory_plan import MemoryPlan
+from litgpt_akl.memory.estimate import peak, predict
+from litgpt_akl.memory.memory_plan import MemoryPlan
+from litgpt_akl.messages import UserError
 
 GB = 1e9
 """What a gigabyte is here, in bytes."""

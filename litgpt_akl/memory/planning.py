@@ -12,15 +12,15 @@ from litgpt.config import Config, configs
 from litgpt.utils import extend_checkpoint_dir
 from torch import nn
 
-from litgpt_akl.args import DistillArgs, LoRAArgs, TeacherArgs
-from litgpt_akl.cgroups import available_memory
-from litgpt_akl.errors import UserError
-from litgpt_akl.lora import lora_config
-from litgpt_akl.memory_plan import MemoryPlan, try_optimizer
-from litgpt_akl.memory_report import GB
-from litgpt_akl.on_policy import BATCH
-from litgpt_akl.pair import Pair, check_pair
-from litgpt_akl.weights import is_said_to_be_tied, read_config
+from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.data.cgroups import available_memory
+from litgpt_akl.memory.memory_plan import MemoryPlan, try_optimizer
+from litgpt_akl.memory.memory_report import GB
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.generation import BATCH
+from litgpt_akl.models.lora import lora_config
+from litgpt_akl.models.pair import Pair, check_pair
+from litgpt_akl.models.weights import is_said_to_be_tied, read_config
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
 from tokenizers import processors
 
-from litgpt_akl.data.chat_template import ChatTemplate
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.chat_template import ChatTemplate
 
 PROBE = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe"}]
 

@@ -12,9 +12,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Name, Scope
 from jinja2.parser import Parser
 
-from litgpt_akl.data.template_budget import BudgetedEnvironment, OverBudget, within_budget
-from litgpt_akl.errors import UserError, reason
-from litgpt_akl.reading import explain_damage, read_json
+from litgpt_akl.files.reading import explain_damage, read_json
+from litgpt_akl.messages import UserError, reason
+from litgpt_akl.models.template_budget import BudgetedEnvironment, OverBudget, within_budget
 
 STAND_IN = secrets.token_hex(16)
 """What is rendered in place of an assistant's message to see where the template puts it; no data can hold it."""

@@ -10,11 +10,11 @@ from zipfile import ZipFile, is_zipfile
 
 import xxhash
 
-from litgpt_akl.directories import default_cache_dir, write_file
-from litgpt_akl.progress import progress_bar
-from litgpt_akl.reading import explain_damage, file_checksum, with_checksum, without_checksum
-from litgpt_akl.stamps import Stamp, stamp_of, unchanged_meanwhile
-from litgpt_akl.weights import CONVERT_AGAIN, read_config, weights_files
+from litgpt_akl.files.directories import default_cache_dir, write_file
+from litgpt_akl.files.reading import explain_damage, file_checksum, with_checksum, without_checksum
+from litgpt_akl.files.stamps import Stamp, stamp_of, unchanged_meanwhile
+from litgpt_akl.messages import progress_bar
+from litgpt_akl.models.weights import CONVERT_AGAIN, read_config, weights_files
 
 MARK = "2-"
 """How fingerprints begin. Those of before have no mark: they are of samples of the files, and miss most changes."""

@@ -8,10 +8,10 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from litgpt_akl.models import build_model, compile_blocks, empty_weights, is_tied, set_up_teacher
-from litgpt_akl.quantize import load_quantized
-from litgpt_akl.sharding import load_weights
-from litgpt_akl.weights import open_weights
+from litgpt_akl.models.gpt import build_model, compile_blocks, empty_weights, is_tied, set_up_teacher
+from litgpt_akl.models.parallel import load_weights
+from litgpt_akl.models.quantize import load_quantized
+from litgpt_akl.models.weights import open_weights
 
 
 def load_frozen(

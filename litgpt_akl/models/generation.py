@@ -16,10 +16,12 @@ from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from torch import Tensor, nn
 
-from litgpt_akl.data.windows import cut
-from litgpt_akl.errors import UserError
-from litgpt_akl.sharding import bare, highest, reshard
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.parallel import bare, highest, reshard
 
+BATCH = 32
+"""Prompts that a process answers together: their keys and values take less than training does, whose gradients and
+activations are not there at that time."""
 Seed = tuple[int, ...]
 """Whole numbers from 0 on, which together name what is drawn for one prompt."""
 
@@ -45,20 +47,6 @@ def without_end(answer: list[int], ends: Sequence[list[int]]) -> list[int]:
     return next((answer[: -len(end)] for end in ends if answer[-len(end) :] == end), answer)
 
 
-def together(prompts: Sequence[Tensor], most: int, most_tokens: int | None) -> list[list[int]]:
-    """The places of the prompts of each batch, those of like length together.
-
-    Args:
-        prompts: the ids of each, ``[time]``.
-        most: prompts of a batch.
-        most_tokens: of a batch, padding counted; None for no such limit. A longer prompt comes alone.
-    """
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
-    parts = cut(np.array([len(prompts[place]) for place in order]), most, most_tokens)
-    starts = [(start, part.stop) for part in parts for start in range(part.start, part.stop, most)]
-    return [order[start : min(start + most, stop)] for start, stop in starts]
-
-
 @torch.no_grad()
 def generate(
     fabric: L.Fabric,
@@ -79,7 +67,7 @@ def generate(
 
     Args:
         fabric: of the run.
-        model: a GPT with a :class:`~litgpt_akl.heads.Head`.
+        model: a GPT with a :class:`~litgpt_akl.models.heads.Head`.
         prompts: the ids of each, ``[time]``.
         max_new_tokens: an answer ends after so many, or where ``max_length`` is reached.
         stop: sequences of ids that end an answer, from :func:`stop_sequences`.

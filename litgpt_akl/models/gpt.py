@@ -14,12 +14,12 @@ from litgpt.model import GPT
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from litgpt_akl.errors import UserError
-from litgpt_akl.head_loss import DistillationLoss, HeadLoss
-from litgpt_akl.heads import DistillationHead, Head, LoRAHead
-from litgpt_akl.lora import without_adapters
-from litgpt_akl.sharding import reshard
-from litgpt_akl.weights import is_said_to_be_tied
+from litgpt_akl.loss.head_loss import DistillationLoss, HeadLoss
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.heads import DistillationHead, Head, LoRAHead
+from litgpt_akl.models.lora import without_adapters
+from litgpt_akl.models.parallel import reshard
+from litgpt_akl.models.weights import is_said_to_be_tied
 
 
 def build_model(config: Config, tied: bool) -> GPT:

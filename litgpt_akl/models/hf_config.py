@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from litgpt.config import Config
 
-from litgpt_akl.errors import UserError
-from litgpt_akl.model_files import describe_weights, read_hf_config, read_tokenizer
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.model_files import describe_weights, read_hf_config, read_tokenizer
 
 SIZES = {
     "num_hidden_layers": "n_layer",

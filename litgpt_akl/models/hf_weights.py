@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from litgpt_akl.errors import UserError, reason
-from litgpt_akl.mapped_files import watch
-from litgpt_akl.model_files import write_json
-from litgpt_akl.reading import explain_damage, plain_names, read_json
+from litgpt_akl.files.mapped_files import watch
+from litgpt_akl.files.reading import explain_damage, plain_names, read_json
+from litgpt_akl.messages import UserError, reason
+from litgpt_akl.models.model_files import write_json
 
 INDEX = "model.safetensors.index.json"
 """Says which tensor is in which of several files."""

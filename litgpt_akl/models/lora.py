@@ -13,10 +13,10 @@ from litgpt.lora import Config, LoRALayer, LoRALinear, lora_filter
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from litgpt_akl.args import LoRAArgs
-from litgpt_akl.errors import UserError
-from litgpt_akl.sharding import bare, whole
-from litgpt_akl.tensor_file import TensorFile, read_tensors
+from litgpt_akl.config.args import LoRAArgs
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.parallel import bare, whole
+from litgpt_akl.models.tensor_file import TensorFile, read_tensors
 
 ADAPTERS = "lit_model.pth.lora"
 """LitGPT's name for a file with adapters alone, under the key ``model``."""

@@ -13,10 +13,10 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.utils import save_config
 from torch import Tensor
 
-from litgpt_akl.model_files import read_tokenizer
-from litgpt_akl.pair import token_map
-from litgpt_akl.reading import explain_damage, read_json
-from litgpt_akl.weights import read_config
+from litgpt_akl.files.reading import explain_damage, read_json
+from litgpt_akl.models.model_files import read_tokenizer
+from litgpt_akl.models.pair import token_map
+from litgpt_akl.models.weights import read_config
 
 PADDED = ("lm_head.weight", "lm_head.bias", "transformer.wte.weight")
 """Tensors with a row for each id, by LitGPT's names."""

@@ -8,7 +8,7 @@ import torch
 from litgpt.model import GPT
 from torch import Tensor, nn
 
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError
 
 
 def check_quantization(kind: str, processes: int, needed: bool) -> None:

@@ -12,16 +12,16 @@ from litgpt.model import GPT
 from litgpt.utils import auto_download_checkpoint, extend_checkpoint_dir
 from torch import Tensor
 
-from litgpt_akl import hf_weights
-from litgpt_akl.directories import check_name
-from litgpt_akl.errors import UserError, not_permitted
-from litgpt_akl.lora import ADAPTERS
-from litgpt_akl.manifest import MANIFEST, damage
-from litgpt_akl.metrics import METRICS_COPY, METRICS_MARK
-from litgpt_akl.model_files import check_model_files, files_beside_weights, read_hf_config
-from litgpt_akl.reading import explain_damage, read_yaml
-from litgpt_akl.stamps import Stamp, stamp_of
-from litgpt_akl.tensor_file import check_tensors, read_tensors
+from litgpt_akl.files.directories import check_name
+from litgpt_akl.files.manifest import MANIFEST, damage
+from litgpt_akl.files.names import METRICS_COPY, METRICS_MARK
+from litgpt_akl.files.reading import explain_damage, read_yaml
+from litgpt_akl.files.stamps import Stamp, stamp_of
+from litgpt_akl.messages import UserError, not_permitted
+from litgpt_akl.models import hf_weights
+from litgpt_akl.models.lora import ADAPTERS
+from litgpt_akl.models.model_files import check_model_files, files_beside_weights, read_hf_config
+from litgpt_akl.models.tensor_file import check_tensors, read_tensors
 
 READ_LATER = ("lit_model.pth", ADAPTERS, "training_state.pth", METRICS_MARK, METRICS_COPY)
 """Files of a saved directory that are checked when they are read, if they are."""

@@ -7,10 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from litgpt_akl.directories import set_aside, write_file
-from litgpt_akl.errors import UserError, first_line, reason
-from litgpt_akl.out_dir import EXAMPLES
-from litgpt_akl.reading import explain_damage, with_checksum, without_checksum
+from litgpt_akl.files.directories import set_aside, write_file
+from litgpt_akl.files.names import EXAMPLES
+from litgpt_akl.files.reading import explain_damage, with_checksum, without_checksum
+from litgpt_akl.messages import UserError, first_line, reason
 
 HIGHEST = 3.0
 """Above any probability, mass or gap."""

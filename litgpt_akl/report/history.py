@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from litgpt_akl.display import quoted, say
-from litgpt_akl.errors import UserError, first_line
-from litgpt_akl.out_dir import RECIPE
-from litgpt_akl.reading import explain_damage, read_yaml
+from litgpt_akl.files.names import RECIPE
+from litgpt_akl.files.reading import explain_damage, read_yaml
+from litgpt_akl.messages import UserError, first_line, quoted, say
 from litgpt_akl.report.table import read_table
 
 POINTS = 1000

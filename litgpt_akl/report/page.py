@@ -12,7 +12,7 @@ from bokeh.embed import json_item
 from bokeh.resources import INLINE
 from jinja2 import Environment, PackageLoader
 
-from litgpt_akl.directories import write_file
+from litgpt_akl.files.directories import write_file
 from litgpt_akl.report.distributions import draw_distribution
 from litgpt_akl.report.history import History, finite
 from litgpt_akl.report.plots import COLOURS, Drawing, Key, draw_panels
@@ -38,7 +38,7 @@ class Shown:
 
     history: History
     examples: dict[str, Any] | None = None
-    """What :mod:`litgpt_akl.report.examples` has kept."""
+    """What :mod:`litgpt_akl.training.examples` has kept."""
 
 
 def write_page(path: Path, runs: Sequence[Shown]) -> None:

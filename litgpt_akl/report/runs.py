@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from litgpt_akl.errors import UserError, first_line
-from litgpt_akl.out_dir import EXAMPLES, RECIPE
+from litgpt_akl.files.names import EXAMPLES, RECIPE
+from litgpt_akl.messages import UserError, first_line
 from litgpt_akl.report.examples_file import read_examples
 from litgpt_akl.report.history import History, read_history, read_recipe
 from litgpt_akl.report.page import Shown

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
-from litgpt_akl.display import quoted
-from litgpt_akl.reading import explain_damage
+from litgpt_akl.files.reading import explain_damage
+from litgpt_akl.messages import quoted
 
 EMPTY_CELLS = ("", "None")
 HIGHEST_STEP = 2**31 - 1

@@ -1,7 +1,6 @@
 """Text of models and files, made fit for a page: it may hold anything."""
 
-from litgpt_akl.credentials import masked
-from litgpt_akl.display import CONTROL
+from litgpt_akl.messages import CONTROL, masked
 
 VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from litgpt_akl.cache.chunks import (
+from litgpt_akl.messages import UserError, progress_bar, say
+from litgpt_akl.teacher.chunk_file import (
     Chunk,
     Damaged,
     Record,
@@ -20,10 +21,7 @@ from litgpt_akl.cache.chunks import (
     remove_leftovers,
     write_chunk,
 )
-from litgpt_akl.cache.space import bytes_of_token
-from litgpt_akl.display import say
-from litgpt_akl.errors import UserError
-from litgpt_akl.progress import progress_bar
+from litgpt_akl.teacher.space import bytes_of_token
 
 CHUNK_BYTES = 32 * 2**20
 """Of hidden states that are kept in memory until they are written together: what a killed process loses at most."""

@@ -13,11 +13,11 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from litgpt_akl.cache.cache import TeacherCache
-from litgpt_akl.cache.chunks import DTYPES
-from litgpt_akl.cache.identity import Identity, check_identity
-from litgpt_akl.data.stores import Store, digest
-from litgpt_akl.directories import explain_failure, write_file
+from litgpt_akl.data.dataset import Store, digest
+from litgpt_akl.files.directories import explain_failure, write_file
+from litgpt_akl.teacher.cache import TeacherCache
+from litgpt_akl.teacher.chunk_file import DTYPES
+from litgpt_akl.teacher.identity import Identity, check_identity
 
 HEAD = "head-"
 """How the name of the file with the teacher's LM head begins; its checksum follows."""

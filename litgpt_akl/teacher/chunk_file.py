@@ -20,8 +20,8 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from litgpt_akl.directories import PARTIAL, explain_failure, write_file
-from litgpt_akl.errors import UserError, reason
+from litgpt_akl.files.directories import PARTIAL, explain_failure, write_file
+from litgpt_akl.messages import UserError, reason
 
 NUMBER, DIGEST, START, TOKENS, CHECKSUM = range(5)
 """Columns of an index: the sample's number and digest, its first row and how many there are, their checksum."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import fsspec
 
-from litgpt_akl.directories import explain_failure, write_file
-from litgpt_akl.errors import UserError, reason
-from litgpt_akl.reading import with_checksum, without_checksum
+from litgpt_akl.files.directories import explain_failure, write_file
+from litgpt_akl.files.reading import with_checksum, without_checksum
+from litgpt_akl.messages import UserError, reason
 
 IDENTITY = "cache.json"
 FORMAT = 1

@@ -6,14 +6,14 @@ import xxhash
 from litgpt.data import DataModule
 from litgpt.prompts import PromptStyle
 
-from litgpt_akl.args import TeacherArgs
-from litgpt_akl.cache.identity import Identity
+from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.data.dataset import Store
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.preparation import probe
-from litgpt_akl.data.stores import Store
-from litgpt_akl.fingerprints import fingerprint
-from litgpt_akl.pair import Pair, token_map
-from litgpt_akl.weights import weights_files
+from litgpt_akl.models.fingerprints import fingerprint
+from litgpt_akl.models.pair import Pair, token_map
+from litgpt_akl.models.weights import weights_files
+from litgpt_akl.teacher.identity import Identity
 
 
 def make_identity(

@@ -6,10 +6,10 @@ from shutil import disk_usage
 import numpy as np
 import torch
 
-from litgpt_akl.data.stores import Store
-from litgpt_akl.errors import UserError
-from litgpt_akl.memory_plan import MemoryPlan
-from litgpt_akl.model_size import HashableConfig, measure_size
+from litgpt_akl.data.dataset import Store
+from litgpt_akl.memory.memory_plan import MemoryPlan
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.model_size import HashableConfig, measure_size
 
 PART = 100_000
 """Samples whose response tokens are asked for together."""

@@ -7,11 +7,11 @@ import torch
 from litgpt.config import Config
 from torch import Tensor, nn
 
-from litgpt_akl.cache.cache import TeacherCache
-from litgpt_akl.cache.chunks import Record
-from litgpt_akl.data.windows import MicroBatch
-from litgpt_akl.models import hidden_states, make_head
-from litgpt_akl.sharding import highest_of_each, unshard
+from litgpt_akl.data.steps import MicroBatch
+from litgpt_akl.models.gpt import hidden_states, make_head
+from litgpt_akl.models.parallel import highest_of_each, unshard
+from litgpt_akl.teacher.cache import TeacherCache
+from litgpt_akl.teacher.chunk_file import Record
 
 
 class LoneHead(nn.Module):

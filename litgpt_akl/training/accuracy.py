@@ -12,22 +12,21 @@ from litgpt.config import Config
 from litgpt.model import GPT, do_softcapping
 from torch import Tensor, nn
 
-from litgpt_akl.cache.caches import Caches
-from litgpt_akl.cache.chunks import decode, encode
-from litgpt_akl.comparison import compare
-from litgpt_akl.data.stores import Store, digest
-from litgpt_akl.data.windows import MicroBatch, in_order
-from litgpt_akl.directories import write_file
-from litgpt_akl.display import say
-from litgpt_akl.errors import reason
-from litgpt_akl.fingerprints import fingerprint
-from litgpt_akl.heads import Head
-from litgpt_akl.models import build_model, hidden_states
-from litgpt_akl.quantize import finish
-from litgpt_akl.run import Run
-from litgpt_akl.sharding import from_rank_zero, rank, reshard
-from litgpt_akl.teacher import LoneHead
-from litgpt_akl.weights import open_weights
+from litgpt_akl.data.dataset import Store, digest
+from litgpt_akl.data.steps import MicroBatch, in_order
+from litgpt_akl.files.directories import write_file
+from litgpt_akl.loss.comparison import compare
+from litgpt_akl.messages import reason, say
+from litgpt_akl.models.fingerprints import fingerprint
+from litgpt_akl.models.gpt import build_model, hidden_states
+from litgpt_akl.models.heads import Head
+from litgpt_akl.models.parallel import from_rank_zero, rank, reshard
+from litgpt_akl.models.quantize import finish
+from litgpt_akl.models.weights import open_weights
+from litgpt_akl.teacher.caches import Caches
+from litgpt_akl.teacher.chunk_file import decode, encode
+from litgpt_akl.teacher.teacher import LoneHead
+from litgpt_akl.training.run import Run
 
 FILE = "teacher_accuracy.json"
 """In the cache that a run writes to, else in its ``out_dir``: what was found, since the full teacher takes long."""
@@ -138,7 +137,7 @@ def loss_of_storage(teacher: nn.Module, dtype: torch.dtype, batches: list[MicroB
     All processes must ask together: its forward needs all.
 
     Args:
-        teacher: from :func:`~litgpt_akl.models.set_up_teacher`.
+        teacher: from :func:`~litgpt_akl.models.gpt.set_up_teacher`.
         dtype: of the hidden states on disk.
         batches: of whose response tokens some are compared.
         vocab_size: ids that tokenizer and head have.

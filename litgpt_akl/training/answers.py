@@ -18,13 +18,13 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from litgpt_akl.args import GenerationArgs
-from litgpt_akl.data.stores import Store
-from litgpt_akl.errors import UserError
-from litgpt_akl.generation import generate, together, without_end
-from litgpt_akl.head_loss import IGNORE_INDEX
-from litgpt_akl.progress import progress_bar
-from litgpt_akl.sharding import from_each
+from litgpt_akl.config.args import GenerationArgs
+from litgpt_akl.data.dataset import Store
+from litgpt_akl.data.steps import together
+from litgpt_akl.loss.head_loss import IGNORE_INDEX
+from litgpt_akl.messages import UserError, progress_bar
+from litgpt_akl.models.generation import generate, without_end
+from litgpt_akl.models.parallel import from_each
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Asker:
         fabric: of the run.
         questions: all of them, in every process.
         tokenizer: of the models.
-        stop: what ends an answer, from :func:`~litgpt_akl.generation.stop_sequences`.
+        stop: what ends an answer, from :func:`~litgpt_akl.models.generation.stop_sequences`.
         vocab_size: ids that the tokenizer has.
         args: of the command.
         most_tokens: of prompts that are read together, padding counted; None for no such limit.

@@ -13,10 +13,8 @@ import torch
 from litgpt.prompts import PromptStyle, save_prompt_style
 from torch import Tensor, nn
 
-from litgpt_akl.directories import clear_leftovers, explain_failure, restore_previous, write_directory
-from litgpt_akl.errors import UserError
-from litgpt_akl.lora import ADAPTERS, adapters_of, read_trained, store_adapters, store_merged
-from litgpt_akl.manifest import (
+from litgpt_akl.files.directories import clear_leftovers, explain_failure, restore_previous, write_directory
+from litgpt_akl.files.manifest import (
     MANIFEST,
     STEPS,
     damage,
@@ -27,10 +25,12 @@ from litgpt_akl.manifest import (
     step_of,
     write_manifest,
 )
-from litgpt_akl.metrics import METRICS_MARK
-from litgpt_akl.model_files import ModelFiles, copy_model_files, describe_to_hugging_face
-from litgpt_akl.padding import write_config_without_padding
-from litgpt_akl.sharding import (
+from litgpt_akl.files.names import METRICS_MARK
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.lora import ADAPTERS, adapters_of, read_trained, store_adapters, store_merged
+from litgpt_akl.models.model_files import ModelFiles, copy_model_files, describe_to_hugging_face
+from litgpt_akl.models.padding import write_config_without_padding
+from litgpt_akl.models.parallel import (
     from_each,
     from_rank_zero,
     load_optimizer_state,
@@ -38,7 +38,7 @@ from litgpt_akl.sharding import (
     rank,
     wait_for_all,
 )
-from litgpt_akl.tensor_file import TensorFile, read_tensors, tensor_file
+from litgpt_akl.models.tensor_file import TensorFile, read_tensors, tensor_file
 
 TRAINING_STATE = "training_state.pth"
 """What training goes on from, beside the student."""
@@ -73,8 +73,8 @@ def write_student(
     The adapters of a LoRA student are merged into the weights, and lie beside them in a file of their own.
 
     Args:
-        directory: From :func:`~litgpt_akl.directories.write_directory`; None in other processes than 0, which take part
-            in gathering the parameters.
+        directory: From :func:`~litgpt_akl.files.directories.write_directory`; None in other processes than 0, which
+            take part in gathering the parameters.
         student: Its parameters may be sharded; they are whole one at a time.
         model_files: Those of the student's original checkpoint.
         tied: Whether embeddings and LM head are one matrix in the file; written into config.json, since Hugging Face
@@ -138,7 +138,7 @@ def save_training_state(
         directory: Where it is to appear.
         state: Student, optimizer, scheduler, and what there is of ``POSITION`` and ``IDENTITY``.
         model_files: Those of the student's original checkpoint.
-        metrics: Which rows of the run's log are behind it, from :class:`~litgpt_akl.metrics.MetricsMarker`.
+        metrics: Which rows of the run's log are behind it, from :class:`~litgpt_akl.training.metrics.MetricsMarker`.
         keep_last: As in :func:`remove_old`; None keeps all.
         timed: Whether only the clock asks for it: the next save then deletes it.
         options: Those of :func:`write_student`.

@@ -6,9 +6,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from litgpt_akl.cache.identity import read_identity
-from litgpt_akl.data import chat_template
-from litgpt_akl.manifest import Damaged, read_manifest
+from litgpt_akl.files.manifest import Damaged, read_manifest
+from litgpt_akl.models import chat_template
+from litgpt_akl.teacher.identity import read_identity
 
 
 class Day(NamedTuple):

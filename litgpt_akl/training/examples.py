@@ -9,19 +9,19 @@ import torch
 from litgpt.tokenizer import Tokenizer
 from torch import Tensor
 
-from litgpt_akl.adaptive import in_head
-from litgpt_akl.data.stores import Store
-from litgpt_akl.data.windows import in_order
-from litgpt_akl.errors import reason
-from litgpt_akl.generation import generate, longest_prompt, stop_sequences, together, without_end
-from litgpt_akl.head_loss import IGNORE_INDEX
-from litgpt_akl.heads import Head
-from litgpt_akl.lora import without_adapters
-from litgpt_akl.out_dir import EXAMPLES
+from litgpt_akl.data.dataset import Store
+from litgpt_akl.data.steps import in_order, together
+from litgpt_akl.files.names import EXAMPLES
+from litgpt_akl.loss.adaptive import in_head
+from litgpt_akl.loss.head_loss import IGNORE_INDEX
+from litgpt_akl.messages import reason
+from litgpt_akl.models.generation import generate, longest_prompt, stop_sequences, without_end
+from litgpt_akl.models.heads import Head
+from litgpt_akl.models.lora import without_adapters
+from litgpt_akl.models.parallel import from_rank_zero, reshard
 from litgpt_akl.report.examples_file import take_examples, write_examples
-from litgpt_akl.run import Run, validation_records
-from litgpt_akl.sharding import from_rank_zero, reshard
-from litgpt_akl.teacher import LoneHead
+from litgpt_akl.teacher.teacher import LoneHead
+from litgpt_akl.training.run import Run, validation_records
 
 RECORDS = 3
 """Of the validation data, from its first on."""

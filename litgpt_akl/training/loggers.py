@@ -13,10 +13,9 @@ from litgpt.args import LogArgs
 from litgpt.types import LoggerChoice
 from litgpt.utils import choose_logger
 
-from litgpt_akl.errors import UserError, reason
-from litgpt_akl.metrics import copy_marked_rows
-from litgpt_akl.metrics_file import MetricsFile
-from litgpt_akl.progress import tell
+from litgpt_akl.messages import UserError, reason, tell
+from litgpt_akl.training.metrics import copy_marked_rows
+from litgpt_akl.training.metrics_file import MetricsFile
 
 
 class MetricsLogger(CSVLogger):

@@ -11,14 +11,14 @@ from litgpt.model import GPT
 from torch import nn
 from torchmetrics.functional.classification import binary_calibration_error
 
-from litgpt_akl.data.stores import Store
-from litgpt_akl.data.windows import in_order
-from litgpt_akl.head_loss import DistillationLoss
-from litgpt_akl.models import distillation_loss
-from litgpt_akl.progress import progress_bar
-from litgpt_akl.scoring import STATISTICS
-from litgpt_akl.sharding import from_each, reshard
-from litgpt_akl.teacher import Teacher
+from litgpt_akl.data.dataset import Store
+from litgpt_akl.data.steps import in_order
+from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.loss.scoring import STATISTICS
+from litgpt_akl.messages import progress_bar
+from litgpt_akl.models.gpt import distillation_loss
+from litgpt_akl.models.parallel import from_each, reshard
+from litgpt_akl.teacher.teacher import Teacher
 
 BINS = 15
 """Of the calibration error, of equal width (Guo et al., arXiv 1706.04599)."""
@@ -53,7 +53,7 @@ def measure(
     Args:
         fabric: of the run.
         student: a GPT with a distillation head.
-        teacher: likewise, from :func:`~litgpt_akl.frozen.load_frozen`.
+        teacher: likewise, from :func:`~litgpt_akl.models.frozen.load_frozen`.
         loss: adaptive KL with the head that is meant.
         store: of the samples.
         numbers: of the samples in it.

@@ -13,12 +13,9 @@ from typing import Any, BinaryIO
 
 import xxhash
 
-from litgpt_akl.metrics_file import names_in
+from litgpt_akl.files.names import METRICS_COPY, METRICS_MARK
+from litgpt_akl.training.metrics_file import names_in
 
-METRICS_MARK = "metrics.json"
-"""A checkpoint's file that says which rows are its own; the rows themselves stay in the run's log."""
-METRICS_COPY = "metrics.csv"
-"""In place of it, checkpoints of earlier versions hold the rows."""
 BLOCK = 2**20
 """Bytes that are read at once."""
 

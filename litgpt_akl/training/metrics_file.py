@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from litgpt_akl.directories import set_aside
-from litgpt_akl.errors import reason
+from litgpt_akl.files.directories import set_aside
+from litgpt_akl.messages import reason
 
 ROWS_KEPT = 10_000
 """Rows that wait for a file that cannot be written; of more, the oldest go."""

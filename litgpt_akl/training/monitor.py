@@ -10,11 +10,9 @@ import psutil
 import torch
 from lightning.fabric.loggers import Logger
 
-from litgpt_akl.data.windows import Window
-from litgpt_akl.display import shown
-from litgpt_akl.errors import reason
-from litgpt_akl.progress import progress_bar, tell
-from litgpt_akl.scoring import STATISTICS
+from litgpt_akl.data.steps import Window
+from litgpt_akl.loss.scoring import STATISTICS
+from litgpt_akl.messages import progress_bar, reason, shown, tell
 
 
 class SpeakingFabric(L.Fabric):

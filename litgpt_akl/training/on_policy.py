@@ -12,17 +12,13 @@ import torch
 from litgpt.config import Config
 from torch import Tensor, nn
 
-from litgpt_akl.args import DistillArgs
-from litgpt_akl.data.stores import Store
-from litgpt_akl.data.windows import PART, Window, Windows, collate, cut, padded, turns
-from litgpt_akl.errors import UserError
-from litgpt_akl.generation import generate, longest_prompt, together
-from litgpt_akl.head_loss import IGNORE_INDEX
-from litgpt_akl.sharding import from_each
-
-BATCH = 32
-"""Prompts that a process answers together: their keys and values take less than training does, whose gradients and
-activations are not there at that time."""
+from litgpt_akl.config.args import DistillArgs
+from litgpt_akl.data.dataset import Store
+from litgpt_akl.data.steps import PART, Window, Windows, collate, cut, padded, together, turns
+from litgpt_akl.loss.head_loss import IGNORE_INDEX
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.generation import BATCH, generate, longest_prompt
+from litgpt_akl.models.parallel import from_each
 
 
 def limits_of_prompts(config: Config, longest: int) -> dict[str, int]:
@@ -98,7 +94,7 @@ class OwnAnswers:
         fabric: of the run.
         student: as Fabric set it up.
         distill: of the command.
-        stop: what ends an answer, from :func:`~litgpt_akl.generation.stop_sequences`.
+        stop: what ends an answer, from :func:`~litgpt_akl.models.generation.stop_sequences`.
         vocab_size: ids that the tokenizer has.
         longest: tokens of prompt and answer together, at most.
         seed: of the run.

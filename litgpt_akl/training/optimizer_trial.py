@@ -12,9 +12,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from litgpt_akl.errors import UserError, reason
-from litgpt_akl.run import make_optimizer
-from litgpt_akl.train import make_scheduler
+from litgpt_akl.messages import UserError, reason
+from litgpt_akl.training.run import make_optimizer
+from litgpt_akl.training.train import make_scheduler
 
 STEPS, RATE = 2, 0.01
 TOLERANCE = 1e-3

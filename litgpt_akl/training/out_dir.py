@@ -10,16 +10,14 @@ from typing import Any, Literal
 
 import yaml
 
-from litgpt_akl.args import TeacherArgs
-from litgpt_akl.checkpoint import find_training_state
-from litgpt_akl.directories import explain_failure, remove_directory, restore_previous, set_aside
-from litgpt_akl.errors import UserError, not_permitted
-from litgpt_akl.manifest import MANIFEST, STEPS, Damaged, damage, newest_first, read_manifest, step_of
-from litgpt_akl.pair import Pair
+from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.files.directories import explain_failure, remove_directory, restore_previous, set_aside
+from litgpt_akl.files.manifest import MANIFEST, STEPS, Damaged, damage, newest_first, read_manifest, step_of
+from litgpt_akl.files.names import EXAMPLES, FINAL, FINAL_HF, PAGE, RECIPE
+from litgpt_akl.messages import UserError, not_permitted
+from litgpt_akl.models.pair import Pair
+from litgpt_akl.training.checkpoint import find_training_state
 
-FINAL, FINAL_HF = "final", "final-hf"
-"""The trained student, and the same for Hugging Face's libraries."""
-RECIPE, PAGE, EXAMPLES = "hyperparameters.yaml", "report.html", "examples.json"
 PAGE_MARK = "distillation report</title>"
 """What the report pages have in their head."""
 
@@ -176,7 +174,7 @@ def open_out_dir(
 
     Args:
         out_dir: The run's, which is locked.
-        resume: As in :func:`~litgpt_akl.checkpoint.find_training_state`.
+        resume: As in :func:`~litgpt_akl.training.checkpoint.find_training_state`.
         overwrite: Whether a student and checkpoints of another run may be replaced.
         exports: Whether ``final-hf/`` will be written.
         tell: Is told what is passed over, or removed.

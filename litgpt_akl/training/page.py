@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import lightning as L
 
-from litgpt_akl.errors import reason
-from litgpt_akl.loggers import flushed_metrics
-from litgpt_akl.out_dir import PAGE
-from litgpt_akl.run import Run
+from litgpt_akl.files.names import PAGE
+from litgpt_akl.messages import reason
+from litgpt_akl.training.loggers import flushed_metrics
+from litgpt_akl.training.run import Run
 
 
 def refresh_page(

@@ -12,8 +12,8 @@ from datetime import timedelta
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from torch import distributed
 
-from litgpt_akl.errors import UserError, reason
-from litgpt_akl.sharding import rank, world_size
+from litgpt_akl.messages import UserError, reason
+from litgpt_akl.models.parallel import rank, world_size
 
 FAILURE = "litgpt_akl/failure"
 """The key under which the processes' common store holds the first failure."""

@@ -11,17 +11,17 @@ from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
 from litgpt.utils import instantiate_torch_optimizer
 
-from litgpt_akl.args import DistillArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.config.recipe import differences
+from litgpt_akl.data.dataset import Store
 from litgpt_akl.data.plan import Plan
-from litgpt_akl.data.stores import Store
-from litgpt_akl.data.windows import Memory, MicroBatch, Windows, in_order, load
+from litgpt_akl.data.steps import Memory, MicroBatch, Windows, in_order, load
 from litgpt_akl.data.workers import Fetched
-from litgpt_akl.errors import UserError
-from litgpt_akl.fingerprints import fingerprint, is_of
-from litgpt_akl.memory_plan import MemoryPlan
-from litgpt_akl.pair import Pair
-from litgpt_akl.recipe import differences
-from litgpt_akl.weights import weights_files
+from litgpt_akl.memory.memory_plan import MemoryPlan
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.fingerprints import fingerprint, is_of
+from litgpt_akl.models.pair import Pair
+from litgpt_akl.models.weights import weights_files
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Run:
     optimizer: str | dict
     seed: int
     resume: bool | Literal["auto"] | Path | None
-    """What was asked for, and in :func:`~litgpt_akl.state.make_state` the directory that it means."""
+    """What was asked for, and in :func:`~litgpt_akl.training.state.make_state` the directory that it means."""
     accept_changes: bool
     overwrite: bool
     save_minutes: float | None

@@ -7,7 +7,7 @@ from types import FrameType, TracebackType
 
 import lightning as L
 
-from litgpt_akl.sharding import highest
+from litgpt_akl.models.parallel import highest
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -7,15 +7,13 @@ import lightning as L
 import torch
 from litgpt.model import GPT
 
-from litgpt_akl.cache.caches import Caches, read_head, write_head
-from litgpt_akl.checkpoint import draw_own_numbers, load_training_state, read_training_state
-from litgpt_akl.data.stores import Store
-from litgpt_akl.errors import UserError
-from litgpt_akl.frozen import load_frozen
-from litgpt_akl.generation import stop_sequences
-from litgpt_akl.lora import lora_config, with_new_adapters
-from litgpt_akl.manifest import damage
-from litgpt_akl.models import (
+from litgpt_akl.data.dataset import Store
+from litgpt_akl.files.manifest import damage
+from litgpt_akl.files.stamps import WAY_OUT
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.frozen import load_frozen
+from litgpt_akl.models.generation import stop_sequences
+from litgpt_akl.models.gpt import (
     build_model,
     checkpoint_activations,
     compile_blocks,
@@ -23,14 +21,16 @@ from litgpt_akl.models import (
     is_tied,
     set_up_teacher,
 )
-from litgpt_akl.on_policy import OwnAnswers
-from litgpt_akl.padding import config_without_padding, count_ids, without_padding
-from litgpt_akl.run import Run, changes_since, identity, longest_sample, make_optimizer
-from litgpt_akl.sharding import load_weights
-from litgpt_akl.stamps import WAY_OUT
-from litgpt_akl.teacher import LoneHead, Teacher
-from litgpt_akl.train import make_scheduler, total_steps, warmup_steps
-from litgpt_akl.weights import open_weights
+from litgpt_akl.models.lora import lora_config, with_new_adapters
+from litgpt_akl.models.padding import config_without_padding, count_ids, without_padding
+from litgpt_akl.models.parallel import load_weights
+from litgpt_akl.models.weights import open_weights
+from litgpt_akl.teacher.caches import Caches, read_head, write_head
+from litgpt_akl.teacher.teacher import LoneHead, Teacher
+from litgpt_akl.training.checkpoint import draw_own_numbers, load_training_state, read_training_state
+from litgpt_akl.training.on_policy import OwnAnswers
+from litgpt_akl.training.run import Run, changes_since, identity, longest_sample, make_optimizer
+from litgpt_akl.training.train import make_scheduler, total_steps, warmup_steps
 
 
 def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict[str, Any]:

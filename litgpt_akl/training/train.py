@@ -12,13 +12,13 @@ import torch
 from litgpt.args import EvalArgs, TrainArgs
 from torch.optim.lr_scheduler import LambdaLR
 
-from litgpt_akl.data.windows import Window
-from litgpt_akl.errors import UserError
-from litgpt_akl.models import distillation_loss
-from litgpt_akl.monitor import Progress
-from litgpt_akl.scoring import STATISTICS
-from litgpt_akl.sharding import highest_of_each, whole
-from litgpt_akl.signals import StopSignals
+from litgpt_akl.data.steps import Window
+from litgpt_akl.loss.scoring import STATISTICS
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.gpt import distillation_loss
+from litgpt_akl.models.parallel import highest_of_each, whole
+from litgpt_akl.training.monitor import Progress
+from litgpt_akl.training.signals import StopSignals
 
 NONFINITE_LIMIT = 3
 """Steps in a row that may be dropped for a loss or gradient that is not finite, before the run stops."""

@@ -13,14 +13,14 @@ from litgpt.utils import select_sft_generate_example
 from torch import Tensor
 
 from litgpt_akl.data.arrow_store import ArrowStore
-from litgpt_akl.data.stores import Store
-from litgpt_akl.generation import generate, longest_prompt, stop_sequences, without_end
-from litgpt_akl.models import distillation_loss
-from litgpt_akl.pair import Pair
-from litgpt_akl.run import Run, validation_batches
-from litgpt_akl.scoring import STATISTICS
-from litgpt_akl.sharding import reshard
-from litgpt_akl.signals import StopSignals
+from litgpt_akl.data.dataset import Store
+from litgpt_akl.loss.scoring import STATISTICS
+from litgpt_akl.models.generation import generate, longest_prompt, stop_sequences, without_end
+from litgpt_akl.models.gpt import distillation_loss
+from litgpt_akl.models.pair import Pair
+from litgpt_akl.models.parallel import reshard
+from litgpt_akl.training.run import Run, validation_batches
+from litgpt_akl.training.signals import StopSignals
 
 
 @torch.no_grad()

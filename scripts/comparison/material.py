@@ -10,8 +10,8 @@ import prepare_demo
 from litgpt.prompts import Default, PromptStyle, SmolLM2
 
 from comparison.methods import Settings
-from litgpt_akl.directories import write_directory
-from litgpt_akl.make_student import make_student
+from litgpt_akl.commands.make_student import make_student
+from litgpt_akl.files.directories import write_directory
 
 
 @dataclass(frozen=True)

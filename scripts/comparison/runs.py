@@ -15,10 +15,10 @@ from litgpt.data import JSON
 from comparison.material import Material
 from comparison.methods import Settings
 from comparison.store import Run, Store
-from litgpt_akl.args import DistillArgs, GenerationArgs, TeacherArgs
-from litgpt_akl.errors import UserError
-from litgpt_akl.evaluate_akl import evaluate_akl
-from litgpt_akl.finetune_akl import setup
+from litgpt_akl.commands.evaluate_akl import evaluate_akl
+from litgpt_akl.commands.finetune_akl import setup
+from litgpt_akl.config.args import DistillArgs, GenerationArgs, TeacherArgs
+from litgpt_akl.messages import UserError
 
 NEVER = 10**9
 

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from comparison.methods import Settings
-from litgpt_akl.directories import write_file
+from litgpt_akl.files.directories import write_file
 
 
 @dataclass(frozen=True)

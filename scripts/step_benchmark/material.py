@@ -16,12 +16,12 @@ from litgpt.model import GPT
 from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
 from litgpt.utils import save_config
 
+from litgpt_akl.commands.make_student import make_student
+from litgpt_akl.data.dataset import Store
 from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.prepare import prepare_stores
-from litgpt_akl.data.stores import Store
-from litgpt_akl.directories import write_directory
-from litgpt_akl.make_student import make_student
-from litgpt_akl.pair import check_pair
+from litgpt_akl.files.directories import write_directory
+from litgpt_akl.models.pair import check_pair
 from step_benchmark.job import ROWS, SEED, Job
 
 WIDE_LAYERS = 8

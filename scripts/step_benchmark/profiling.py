@@ -14,8 +14,10 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from litgpt_akl import head_loss, scoring, teacher, train
 from litgpt_akl.data import workers
+from litgpt_akl.loss import head_loss, scoring
+from litgpt_akl.teacher import teacher
+from litgpt_akl.training import train
 from step_benchmark import variants
 from step_benchmark.job import THREADS, Job
 

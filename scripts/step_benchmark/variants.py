@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.data import DataLoader
 
-from litgpt_akl import finetune_akl
-from litgpt_akl.args import TeacherArgs
-from litgpt_akl.data.windows import MicroBatch, collate
+from litgpt_akl.commands import finetune_akl
+from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.data.steps import MicroBatch, collate
 from step_benchmark.job import LEARNING_RATE, ROWS, SEED, THREADS, Job, memory_gb, report
 
 OPTIMIZER = {"class_path": "torch.optim.AdamW", "init_args": {"lr": LEARNING_RATE}}

@@ -10,8 +10,8 @@ import torch
 from runs import alice, distil, metrics
 from test_memory_on_a_gpu import PLANS, measure
 
-from litgpt_akl.args import LoRAArgs, TeacherArgs
-from litgpt_akl.teacher import Teacher
+from litgpt_akl.config.args import LoRAArgs, TeacherArgs
+from litgpt_akl.teacher.teacher import Teacher
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

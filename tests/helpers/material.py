@@ -17,15 +17,16 @@ from litgpt.data import JSON, LitData
 from litgpt.prompts import Default, save_prompt_style
 from runs import distil
 
-from litgpt_akl.args import GenerationArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.commands.evaluate_akl import evaluate_akl
+from litgpt_akl.commands.export_hf import export_hf
+from litgpt_akl.commands.make_student import make_student
+from litgpt_akl.commands.report_akl import report_akl
+from litgpt_akl.config.args import GenerationArgs, LoRAArgs, TeacherArgs
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.evaluate_akl import evaluate_akl
-from litgpt_akl.export_hf import export_hf, write_export
-from litgpt_akl.lock import LOCK
-from litgpt_akl.make_student import make_student
+from litgpt_akl.files.lock import LOCK
+from litgpt_akl.models.export import write_export
 from litgpt_akl.report.examples_file import read_examples
 from litgpt_akl.report.history import read_history
-from litgpt_akl.report_akl import report_akl
 
 Command = Callable[[Path], None]
 """Works in a directory with all material, and writes into the one that it is given."""

@@ -35,8 +35,8 @@ from helpers.faults import (
     written_path,
 )
 from helpers.material import KINDS, Command, Kind, make_material
-from litgpt_akl.errors import UserError
-from litgpt_akl.lock import LOCK
+from litgpt_akl.files.lock import LOCK
+from litgpt_akl.messages import UserError
 
 PATIENCE = 60
 """Seconds after which a command counts as hanging."""

@@ -12,8 +12,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from litgpt_akl.display import shown
-from litgpt_akl.errors import UserError
+from litgpt_akl.messages import UserError, shown
 
 USER_ERRORS = (UserError, ValueError, TypeError, KeyError, OSError)
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}

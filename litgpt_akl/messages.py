@@ -1,7 +1,20 @@
-"""What gives access to something is used, and neither written nor printed: passwords, tokens and signatures of URLs."""
+"""What people read: errors that are theirs to mend, values made fit to be shown, credentials masked, progress."""
 
+import os
 import re
-from typing import Any
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f\ud800-\udfff]"
+)
+"""What controls a terminal or a writing direction, or has no look; halves of characters. Not newline, tab, joiners."""
+LENGTH = 300
+"""Characters of a value within a message."""
 
 MASK = "***"
 
@@ -33,6 +46,74 @@ SECRET_NAME = re.compile(r"(?i)(?:.*[_.-])?(?:token|secret|password|passwd|key|c
 HARMLESS_NAME = re.compile(
     r"(?i)(?:.*[_.-])?(?:bos|eos|pad|unk|sep|cls|mask|sort|image|text|input|output|column)[_.-].*",
 )
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of another library says, as one line of at most 300 characters."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return quoted(" ".join(text.split()))
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one or two lines that name the thing, both values and the way out.
+
+    The commands print it without a traceback and exit with status 1. Everything else keeps its traceback. What it
+    quotes may come from data or a URL: it is made fit to be shown, and credentials are masked.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(message))
+
+
+def first_line(error: UserError) -> str:
+    """What is wrong, without the way out."""
+    return str(error).splitlines()[0]
+
+
+def not_permitted(error: PermissionError, path: Path | str) -> UserError:
+    """What a user is told who may not read a file, or a directory above it; ``path`` if the error names none."""
+    place = os.fsdecode(error.filename or path)
+    return UserError(
+        f"{place} cannot be read: {error.strerror}.\nLet this user read it, or copy it to where it may be read."
+    )
+
+
+def visible(text: str) -> str:
+    """The same text with escapes such as ``\\x1b`` in place of control characters; lines and tabs stay."""
+    return CONTROL.sub(_escape, text.replace("\r\n", "\n"))
+
+
+def _escape(found: re.Match) -> str:
+    return found[0].encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def shown(text: object) -> str:
+    """What may be printed of a text of several lines: visible, and without credentials."""
+    return masked(visible(str(text)))
+
+
+def quoted(text: object, length: int = LENGTH) -> str:
+    """What may be printed of a value within one line: with escapes for new lines, too, and cut to a length."""
+    text = shown(text).replace("\n", "\\n").replace("\t", "\\t")
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Print a message; ``file`` is the standard output if it is not told."""
+    print(shown(text), file=sys.stdout if file is None else file, flush=True)
+
+
+def progress_bar(*args, **options) -> tqdm:
+    """A tqdm bar; a log file is no terminal: a line every ten seconds is enough there."""
+    if "desc" in options:
+        options["desc"] = quoted(options["desc"], 80)
+    return tqdm(*args, mininterval=0.2 if sys.stderr.isatty() else 10.0, **options)
+
+
+def tell(text: str) -> None:
+    """Print lines above the progress lines that there are."""
+    tqdm.write(shown(text), file=sys.stdout)
+    sys.stdout.flush()
 
 
 def masked(value: Any) -> Any:

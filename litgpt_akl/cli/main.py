@@ -8,16 +8,15 @@ from importlib import import_module
 from pkgutil import resolve_name
 from types import ModuleType
 
-from litgpt_akl.display import say
-from litgpt_akl.errors import UserError, not_permitted
-from litgpt_akl.terminal import interrupt_as_usual, prepare_terminal
+from litgpt_akl.cli.terminal import interrupt_as_usual, prepare_terminal
+from litgpt_akl.messages import UserError, not_permitted, say
 
 COMMANDS = {
-    "finetune_akl": "litgpt_akl.finetune_akl:setup",
-    "evaluate_akl": "litgpt_akl.evaluate_akl:evaluate_akl",
-    "make_student": "litgpt_akl.make_student:make_student",
-    "export_hf": "litgpt_akl.export_hf:export_hf",
-    "report_akl": "litgpt_akl.report_akl:report_akl",
+    "finetune_akl": "litgpt_akl.commands.finetune_akl:setup",
+    "evaluate_akl": "litgpt_akl.commands.evaluate_akl:evaluate_akl",
+    "make_student": "litgpt_akl.commands.make_student:make_student",
+    "export_hf": "litgpt_akl.commands.export_hf:export_hf",
+    "report_akl": "litgpt_akl.commands.report_akl:report_akl",
 }
 
 
@@ -88,7 +87,7 @@ def _litgpt_main_modules() -> list[ModuleType]:
 def _fill(main_module: ModuleType, litgpt_commands: list[str]) -> None:
     commands = {name: without_traceback(resolve_name(target)) for name, target in COMMANDS.items()}
     if names_our_command(sys.argv[1:], litgpt_commands):
-        from litgpt_akl.parser import Parser
+        from litgpt_akl.cli.parser import Parser
 
         main_module.CLI = functools.partial(main_module.CLI, parser_class=Parser)
     main_module.PARSER_DATA.update(commands)

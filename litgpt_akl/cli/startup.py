@@ -15,8 +15,8 @@ def watch() -> None:
 def _prepare_terminal() -> None:
     """For this package's commands only: LitGPT's own are as LitGPT has them."""
     try:
-        from litgpt_akl.cli import COMMANDS
-        from litgpt_akl.terminal import prepare_terminal
+        from litgpt_akl.cli.main import COMMANDS
+        from litgpt_akl.cli.terminal import prepare_terminal
     except Exception:
         # _extend imports the same, and tells what is wrong
         return
@@ -47,7 +47,7 @@ class ParserConfigFinder:
 
 def _extend(parser_config) -> None:
     try:
-        from litgpt_akl.cli import extend
+        from litgpt_akl.cli.main import extend
     except Exception as error:
         # an upgrade gone wrong must not take LitGPT down with it
         print(f"The litgpt-akl commands are missing: {type(error).__name__}: {error}", file=sys.stderr)
