@@ -31,8 +31,7 @@ from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.files.manifest import MANIFEST, write_manifest
-from litgpt_akl.files.names import METRICS_MARK
+from litgpt_akl.files.manifest import MANIFEST, METRICS_MARK, write_manifest
 from litgpt_akl.training.metrics import MetricsMarker
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -17,8 +17,7 @@ from litgpt.config import Config
 from litgpt.data import JSON
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_akl.data.plan import Plan
-from litgpt_akl.data.steps import Windows, load
+from litgpt_akl.data.steps import Plan, Windows, load
 from litgpt_akl.data.streaming import StreamingSFT, own_prompt_style
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -19,7 +19,7 @@ from litgpt_akl.memory.memory_plan import MemoryPlan
 from litgpt_akl.models.generation import generate
 from litgpt_akl.models.gpt import build_model, checkpoint_activations, empty_weights, set_up_teacher
 from litgpt_akl.models.parallel import load_weights, make_strategy, return_freed_memory
-from litgpt_akl.teacher.caches import Caches
+from litgpt_akl.teacher.cache import Caches
 from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.train import take_step
 

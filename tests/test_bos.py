@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast
 from litgpt_akl.commands.export_hf import export_hf
 from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.data.encoding import Encoder
-from litgpt_akl.models.bos import OneBosTokenizer
 from litgpt_akl.models.chat_template import ChatTemplate
 from litgpt_akl.models.model_files import copy_model_files
+from litgpt_akl.models.tokenizer import OneBosTokenizer
 
 QUESTIONS = ("Who stole the tarts?", " 2 + 2 =\n", "", "Say <s> and <|im_start|> twice")
 NO_TEMPLATE = ""

@@ -7,8 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from litgpt_akl.data.cgroups import available_memory, cpu_quota
-from litgpt_akl.data.workers import available_cores
+from litgpt_akl.data.workers import available_cores, available_memory, cpu_quota
 from litgpt_akl.memory.planning import device_bytes
 
 MB = 10**6

@@ -17,8 +17,7 @@ from litgpt.data import LitData
 from runs import distil
 
 from litgpt_akl.data.litdata import LEAST_CACHED, ChunkStore, open_chunks
-from litgpt_akl.data.plan import Plan
-from litgpt_akl.data.steps import Windows, load
+from litgpt_akl.data.steps import Plan, Windows, load
 from litgpt_akl.messages import UserError
 
 pytest.importorskip("litdata", reason="LitGPT's LitData needs litdata (pip install litgpt-akl[litdata])")
@@ -107,7 +106,7 @@ def test_equal_fingerprints_are_of_equal_samples(chunks, tmp_path):
 @pytest.mark.parametrize("room", ["1GB", "1B"])
 def test_every_block_once_per_epoch_and_chunk_by_chunk(chunks, monkeypatch, cache_dir, room, remote, ranks, workers):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8))
-    monkeypatch.setattr("litgpt_akl.data.plan.POOL", 12)
+    monkeypatch.setattr("litgpt_akl.data.steps.POOL", 12)
     monkeypatch.setenv("MAX_CACHE_SIZE", room)
     store = open_chunks(LitData(f"local:{chunks / 'int64'}" if remote else chunks / "int64"), BLOCK)[0]
     # what validation reads in the main process must not keep its workers from reading

@@ -26,7 +26,7 @@ from litgpt_akl.memory.memory_report import GB, ways_out
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.gpt import build_model, empty_weights, hidden_states, set_up_teacher
 from litgpt_akl.models.parallel import bare, load_weights, make_strategy, reshard, whole
-from litgpt_akl.teacher.caches import Caches
+from litgpt_akl.teacher.cache import Caches
 from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.train import take_step
 

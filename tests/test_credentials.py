@@ -25,7 +25,7 @@ from litgpt_akl.data.records import place
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.messages import MASK, UserError, is_masked, masked, quoted, shown, without_credentials
 from litgpt_akl.models.model_files import read_tokenizer
-from litgpt_akl.training.monitor import Progress, SpeakingFabric
+from litgpt_akl.training.logging import Progress, SpeakingFabric
 
 SECRET = "Pl4nted-s3cret"
 URLS = [

@@ -13,8 +13,7 @@ from litgpt_akl.data.steps import MicroBatch
 from litgpt_akl.loss import head_loss
 from litgpt_akl.memory.estimate import predict
 from litgpt_akl.memory.memory_plan import STREAM
-from litgpt_akl.models.gpt import build_model
-from litgpt_akl.models.quantize import load_quantized
+from litgpt_akl.models.gpt import build_model, load_quantized
 from litgpt_akl.teacher.teacher import Teacher
 
 

@@ -17,7 +17,7 @@ from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.files.manifest import MANIFEST, damage
 from litgpt_akl.files.reading import explain_damage, plain_names, with_checksum
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.hf_weights import INDEX, files_in
+from litgpt_akl.models.hf import INDEX, files_in
 from litgpt_akl.models.tensor_file import check_tensors
 from litgpt_akl.models.weights import find_checkpoint_dir, open_weights, read_config
 from litgpt_akl.training.checkpoint import find_training_state

@@ -15,8 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from runs import alice
 from test_generation import slow_answer
 
-from litgpt_akl.commands.evaluate_akl import evaluate_akl
-from litgpt_akl.commands.evaluation_table import table
+from litgpt_akl.commands.evaluate_akl import evaluate_akl, table
 from litgpt_akl.config.args import GenerationArgs
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.messages import UserError

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from litgpt_akl.commands.export_hf import export_hf
 from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.messages import UserError
-from litgpt_akl.models import hf_weights
+from litgpt_akl.models import hf as hf_weights
 from litgpt_akl.models.export import write_export
 from litgpt_akl.models.weights import open_weights, read_config
 

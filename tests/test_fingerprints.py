@@ -19,9 +19,9 @@ from litgpt_akl.files.directories import default_cache_dir
 from litgpt_akl.files.manifest import write_manifest
 from litgpt_akl.files.reading import with_checksum
 from litgpt_akl.messages import UserError
-from litgpt_akl.models import fingerprints, hf_weights
-from litgpt_akl.models.fingerprints import fingerprint
-from litgpt_akl.models.weights import open_weights, read_config
+from litgpt_akl.models import hf as hf_weights
+from litgpt_akl.models import weights as fingerprints
+from litgpt_akl.models.weights import fingerprint, open_weights, read_config
 from litgpt_akl.teacher.identity import IDENTITY, read_identity
 
 CONFIG = replace(materials.TEACHER_CONFIG, n_layer=3, n_embd=512, head_size=128, intermediate_size=1365)

@@ -16,8 +16,8 @@ from ranks import in_processes
 from transformers import NoRepeatNGramLogitsProcessor
 
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.frozen import load_frozen
 from litgpt_akl.models.generation import _Answer, generate, stop_sequences, without_end
+from litgpt_akl.models.gpt import load_frozen
 from litgpt_akl.models.parallel import make_strategy
 from litgpt_akl.models.weights import read_config
 

@@ -9,8 +9,7 @@ from runs import distil
 from transformers import AutoModelForCausalLM
 
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.fingerprints import fingerprint
-from litgpt_akl.models.weights import find_checkpoint_dir, open_weights, read_config
+from litgpt_akl.models.weights import find_checkpoint_dir, fingerprint, open_weights, read_config
 
 
 @pytest.fixture(scope="module")

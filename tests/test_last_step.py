@@ -19,7 +19,7 @@ from litgpt_akl.commands.report_akl import report_akl
 from litgpt_akl.files.manifest import damage, read_manifest
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.parallel import rank
-from litgpt_akl.training.monitor import Progress
+from litgpt_akl.training.logging import Progress
 
 STEPS = 2
 OPTIONS = {"train": {"max_steps": STEPS}, "eval": {"max_iters": 1, "max_new_tokens": 2, "initial_validation": False}}
@@ -67,7 +67,7 @@ def failing_file_of_examples(patch: pytest.MonkeyPatch, out_dir: Path) -> None:
     def fail_to_write(*arguments) -> None:
         raise OSError("made to fail")
 
-    patch.setattr("litgpt_akl.training.examples.write_examples", fail_to_write)
+    patch.setattr("litgpt_akl.training.reporting.write_examples", fail_to_write)
 
 
 def fail_to_log(patch: pytest.MonkeyPatch, step: int) -> None:

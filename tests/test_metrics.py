@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from litgpt_akl.files.names import METRICS_MARK
-from litgpt_akl.training.loggers import MetricsLogger
+from litgpt_akl.files.manifest import METRICS_MARK
+from litgpt_akl.training.logging import MetricsLogger
 from litgpt_akl.training.metrics import MetricsMarker, copy_marked_rows
 
 ROWS = 40

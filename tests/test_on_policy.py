@@ -21,15 +21,13 @@ from runs import alice, distil, metrics, train_args
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.finetune_akl import setup
 from litgpt_akl.config.args import DistillArgs, GenerationArgs, LoRAArgs, TeacherArgs
-from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.prepare import prepare_stores
-from litgpt_akl.data.steps import Windows
+from litgpt_akl.data.steps import Plan, Windows
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.loss.head_loss import DistillationLoss
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.frozen import load_frozen
 from litgpt_akl.models.generation import stop_sequences
-from litgpt_akl.models.gpt import build_model
+from litgpt_akl.models.gpt import build_model, load_frozen
 from litgpt_akl.models.weights import open_weights, read_config
 from litgpt_akl.training.on_policy import OwnAnswers, check_prompts
 

@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from litgpt_akl.data.plan import Plan, permute
+from litgpt_akl.data.steps import Plan, permute
 
 LENGTHS = np.random.default_rng(0).integers(3, 400, size=100_000)
 

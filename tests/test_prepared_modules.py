@@ -19,7 +19,7 @@ from ranks import in_processes
 from torch.utils.data import DataLoader
 
 from litgpt_akl.data import preparation
-from litgpt_akl.data.arrow_store import ArrowStore
+from litgpt_akl.data.dataset import ArrowStore
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.messages import UserError
 

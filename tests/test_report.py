@@ -23,13 +23,12 @@ import litgpt_akl.training.distil
 from litgpt_akl.commands.report_akl import report_akl
 from litgpt_akl.config.args import TeacherArgs
 from litgpt_akl.messages import UserError
-from litgpt_akl.report.examples_file import read_examples
+from litgpt_akl.report.figures import COLOURS, NOISY, draw_panels, one_line, printable
 from litgpt_akl.report.history import POINTS, History, read_history, running_mean, thin, unique_names
 from litgpt_akl.report.page import Shown, draw_distributions, make_page
-from litgpt_akl.report.plots import COLOURS, NOISY, draw_panels
-from litgpt_akl.report.text import one_line, printable
-from litgpt_akl.training.examples import TOKENS
-from litgpt_akl.training.loggers import make_loggers
+from litgpt_akl.report.runs import read_examples
+from litgpt_akl.training.logging import make_loggers
+from litgpt_akl.training.reporting import TOKENS
 
 OPTIONS = {"train": {"max_steps": 6}, "eval": {"interval": 3, "max_new_tokens": 6}}
 

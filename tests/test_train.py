@@ -13,7 +13,7 @@ from litgpt.tokenizer import Tokenizer
 from runs import alice, distil, metrics, train_args
 
 import litgpt_akl.training.distil
-from litgpt_akl.data.plan import Plan
+from litgpt_akl.data.steps import Plan
 from litgpt_akl.loss.divergences import adaptive_kl
 from litgpt_akl.messages import UserError
 from litgpt_akl.training.train import make_scheduler, total_steps, warmup_steps

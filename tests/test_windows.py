@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from litgpt_akl.data.dataset import MemoryStore
-from litgpt_akl.data.plan import Plan
-from litgpt_akl.data.steps import Windows, cut, in_order, load
+from litgpt_akl.data.steps import Plan, Windows, cut, in_order, load
 
 
 def make_store(samples: int, longest: int = 60) -> MemoryStore:

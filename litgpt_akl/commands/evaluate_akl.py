@@ -1,6 +1,7 @@
 """`litgpt evaluate_akl`: what a student has taken on of its teacher, and how well it answers."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +16,6 @@ from litgpt.data import Alpaca, DataModule
 from litgpt.model import GPT
 from litgpt.utils import parse_devices
 
-from litgpt_akl.commands.evaluation_table import nan_as_null, table
 from litgpt_akl.config.args import GenerationArgs
 from litgpt_akl.config.checks import check_questions, check_run_args
 from litgpt_akl.config.recipe import check_masked
@@ -27,16 +27,54 @@ from litgpt_akl.files.lock import locked
 from litgpt_akl.loss.adaptive import HeadRule
 from litgpt_akl.loss.head_loss import DistillationLoss
 from litgpt_akl.messages import UserError, say
-from litgpt_akl.models.frozen import load_frozen
 from litgpt_akl.models.generation import longest_prompt, stop_sequences
+from litgpt_akl.models.gpt import load_frozen
 from litgpt_akl.models.pair import Pair, check_pair
 from litgpt_akl.models.parallel import make_strategy
 from litgpt_akl.training.answers import Answers, Asker, as_lines, find_questions, rate
-from litgpt_akl.training.day import choose_day
-from litgpt_akl.training.measures import gap_closed, measure
-from litgpt_akl.training.monitor import SpeakingFabric, silence_known_noise
+from litgpt_akl.training.launch import ending_together
+from litgpt_akl.training.logging import SpeakingFabric, silence_known_noise
 from litgpt_akl.training.out_dir import check_apart
-from litgpt_akl.training.processes import ending_together
+from litgpt_akl.training.run import choose_day
+from litgpt_akl.training.validate import gap_closed, measure
+
+ROWS = {
+    "forward_kl": ("forward KL to the teacher, nats", ".4f"),
+    "reverse_kl": ("reverse KL to the teacher, nats", ".4f"),
+    "adaptive_kl": ("adaptive KL to the teacher, nats", ".4f"),
+    "agreement": ("share with the teacher's top-1 id", ".4f"),
+    "cross_entropy": ("cross-entropy of the responses, nats", ".4f"),
+    "perplexity": ("perplexity", ".2f"),
+    "gap_closed": ("share of the cross-entropy gap closed", ".1%"),
+    "kl_closed": ("share of the forward KL gone", ".1%"),
+    "accuracy": ("share of the responses' ids predicted", ".4f"),
+    "calibration_error": ("expected calibration error", ".4f"),
+    "rouge_l": ("ROUGE-L of answers", ".2f"),
+    "rouge_l_std": ("  standard deviation over seeds", ".2f"),
+    "distinct_2": ("distinct-2 of answers", ".3f"),
+    "answer_tokens": ("tokens of an answer", ".1f"),
+}
+"""What is printed, and how."""
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """What was measured of each model, for people."""
+    roles = [role for role in ("before", "student", "teacher") if role in found]
+    lines = [f"{'':38}" + "".join(f"{role:>12}" for role in roles)]
+    for name, (label, form) in ROWS.items():
+        values = [found[role].get(name, math.nan) for role in roles]
+        if not all(map(math.isnan, values)):
+            cells = ["" if math.isnan(value) else f"{value:{form}}" for value in values]
+            lines.append(f"{label:38}" + "".join(f"{cell:>12}" for cell in cells))
+    return "\n".join(lines)
+
+
+def nan_as_null(value: Any) -> Any:
+    """The same with null for what is not a number, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: nan_as_null(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
 
 RESULTS, ANSWERS = "evaluation.json", "answers.jsonl"
 """In ``out_dir``."""

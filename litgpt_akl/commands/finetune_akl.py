@@ -30,16 +30,15 @@ from litgpt_akl.memory.memory_report import report_memory
 from litgpt_akl.memory.planning import device_bytes, find_models, make_plan, models_of
 from litgpt_akl.messages import say
 from litgpt_akl.models.export import check_export
+from litgpt_akl.models.gpt import check_quantization
 from litgpt_akl.models.pair import check_pair
 from litgpt_akl.models.parallel import make_strategy
-from litgpt_akl.models.quantize import check_quantization
 from litgpt_akl.teacher.chunk_file import DTYPES
-from litgpt_akl.teacher.opening import stored_type
+from litgpt_akl.teacher.identity import stored_type
 from litgpt_akl.teacher.space import describe_plan
 from litgpt_akl.training.distil import main
 from litgpt_akl.training.fill import fill
-from litgpt_akl.training.loggers import make_loggers
-from litgpt_akl.training.monitor import SpeakingFabric, silence_known_noise
+from litgpt_akl.training.logging import SpeakingFabric, make_loggers, silence_known_noise
 from litgpt_akl.training.optimizer_trial import check_optimizer
 from litgpt_akl.training.out_dir import check_places
 from litgpt_akl.training.run import Run, make_optimizer

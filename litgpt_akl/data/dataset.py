@@ -1,13 +1,19 @@
-"""Stores: tokenised samples that are read by number."""
+"""Tokenised samples that are read by number: in memory, or from memory-mapped Arrow files."""
 
+import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
 from typing import Protocol
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 import xxhash
 from torch import Tensor
 
+from litgpt_akl.files.directories import explain_failure
 from litgpt_akl.loss.head_loss import IGNORE_INDEX
 
 
@@ -91,3 +97,140 @@ class MemoryStore:
             "input_ids": torch.from_numpy(self._input_ids[span].astype(np.int64)),
             "labels": torch.from_numpy(self._labels[span].astype(np.int64)),
         }
+
+
+ALL = (0.0, math.inf)
+"""Of the draws of records."""
+
+
+class ArrowStore:
+    """Rows of a prepared dataset, all of them good; see ``preparation.COLUMNS``.
+
+    Given are the ends ``[low, high)`` between which their draws lie, or the rows' numbers, ``[samples]``, in order.
+    """
+
+    chunk_ends = None
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        draws: tuple[float, float] = ALL,
+        *,
+        numbers: np.ndarray | None = None,
+        mask_prompt: bool,
+        settings: str,
+        place: Callable[[int, int, int], str],
+    ) -> None:
+        """Reads the rows' lengths, a hundred thousand at a time; ``place`` tells of a file, a line and a row."""
+        dataset, (low, high) = dataset.with_format("arrow"), draws
+        self._mask_prompt = mask_prompt
+        self._place, self._numbers = place, numbers
+        self.tokens = self.longest = self.all_response_tokens = samples = 0
+        digest = xxhash.xxh3_128(f"{settings} {mask_prompt}".encode())
+        is_meant = None
+        if numbers is not None:
+            digest.update(numbers)
+            is_meant = np.zeros(len(dataset), dtype=bool)
+            is_meant[numbers] = True
+        first = 0
+        # before any rows are chosen, since reading two million chosen ones takes ten seconds
+        for table in dataset.select_columns(["length", "draw", "response_tokens"]).iter(100_000):
+            length, draw, count = (table[name].to_numpy() for name in ("length", "draw", "response_tokens"))
+            chosen = _choose(draw, length, low, high)
+            if is_meant is not None:
+                chosen &= is_meant[first : first + len(length)]
+            first += len(length)
+            length, draw, count = length[chosen], draw[chosen], count[chosen]
+            samples += len(length)
+            self.tokens += int(length.sum())
+            self.all_response_tokens += int((count if mask_prompt else length - 1).sum())
+            self.longest = max(self.longest, int(length.max(initial=0)))
+            # a draw comes from the hash of its record
+            digest.update(length)
+            digest.update(draw)
+        self.fingerprint = digest.hexdigest()
+        if numbers is None and samples < len(dataset):
+            self._numbers = _numbers_between(dataset, low, high) if samples else np.empty(0, dtype=np.int64)
+        # a choice of columns is made once, as it copies the dataset's description
+        columns = {"lengths": ["length"], "counts": ["response_tokens"], "samples": ["input_ids", "responses"]}
+        columns |= {"places": ["file", "line"], "responses": ["responses"]}
+        self._views = {name: dataset.select_columns(chosen) for name, chosen in columns.items()}
+
+    def __len__(self) -> int:
+        return len(self._views["lengths"]) if self._numbers is None else len(self._numbers)
+
+    def _rows(self, view: str, numbers: Sequence[int]) -> pa.Table:
+        return self._views[view][numbers if self._numbers is None else self._numbers[numbers]]
+
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        return self._rows("lengths", numbers)["length"].to_numpy()
+
+    def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
+        if not self._mask_prompt:
+            return self.lengths(numbers) - 1
+        return self._rows("counts", numbers)["response_tokens"].to_numpy()
+
+    def prompt_lengths(self, numbers: np.ndarray) -> np.ndarray:
+        if not self._mask_prompt:
+            return np.zeros(len(numbers), dtype=np.int64)
+        responses = self._rows("responses", numbers)["responses"].combine_chunks()
+        # every sample has one, and the first number of its list is where the first one begins
+        return responses.values.to_numpy()[responses.offsets.to_numpy()[:-1]].astype(np.int64)
+
+    def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
+        rows = self._rows("samples", numbers)
+        columns = (_split(rows["input_ids"]), _split(rows["responses"]))
+        return [self._sample(ids, responses) for ids, responses in zip(*columns, strict=True)]
+
+    def _sample(self, input_ids: np.ndarray, responses: np.ndarray) -> dict[str, Tensor]:
+        input_ids = torch.from_numpy(input_ids.astype(np.int64))
+        labels = input_ids
+        if self._mask_prompt:
+            labels = torch.full_like(input_ids, IGNORE_INDEX)
+            for begin, end in responses.reshape(-1, 2):
+                labels[begin:end] = input_ids[begin:end]
+        return {"input_ids": input_ids, "labels": labels}
+
+    def prompt(self, number: int) -> Tensor:
+        """The ids of a sample before its first response."""
+        row = self._rows("samples", [number])
+        # where whole samples count, a response may be cut off entirely
+        begin = next(iter(_split(row["responses"])[0].tolist()), None)
+        return torch.from_numpy(_split(row["input_ids"])[0][:begin].astype(np.int64))
+
+    def place(self, number: int) -> str:
+        row = self._rows("places", [number])
+        return self._place(
+            row["file"][0].as_py(),
+            row["line"][0].as_py(),
+            int(number if self._numbers is None else self._numbers[number]),
+        )
+
+
+def _split(column: pa.ChunkedArray) -> list[np.ndarray]:
+    lists = column.combine_chunks()
+    values, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
+    return np.split(values[: offsets[-1]], offsets[:-1])[1:]
+
+
+def _choose(draw: np.ndarray, length: np.ndarray, low: float, high: float) -> np.ndarray:
+    return (length > 0) & (low <= draw) & (draw < high)
+
+
+def _numbers_between(dataset: datasets.Dataset, low: float, high: float) -> np.ndarray:
+    """The numbers of the rows that are chosen, memory-mapped, since they may be more than memory holds.
+
+    Raises:
+        UserError: the disk for temporary files does not take them.
+    """
+    directory = Path(gettempdir())
+    way_out = "Make room there, or name another directory by the environment variable TMPDIR."
+    # nameless, so that nobody else can change it, and gone when this process is
+    with explain_failure(directory, way_out), TemporaryFile(dir=directory) as file:
+        first = 0
+        for table in dataset.select_columns(["length", "draw"]).iter(100_000):
+            chosen = _choose(table["draw"].to_numpy(), table["length"].to_numpy(), low, high)
+            file.write(first + np.flatnonzero(chosen))
+            first += len(chosen)
+        file.flush()
+        return np.memmap(file, dtype=np.int64, mode="r")

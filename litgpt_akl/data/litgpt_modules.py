@@ -19,10 +19,8 @@ from litgpt.data import JSON, DataModule, SFTDataset
 from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader, Dataset, random_split
 
-from litgpt_akl.data.arrow_store import ArrowStore
-from litgpt_akl.data.dataset import MemoryStore, Store
-from litgpt_akl.data.preparation import FileRecords, Settings
-from litgpt_akl.data.prepared import prepare
+from litgpt_akl.data.dataset import ArrowStore, MemoryStore, Store
+from litgpt_akl.data.preparation import FileRecords, Settings, prepare
 from litgpt_akl.data.records import Record, place
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.files.directories import default_cache_dir

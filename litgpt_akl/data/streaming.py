@@ -14,10 +14,9 @@ from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.data import preparation
-from litgpt_akl.data.arrow_store import ALL, ArrowStore
+from litgpt_akl.data.dataset import ALL, ArrowStore
 from litgpt_akl.data.files import find_files
-from litgpt_akl.data.preparation import FileRecords
-from litgpt_akl.data.prepared import prepare
+from litgpt_akl.data.preparation import FileRecords, prepare
 from litgpt_akl.data.records import place
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.files.directories import default_cache_dir

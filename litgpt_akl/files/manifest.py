@@ -8,10 +8,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from litgpt_akl.files.changes import Stamp, stamp_of
 from litgpt_akl.files.directories import remove_directory
 from litgpt_akl.files.reading import file_checksum, plain_names, with_checksum, without_checksum
-from litgpt_akl.files.stamps import Stamp, stamp_of
 from litgpt_akl.messages import UserError, first_line
+
+FINAL, FINAL_HF = "final", "final-hf"
+"""The trained student, and the same for Hugging Face's libraries."""
+RECIPE, PAGE, EXAMPLES = "hyperparameters.yaml", "report.html", "examples.json"
+METRICS_MARK = "metrics.json"
+"""A checkpoint's file that says which rows are its own; the rows themselves stay in the run's log."""
+METRICS_COPY = "metrics.csv"
+"""In place of it, checkpoints of earlier versions hold the rows."""
+
 
 MANIFEST = "manifest.json"
 FORMAT = 1

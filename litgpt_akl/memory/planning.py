@@ -13,7 +13,7 @@ from litgpt.utils import extend_checkpoint_dir
 from torch import nn
 
 from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
-from litgpt_akl.data.cgroups import available_memory
+from litgpt_akl.data.workers import available_memory
 from litgpt_akl.memory.memory_plan import MemoryPlan, try_optimizer
 from litgpt_akl.memory.memory_report import GB
 from litgpt_akl.messages import UserError

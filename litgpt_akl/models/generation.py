@@ -67,7 +67,7 @@ def generate(
 
     Args:
         fabric: of the run.
-        model: a GPT with a :class:`~litgpt_akl.models.heads.Head`.
+        model: a GPT with a :class:`~litgpt_akl.models.gpt.Head`.
         prompts: the ids of each, ``[time]``.
         max_new_tokens: an answer ends after so many, or where ``max_length`` is reached.
         stop: sequences of ids that end an answer, from :func:`stop_sequences`.

@@ -1,25 +1,81 @@
 """Student and teacher: LitGPT's GPT with an LM head that can also hand over hidden states or give the loss."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from litgpt import lora
 from litgpt.config import Config
-from litgpt.model import GPT
+from litgpt.lora import LoRALinear
+from litgpt.model import GPT, do_softcapping
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from litgpt_akl.loss.head_loss import DistillationLoss, HeadLoss
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.heads import DistillationHead, Head, LoRAHead
 from litgpt_akl.models.lora import without_adapters
-from litgpt_akl.models.parallel import reshard
-from litgpt_akl.models.weights import is_said_to_be_tied
+from litgpt_akl.models.parallel import load_weights, reshard
+from litgpt_akl.models.weights import is_said_to_be_tied, open_weights
+
+
+class Head(nn.Module):
+    """Put before a linear layer among a class's bases: its logits, softcap included, or in a `giving` block others."""
+
+    softcap: float | None = None
+    _give: Callable[["Head", Tensor], Any] | None = None
+
+    def forward(self, hidden: Tensor) -> Any:
+        if self._give is not None:
+            return self._give(self, hidden)
+        return self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[..., vocab]`` of hidden states ``[..., n_embd]``."""
+        logits = super().forward(hidden)
+        return logits if self.softcap is None else do_softcapping(logits, self.softcap)
+
+    @contextmanager
+    def giving(self, give: Callable[["Head", Tensor], Any]) -> Iterator[None]:
+        """The model returns ``give(head, hidden)`` with the final hidden states ``[batch, time, n_embd]``."""
+        self._give = give
+        try:
+            yield
+        finally:
+            self._give = None
+
+
+class DistillationHead(Head, nn.Linear):
+    """The head of a model without adapters on it."""
+
+    def factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """``[n, k]`` and ``[vocab, k]``, whose product is the logits of ``hidden`` ``[n, n_embd]`` but for the bias."""
+        return hidden, self.weight
+
+
+class LoRAHead(Head, LoRALinear):
+    """A head with LitGPT's adapter; as of any other head, ``weight`` and ``bias`` are those of the base."""
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.linear.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.linear.bias
+
+    def factors(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """As of any other head, with k = n_embd + r: the adapter's product stands beside the base's."""
+        if self.merged:
+            return hidden, self.weight
+        reduced = self.lora_dropout(hidden) @ self.lora_A.T * self.scaling
+        return torch.cat((hidden, reduced), dim=1), torch.cat((self.weight, self.lora_B), dim=1)
 
 
 def build_model(config: Config, tied: bool) -> GPT:
@@ -165,3 +221,103 @@ def distillation_loss(
         result = student(input_ids)
     reshard(teacher)
     return result
+
+
+def check_quantization(kind: str, processes: int, needed: bool) -> None:
+    """Refuse what cannot be had before anything is loaded; bitsandbytes must be there if it is ``needed``.
+
+    Raises:
+        UserError: there is more than one process, or no bitsandbytes.
+    """
+    if processes > 1:
+        raise UserError(
+            f"--teacher.quantize {kind} is for one device, and this run has {processes}: there a sharded teacher takes"
+            " less. Leave it out."
+        )
+    if needed and find_spec("bitsandbytes") is None:
+        raise UserError(f"--teacher.quantize {kind} needs bitsandbytes: pip install 'litgpt-akl[quantize]'")
+
+
+def load_quantized(
+    teacher: GPT, weights: dict[str, Tensor], kind: Literal["int8", "nf4"], dtype: torch.dtype, device: torch.device
+) -> GPT:
+    """Give a teacher on the meta device its weights, those of the linear layers in its blocks quantized.
+
+    One layer at a time is whole on the device. Embeddings, norms and LM head keep ``dtype``, and so do layers whose
+    sizes are no multiples of 64, which bitsandbytes cannot pack on every device.
+    """
+    tied = teacher.transformer.wte.weight is teacher.lm_head.weight
+    for name, module in list(teacher.named_modules()):
+        prefix = f"{name}." if name else ""
+        own = {key: weights[prefix + key].to(dtype) for key, _ in module.named_parameters(recurse=False)}
+        if type(module) is nn.Linear and module.in_features % 64 == module.out_features % 64 == 0:
+            # bitsandbytes quantizes what comes from the CPU: int8 weights that are on a GPU already stay as they are
+            teacher.set_submodule(name, _quantize(module, own, kind, dtype).to(device))
+        else:
+            for key, value in own.items():
+                module.register_parameter(key, nn.Parameter(value.to(device)))
+    return finish(teacher, tied, device)
+
+
+def _quantize(linear: nn.Linear, own: dict[str, Tensor], kind: str, dtype: torch.dtype) -> nn.Linear:
+    # on a CPU it reports that a faster kernel is not installed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from bitsandbytes import nn as quantized
+
+    shape = {"input_features": linear.in_features, "output_features": linear.out_features, "bias": "bias" in own}
+    if kind == "int8":
+        layer = quantized.Linear8bitLt(**shape, has_fp16_weights=False, threshold=6.0, device="meta")
+        layer.weight = quantized.Int8Params(own["weight"], requires_grad=False, has_fp16_weights=False)
+    else:
+        layer = quantized.Linear4bit(**shape, compute_dtype=dtype, quant_type="nf4", device="meta")
+        layer.weight = quantized.Params4bit(own["weight"], requires_grad=False, quant_type="nf4")
+    if "bias" in own:
+        layer.bias = nn.Parameter(own["bias"])
+    return layer
+
+
+def finish(model: GPT, tied: bool, device: torch.device) -> GPT:
+    """Freeze a model that was given parameters on the meta device."""
+    if tied:
+        model.transformer.wte.weight = model.lm_head.weight
+    model.cos, model.sin = model.rope_cache(device=device)
+    return model.requires_grad_(False).eval()
+
+
+def load_frozen(
+    fabric: L.Fabric,
+    directory: Path,
+    config: Config,
+    dtype: torch.dtype,
+    *,
+    quantize: Literal["int8", "nf4"] | None = None,
+    compile: bool = False,
+) -> GPT:
+    """A checkpoint's model, whose weights only process 0 reads.
+
+    Args:
+        fabric: of the run.
+        directory: of the checkpoint.
+        config: of the model.
+        dtype: what it is held in and computes in.
+        quantize: whether the weights of its blocks are held in fewer bits.
+        compile: whether torch.compile fuses what is in a block.
+
+    Raises:
+        UserError: the weights cannot be read or do not fit.
+    """
+    weights, tied = None, None
+    if fabric.is_global_zero:
+        weights = open_weights(directory, config)
+        tied = is_tied(directory, weights, None)
+    tied = fabric.broadcast(tied)
+    # a quantized one is never whole on the device
+    with torch.device("meta") if quantize else empty_weights(fabric, dtype):
+        model = build_model(config, tied)
+    if compile:
+        compile_blocks(model)
+    if quantize:
+        return load_quantized(model, weights, quantize, dtype, fabric.device)
+    model = set_up_teacher(fabric, model)
+    load_weights(model, weights)
+    return model

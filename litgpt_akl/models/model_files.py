@@ -17,7 +17,7 @@ from litgpt.utils import fix_and_load_json
 
 from litgpt_akl.files.reading import explain_damage, read_json, read_yaml
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.bos import OneBosTokenizer, bos_rules, write_bos_rule
+from litgpt_akl.models.tokenizer import OneBosTokenizer, bos_rules, write_bos_rule
 
 HF_FILES = (
     "generation_config.json",
@@ -129,7 +129,7 @@ def copy_model_files(source_dir: Path, out_dir: Path, style: PromptStyle | None 
 
     LitGPT decides by the folder's name whether a text starts with a BOS token, so the same files mean something else
     in another folder, and Hugging Face tokenizers ask tokenizer.json instead: both are made to say what holds for the
-    source, as in :func:`~litgpt_akl.models.bos.bos_rules`.
+    source, as in :func:`~litgpt_akl.models.tokenizer.bos_rules`.
 
     Args:
         source_dir: a checkpoint.

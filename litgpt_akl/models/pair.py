@@ -6,7 +6,7 @@ from pathlib import Path
 from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_akl.files.stamps import WAY_OUT, Stamp, check_unchanged, stamp_of
+from litgpt_akl.files.changes import WAY_OUT, Stamp, check_unchanged, stamp_of
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.model_files import ModelFiles, read_model_files, read_tokenizer
 from litgpt_akl.models.weights import find_checkpoint_dir, model_paths, read_config

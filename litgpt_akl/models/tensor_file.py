@@ -13,8 +13,8 @@ import xxhash
 from litgpt.utils import SavingProxyForTensor, incremental_save
 from torch import Tensor
 
+from litgpt_akl.files.changes import watch
 from litgpt_akl.files.manifest import know_checksum
-from litgpt_akl.files.mapped_files import watch
 from litgpt_akl.files.reading import COPY_AGAIN, explain_damage
 from litgpt_akl.models.parallel import wait_for_all, whole
 

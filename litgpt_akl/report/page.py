@@ -13,10 +13,8 @@ from bokeh.resources import INLINE
 from jinja2 import Environment, PackageLoader
 
 from litgpt_akl.files.directories import write_file
-from litgpt_akl.report.distributions import draw_distribution
+from litgpt_akl.report.figures import COLOURS, Drawing, Key, draw_distribution, draw_panels, printable
 from litgpt_akl.report.history import History, finite
-from litgpt_akl.report.plots import COLOURS, Drawing, Key, draw_panels
-from litgpt_akl.report.text import printable
 
 VALUES = (
     ("loss", "Loss", "nats per token", "{:.3f}"),
@@ -38,7 +36,7 @@ class Shown:
 
     history: History
     examples: dict[str, Any] | None = None
-    """What :mod:`litgpt_akl.training.examples` has kept."""
+    """What :mod:`litgpt_akl.training.reporting` has kept."""
 
 
 def write_page(path: Path, runs: Sequence[Shown]) -> None:

@@ -17,13 +17,10 @@ from litgpt_akl.data.steps import MicroBatch, in_order
 from litgpt_akl.files.directories import write_file
 from litgpt_akl.loss.comparison import compare
 from litgpt_akl.messages import reason, say
-from litgpt_akl.models.fingerprints import fingerprint
-from litgpt_akl.models.gpt import build_model, hidden_states
-from litgpt_akl.models.heads import Head
+from litgpt_akl.models.gpt import Head, build_model, finish, hidden_states
 from litgpt_akl.models.parallel import from_rank_zero, rank, reshard
-from litgpt_akl.models.quantize import finish
-from litgpt_akl.models.weights import open_weights
-from litgpt_akl.teacher.caches import Caches
+from litgpt_akl.models.weights import fingerprint, open_weights
+from litgpt_akl.teacher.cache import Caches
 from litgpt_akl.teacher.chunk_file import decode, encode
 from litgpt_akl.teacher.teacher import LoneHead
 from litgpt_akl.training.run import Run

@@ -11,19 +11,26 @@ import numpy as np
 from litgpt_akl.data.dataset import Store
 from litgpt_akl.data.prepare import prepare_stores
 from litgpt_akl.data.workers import end_with_parent
-from litgpt_akl.files.names import FINAL
+from litgpt_akl.files.manifest import FINAL
 from litgpt_akl.memory.memory_report import report_memory
 from litgpt_akl.memory.planning import device_bytes
 from litgpt_akl.messages import UserError, say
 from litgpt_akl.models.parallel import highest_of_each, return_freed_memory, wait_for_all
-from litgpt_akl.teacher.caches import Caches, open_caches
-from litgpt_akl.teacher.identity import read_identity
-from litgpt_akl.teacher.opening import make_identity, needed_samples
+from litgpt_akl.teacher.cache import Caches, open_caches
+from litgpt_akl.teacher.identity import make_identity, needed_samples, read_identity
 from litgpt_akl.teacher.space import check_space, describe_saving, describe_space, response_tokens
-from litgpt_akl.training.day import Day, choose_day
 from litgpt_akl.training.on_policy import check_prompts
 from litgpt_akl.training.out_dir import is_finished, open_out_dir
-from litgpt_akl.training.run import Run, changes_since, identity, longest_sample, step_plan, validation_records
+from litgpt_akl.training.run import (
+    Day,
+    Run,
+    changes_since,
+    choose_day,
+    identity,
+    longest_sample,
+    step_plan,
+    validation_records,
+)
 from litgpt_akl.training.train import total_steps
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from litgpt_akl.files.directories import clear_leftovers, explain_failure, restore_previous, write_directory
 from litgpt_akl.files.manifest import (
     MANIFEST,
+    METRICS_MARK,
     STEPS,
     damage,
     newest_first,
@@ -25,7 +26,6 @@ from litgpt_akl.files.manifest import (
     step_of,
     write_manifest,
 )
-from litgpt_akl.files.names import METRICS_MARK
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.lora import ADAPTERS, adapters_of, read_trained, store_adapters, store_merged
 from litgpt_akl.models.model_files import ModelFiles, copy_model_files, describe_to_hugging_face

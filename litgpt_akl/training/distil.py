@@ -10,31 +10,28 @@ from litgpt.utils import num_parameters
 
 from litgpt_akl.data.dataset import Store
 from litgpt_akl.data.steps import Window
+from litgpt_akl.files.changes import check_mapped_files
 from litgpt_akl.files.directories import explain_failure, make_writable, write_file
 from litgpt_akl.files.lock import locked
-from litgpt_akl.files.mapped_files import check_mapped_files
-from litgpt_akl.files.names import FINAL, FINAL_HF, RECIPE
+from litgpt_akl.files.manifest import FINAL, FINAL_HF, RECIPE
 from litgpt_akl.messages import UserError, reason
 from litgpt_akl.models.export import write_export
 from litgpt_akl.models.padding import describe_padding
 from litgpt_akl.models.parallel import wait_for_all
-from litgpt_akl.report.examples_file import forget
-from litgpt_akl.teacher.caches import Caches
+from litgpt_akl.report.runs import forget
+from litgpt_akl.teacher.cache import Caches
 from litgpt_akl.teacher.teacher import LoneHead
 from litgpt_akl.training.accuracy import report_accuracy
 from litgpt_akl.training.beginning import begin
 from litgpt_akl.training.checkpoint import save_student, save_training_state
-from litgpt_akl.training.examples import remember
-from litgpt_akl.training.loggers import continue_metrics, flushed_metrics
+from litgpt_akl.training.launch import StopSignals, ending_together, is_loss_of_another, leave_if_stopped
+from litgpt_akl.training.logging import Progress, continue_metrics, flushed_metrics
 from litgpt_akl.training.metrics import MetricsMarker
-from litgpt_akl.training.monitor import Progress
-from litgpt_akl.training.page import refresh_page
-from litgpt_akl.training.processes import ending_together, is_loss_of_another
+from litgpt_akl.training.reporting import refresh_page, remember
 from litgpt_akl.training.run import Run, export_options, load_windows, make_windows
-from litgpt_akl.training.signals import StopSignals, leave_if_stopped
 from litgpt_akl.training.state import make_state
 from litgpt_akl.training.train import StepResult, check_nonfinite, fit, total_steps
-from litgpt_akl.training.validation import describe, example_answer, example_prompt, validate
+from litgpt_akl.training.validate import describe, example_answer, example_prompt, validate
 
 WAY_ON = "The same command with --resume auto goes on from the last checkpoint."
 """After a signal."""

@@ -8,14 +8,12 @@ import lightning as L
 from litgpt_akl.data.dataset import Store
 from litgpt_akl.data.steps import MicroBatch
 from litgpt_akl.messages import progress_bar
-from litgpt_akl.teacher.cache import TeacherCache
-from litgpt_akl.teacher.caches import Caches
+from litgpt_akl.teacher.cache import Caches, TeacherCache
 from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.accuracy import report_accuracy
 from litgpt_akl.training.beginning import begin
-from litgpt_akl.training.processes import ending_together
+from litgpt_akl.training.launch import StopSignals, ending_together, leave_if_stopped
 from litgpt_akl.training.run import Run, load_windows, make_windows, step_plan, validation_batches
-from litgpt_akl.training.signals import StopSignals, leave_if_stopped
 from litgpt_akl.training.state import make_teacher
 
 

@@ -12,8 +12,20 @@ import yaml
 
 from litgpt_akl.config.args import TeacherArgs
 from litgpt_akl.files.directories import explain_failure, remove_directory, restore_previous, set_aside
-from litgpt_akl.files.manifest import MANIFEST, STEPS, Damaged, damage, newest_first, read_manifest, step_of
-from litgpt_akl.files.names import EXAMPLES, FINAL, FINAL_HF, PAGE, RECIPE
+from litgpt_akl.files.manifest import (
+    EXAMPLES,
+    FINAL,
+    FINAL_HF,
+    MANIFEST,
+    PAGE,
+    RECIPE,
+    STEPS,
+    Damaged,
+    damage,
+    newest_first,
+    read_manifest,
+    step_of,
+)
 from litgpt_akl.messages import UserError, not_permitted
 from litgpt_akl.models.pair import Pair
 from litgpt_akl.training.checkpoint import find_training_state

@@ -1,9 +1,11 @@
-"""One run of the command: what it was asked for, and which samples, optimizer and export follow from that."""
+"""One run of the command: what it was asked for, and which samples, day and export follow from that."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -14,14 +16,49 @@ from litgpt.utils import instantiate_torch_optimizer
 from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
 from litgpt_akl.config.recipe import differences
 from litgpt_akl.data.dataset import Store
-from litgpt_akl.data.plan import Plan
-from litgpt_akl.data.steps import Memory, MicroBatch, Windows, in_order, load
+from litgpt_akl.data.steps import Memory, MicroBatch, Plan, Windows, in_order, load
 from litgpt_akl.data.workers import Fetched
+from litgpt_akl.files.manifest import Damaged, read_manifest
 from litgpt_akl.memory.memory_plan import MemoryPlan
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.fingerprints import fingerprint, is_of
+from litgpt_akl.models import chat_template
 from litgpt_akl.models.pair import Pair
-from litgpt_akl.models.weights import weights_files
+from litgpt_akl.models.weights import fingerprint, is_of, weights_files
+from litgpt_akl.teacher.identity import read_identity
+
+
+class Day(NamedTuple):
+    """A day, and where it was found."""
+
+    date: str
+    """As 2026-11-27, wherever the clock is."""
+    recorded_in: str | None
+    """A checkpoint or a teacher cache; None if it is the day of this call."""
+
+    def __str__(self) -> str:
+        source = "the day of this call" if self.recorded_in is None else f"as {self.recorded_in} was made with"
+        return f"The chat template writes a date into the prompts: {self.date}, {source}"
+
+
+def choose_day(checkpoints: Iterable[Path], cache_dir: str | None = None) -> Day:
+    """The day that one of some checkpoints, or else a teacher cache, was made with, or else that of this call.
+
+    Raises:
+        UserError: the cache is there and cannot be read.
+    """
+    for directory in checkpoints:
+        with suppress(Damaged):
+            if found := _date_of(read_manifest(directory).get("data")):
+                return Day(found, str(directory))
+    if cache_dir is not None and (found := _date_of(read_identity(cache_dir))):
+        return Day(found, cache_dir)
+    return Day(chat_template.today(), None)
+
+
+def _date_of(entries: Any) -> str | None:
+    with suppress(ValueError, TypeError, AttributeError):
+        return date.fromisoformat(entries.get("date")).isoformat()
+    return None
 
 
 @dataclass

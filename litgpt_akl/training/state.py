@@ -8,10 +8,9 @@ import torch
 from litgpt.model import GPT
 
 from litgpt_akl.data.dataset import Store
+from litgpt_akl.files.changes import WAY_OUT
 from litgpt_akl.files.manifest import damage
-from litgpt_akl.files.stamps import WAY_OUT
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.frozen import load_frozen
 from litgpt_akl.models.generation import stop_sequences
 from litgpt_akl.models.gpt import (
     build_model,
@@ -19,13 +18,14 @@ from litgpt_akl.models.gpt import (
     compile_blocks,
     empty_weights,
     is_tied,
+    load_frozen,
     set_up_teacher,
 )
 from litgpt_akl.models.lora import lora_config, with_new_adapters
 from litgpt_akl.models.padding import config_without_padding, count_ids, without_padding
 from litgpt_akl.models.parallel import load_weights
 from litgpt_akl.models.weights import open_weights
-from litgpt_akl.teacher.caches import Caches, read_head, write_head
+from litgpt_akl.teacher.cache import Caches, read_head, write_head
 from litgpt_akl.teacher.teacher import LoneHead, Teacher
 from litgpt_akl.training.checkpoint import draw_own_numbers, load_training_state, read_training_state
 from litgpt_akl.training.on_policy import OwnAnswers

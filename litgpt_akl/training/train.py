@@ -17,8 +17,8 @@ from litgpt_akl.loss.scoring import STATISTICS
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.gpt import distillation_loss
 from litgpt_akl.models.parallel import highest_of_each, whole
-from litgpt_akl.training.monitor import Progress
-from litgpt_akl.training.signals import StopSignals
+from litgpt_akl.training.launch import StopSignals
+from litgpt_akl.training.logging import Progress
 
 NONFINITE_LIMIT = 3
 """Steps in a row that may be dropped for a loss or gradient that is not finite, before the run stops."""

@@ -18,8 +18,8 @@ from litgpt.utils import save_config
 
 from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.data.dataset import Store
-from litgpt_akl.data.plan import Plan
 from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.steps import Plan
 from litgpt_akl.files.directories import write_directory
 from litgpt_akl.models.pair import check_pair
 from step_benchmark.job import ROWS, SEED, Job

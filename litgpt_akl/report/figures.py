@@ -1,24 +1,128 @@
-"""The figures of the report, by Bokeh; colours of text, axes and grids are the page's CSS, which knows dark mode."""
+"""The figures of the report, by Bokeh: panels of a run's metrics, and distributions at a position."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from bokeh.models import (
     BasicTickFormatter,
+    BoxAnnotation,
     ColumnDataSource,
     FixedTicker,
     HoverTool,
     NumeralTickFormatter,
+    PlainText,
     PrintfTickFormatter,
 )
 from bokeh.models.glyphs import Glyph, Scatter, VArea
 from bokeh.models.glyphs import Line as LineGlyph
 from bokeh.plotting import figure
 
+from litgpt_akl.messages import CONTROL, masked
 from litgpt_akl.report.history import POINTS, History, finite, running_mean, thin
-from litgpt_akl.report.panels import PANELS, Line, Panel
+
+VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
+
+
+def printable(text: str) -> str:
+    """The same text without credentials; what controls a writing direction or a terminal as replacement signs."""
+    return masked(CONTROL.sub("\ufffd", text.replace("\r\n", "\n")))
+
+
+def one_line(text: str, length: int) -> str:
+    """A token's text, at most ``length`` characters, with its white space visible."""
+    text = "".join(VISIBLE.get(character, character) for character in printable(text))
+    return text if len(text) <= length else f"{text[: length - 1]}\u2026"
+
+
+@dataclass
+class Line:
+    """One quantity of a panel."""
+
+    column: str
+    """Of the training log; ``val_column`` is the validation's."""
+    label: str
+    spread: str | None = None
+    """The column of the squares' mean, if a band of one standard deviation is drawn."""
+
+
+@dataclass
+class Panel:
+    """What one figure is to show."""
+
+    title: str
+    unit: str
+    lines: Sequence[Line]
+    numbers: Literal["real", "log", "share", "whole", "tiny"] = "real"
+    """How values are written, and whether the axis is logarithmic."""
+    about: str = ""
+
+
+PANELS = (
+    Panel("Loss", "nats per token", [Line("loss", "loss")], about="What is minimised."),
+    Panel("Divergence", "nats per token", [Line("divergence", "divergence")], about="From the teacher to the student."),
+    Panel(
+        "Cross-entropy",
+        "nats per token",
+        [Line("cross_entropy", "student"), Line("teacher_cross_entropy", "teacher")],
+        about="Of the recorded responses.",
+    ),
+    Panel(
+        "Forward and reverse KL",
+        "nats per token",
+        [Line("forward_kl", "forward"), Line("reverse_kl", "reverse")],
+        about="KL(teacher, student) and KL(student, teacher).",
+    ),
+    Panel(
+        "Weight of forward KL, h",
+        "share",
+        [Line("h", "h", spread="h_squared")],
+        "share",
+        "Head gap / (head gap + tail gap); the band is one standard deviation over tokens.",
+    ),
+    Panel(
+        "Head gap and tail gap",
+        "sum of |p - q|",
+        [Line("head_gap", "head"), Line("tail_gap", "tail")],
+        about="Where the student still differs from its teacher.",
+    ),
+    Panel(
+        "Agreement and gap closed",
+        "share",
+        [Line("agreement", "same top token"), Line("gap_closed", "gap closed")],
+        "share",
+        "Gap closed: of the cross-entropy's distance to the teacher at step 0.",
+    ),
+    Panel(
+        "Accuracy and confidence",
+        "share",
+        [
+            Line("accuracy", "student's accuracy"),
+            Line("confidence", "student's confidence"),
+            Line("teacher_accuracy", "teacher's accuracy"),
+            Line("teacher_confidence", "teacher's confidence"),
+        ],
+        "share",
+        "How often the top token is the recorded one, and the probability it has.",
+    ),
+    Panel("Learning rate", "learning rate", [Line("learning_rate", "learning rate")], "tiny"),
+    Panel("Gradient norm", "norm", [Line("gradient_norm", "gradient norm")], "log", "Before clipping."),
+    Panel(
+        "Throughput",
+        "tokens/s",
+        [Line("tokens_per_second", "all tokens"), Line("response_tokens_per_second", "response tokens")],
+        "whole",
+        "While it trains; validating and saving do not count.",
+    ),
+    Panel(
+        "Memory",
+        "GB",
+        [Line("memory_gb", "memory"), Line("memory_reserved_gb", "reserved by the allocator")],
+        about="Peak on a GPU, of the process on a CPU.",
+    ),
+)
+
 
 COLOURS = ("#0072b2", "#d55e00", "#009170", "#b85c94", "#9a7400", "#6c7a89")
 """After Okabe and Ito, told apart by the colour-blind; at least 3 : 1 on white and on nearly black."""
@@ -176,3 +280,62 @@ def add_hover(plot: figure, value: str, place: str = "step @x{0,0}") -> None:
     named = [renderer for renderer in plot.renderers if renderer.name]
     row = f"<div>$name, {place}: <b>{value}</b></div>"
     plot.add_tools(HoverTool(renderers=named, tooltips=row, mode="vline", point_policy="snap_to_data"))
+
+
+LOWEST = 1e-9
+"""Probabilities below are drawn as if they were this."""
+
+
+def draw_distribution(
+    position: dict[str, Any], students: Sequence[tuple[Key, dict[str, Any]]], teacher_colour: str
+) -> Drawing:
+    """Probabilities of the tokens that the teacher holds most probable, and of all others together; its head is shaded.
+
+    Args:
+        position: from ``examples.json``, for what it says of the teacher.
+        students: how each is drawn, and the same position as it sees it.
+        teacher_colour: of the teacher's line.
+    """
+    curves = [(Key("teacher", teacher_colour, marker=True), [*position["p"], position["p_others"]])]
+    curves += [(key, [*of["q"], of["q_others"]]) for key, of in students]
+    names = [*position["tokens"], f"{position['others']:,} others"]
+    places = np.append(np.arange(len(names) - 1), len(names) - 0.5)
+    plot = empty_figure("probability", "log", height=330, y_range=_range([values for _, values in curves]))
+    _name_tokens(plot, names, places)
+    head = min(position["head"], len(names) - 1)
+    plot.add_layout(BoxAnnotation(left=-0.5, right=head - 0.5, fill_color=COLOURS[5], fill_alpha=0.3, line_color=None))
+    drawing = Drawing(_title(position), _about(position, students), plot)
+    tokens = [*(one_line(token, 40) for token in position["tokens"]), names[-1]]
+    for key, values in curves:
+        y = np.maximum(values, LOWEST).astype(np.float32)
+        add_line(plot, places[:-1], y[:-1], None, line_color=key.colour, line_dash=key.dash, line_width=1.5)
+        add_dots(plot, places, y, key.label, key.colour, token=tokens)
+        drawing.keys.append(key)
+    add_hover(plot, "@y{0.000000}", "@token")
+    return drawing
+
+
+def _range(curves: list[list[float]]) -> tuple[float, float]:
+    lowest = max(LOWEST, min(min(values) for values in curves))
+    return float(10 ** np.floor(np.log10(lowest))), 1.5
+
+
+def _name_tokens(plot: figure, names: list[str], places: np.ndarray) -> None:
+    plot.xaxis.ticker = places.tolist()
+    texts = [*(one_line(name, 14) for name in names[:-1]), names[-1]]
+    # as they are: text between dollars would be taken for a formula
+    labels = {place: PlainText(text=text) for place, text in zip(places.tolist(), texts, strict=True)}
+    plot.xaxis.major_label_overrides = labels
+    plot.xaxis.major_label_orientation = "vertical"
+    plot.x_range.range_padding = 0.02
+
+
+def _title(position: dict[str, Any]) -> str:
+    context = printable(position["context"]).replace("\n", " \u21b5 ")
+    return f"\u2026 {context} [{one_line(position['next'], 40)}]"
+
+
+def _about(position: dict[str, Any], students: Sequence[tuple[Key, dict[str, Any]]]) -> str:
+    tokens = "1 token" if position["head"] == 1 else f"{position['head']:,} tokens"
+    gaps = (f"{key.label}: head gap {of['head_gap']:.3f}, tail gap {of['tail_gap']:.3f}" for key, of in students)
+    return f"Head (shaded): {tokens} with {position['head_mass']:.1%} of the teacher's mass. {'; '.join(gaps)}."

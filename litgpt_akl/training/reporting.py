@@ -1,4 +1,4 @@
-"""Answers and distributions of a run, first and latest, which its page shows beside those of the teacher."""
+"""The report of a run while it goes on: examples of what both models say, and the page."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,16 +11,17 @@ from torch import Tensor
 
 from litgpt_akl.data.dataset import Store
 from litgpt_akl.data.steps import in_order, together
-from litgpt_akl.files.names import EXAMPLES
+from litgpt_akl.files.manifest import EXAMPLES, PAGE
 from litgpt_akl.loss.adaptive import in_head
 from litgpt_akl.loss.head_loss import IGNORE_INDEX
 from litgpt_akl.messages import reason
 from litgpt_akl.models.generation import generate, longest_prompt, stop_sequences, without_end
-from litgpt_akl.models.heads import Head
+from litgpt_akl.models.gpt import Head
 from litgpt_akl.models.lora import without_adapters
 from litgpt_akl.models.parallel import from_rank_zero, reshard
-from litgpt_akl.report.examples_file import take_examples, write_examples
+from litgpt_akl.report.runs import take_examples, write_examples
 from litgpt_akl.teacher.teacher import LoneHead
+from litgpt_akl.training.logging import flushed_metrics
 from litgpt_akl.training.run import Run, validation_records
 
 RECORDS = 3
@@ -179,3 +180,29 @@ def _token_text(tokenizer: Tokenizer, before: Tensor, id: int) -> str:
     longer = tokenizer.decode(torch.cat((before, torch.tensor([id]))))
     text = longer.removeprefix(left) if longer.startswith(left) else tokenizer.decode(torch.tensor([id]))
     return text or f"<{id}>"
+
+
+def refresh_page(
+    fabric: L.Fabric, run: Run, state: dict, tell: Callable[[str], None], complain: Callable[[str], None]
+) -> None:
+    """Write ``out_dir/report.html`` anew in process 0, if anything was logged; if it cannot be, the run goes on.
+
+    ``tell`` is told once of each file that cannot be shown, ``complain`` if there is no new page.
+    """
+    metrics = flushed_metrics(fabric) if fabric.is_global_zero else None
+    if metrics is None or not metrics.is_file():
+        return
+    # Bokeh takes half a second to import, which a start is not to wait for
+    from litgpt_akl.report.page import write_page
+    from litgpt_akl.report.runs import read_run
+
+    def tell_once(text: str) -> None:
+        if text not in state["told_of_page"]:
+            state["told_of_page"].add(text)
+            tell(text)
+
+    try:
+        write_page(run.out_dir / PAGE, [read_run(run.out_dir, tell_once)])
+    except Exception as error:
+        # whatever it is, a page is not worth a run
+        complain(f"{run.out_dir / PAGE} was not refreshed ({type(error).__name__}: {reason(error)})")

@@ -1,8 +1,4 @@
-"""One BOS token where a text begins, and no second one: in training, and for whoever reads what is written.
-
-LitGPT goes by the folder's name and ``add_bos_token``, Transformers by the post-processor of tokenizer.json. Both can
-put a BOS token before a text that begins with one already: prompt styles and chat templates write it themselves.
-"""
+"""The student's tokenizer: one BOS token where a text begins, and which ids only pad the embedding."""
 
 import json
 from contextlib import suppress
