@@ -101,6 +101,9 @@ class Started:
     """A run, in processes that are copies of this one."""
 
     processes: list[int]
+    log: Path
+    said_before: int = 0
+    """Bytes of the log that are of earlier runs."""
     ended: dict[int, int] = field(default_factory=dict)
     """Exit statuses, negative for signals."""
 
@@ -123,6 +126,12 @@ class Started:
             time.sleep(POLL)
         return [self.ended[process] for process in self.processes]
 
+    def are_connected(self) -> bool:
+        """Whether each of the processes knows the others: before, only who has started them notices that one is lost."""
+        with self.log.open("rb") as file:
+            file.seek(self.said_before)
+            return b"All distributed processes registered" in file.read()
+
     def kill(self, victims: int | None = None) -> None:
         """SIGKILL to all, or to some of them, and wait for the end of all."""
         self.poll()
@@ -140,6 +149,8 @@ def start(recipe: list[str], out_dir: Path, log: Path, processes: int = 1, resum
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log.parent.mkdir(parents=True, exist_ok=True)
+    log.touch()
+    said_before = log.stat().st_size
     children = []
     sys.stdout.flush()
     for rank in range(processes):
@@ -147,7 +158,7 @@ def start(recipe: list[str], out_dir: Path, log: Path, processes: int = 1, resum
         if child == 0:
             _run(words, log, rank, processes, port)
         children.append(child)
-    return Started(children)
+    return Started(children, log, said_before)
 
 
 def _run(words: list[str], log: Path, rank: int, processes: int, port: int) -> None:
@@ -200,7 +211,7 @@ def kill_somewhere(run: Started, out_dir: Path, duration: float) -> str | None:
     if run.poll():
         return None
     # one of two is lost now and then, and the other is to end by itself
-    run.kill(1 if random.random() < 1 / 4 else None)
+    run.kill(1 if random.random() < 1 / 4 and run.are_connected() else None)
     return "in a save" if was_saving else "between saves"
 
 
