@@ -17,7 +17,7 @@ from litgpt.config import Config
 from litgpt.data import JSON
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_akl.data.steps import Plan, Windows, load
+from litgpt_akl.data.steps import StepBatches, StepSampler, load
 from litgpt_akl.data.streaming import StreamingSFT, own_prompt_style
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -39,10 +39,14 @@ def write_train_set(wheel: Path, task: str, path: Path) -> None:
 def padding_of_streaming(path: Path, micro_batch_size: int, micro_batch_tokens: int | None) -> float:
     data = StreamingSFT(str(path), val_split_fraction=0.0, cache_dir=path.parent)
     data.connect(Tokenizer(SMOLLM2))
-    store, _ = data.prepare(SMOLLM2, Config.from_file(SMOLLM2 / "model_config.yaml").block_size)
-    plan = Plan(len(store), STEP, 1337, store.lengths)
-    windows = list(load(Windows(store, plan, micro_batch_size, micro_batch_tokens), range(plan.steps_per_epoch), 0))
-    return 1 - sum(window.tokens for window in windows) / sum(window.padded_tokens for window in windows)
+    dataset, _ = data.prepare(SMOLLM2, Config.from_file(SMOLLM2 / "model_config.yaml").block_size)
+    plan = StepSampler(len(dataset), STEP, 1337, dataset.lengths)
+    step_batches = list(
+        load(StepBatches(dataset, plan, micro_batch_size, micro_batch_tokens), range(plan.steps_per_epoch), 0)
+    )
+    return 1 - sum(step_batch.tokens for step_batch in step_batches) / sum(
+        step_batch.padded_tokens for step_batch in step_batches
+    )
 
 
 def padding_of_litgpt(path: Path, micro_batch_size: int) -> float:

@@ -127,7 +127,7 @@ class Started:
         return [self.ended[process] for process in self.processes]
 
     def are_connected(self) -> bool:
-        """Whether each of the processes knows the others: before, only who has started them notices that one is lost."""
+        """Whether the processes know each other: before, only who has started them notices that one is lost."""
         with self.log.open("rb") as file:
             file.seek(self.said_before)
             return b"All distributed processes registered" in file.read()

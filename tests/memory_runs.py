@@ -14,7 +14,7 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from litgpt_akl.data.steps import MicroBatch, Window
+from litgpt_akl.data.steps import MicroBatch, StepBatch
 from litgpt_akl.memory.memory_plan import MemoryPlan
 from litgpt_akl.models.generation import generate
 from litgpt_akl.models.gpt import build_model, checkpoint_activations, empty_weights, set_up_teacher
@@ -94,13 +94,13 @@ def take_steps(plan: MemoryPlan, small: MemoryPlan, directory: Path) -> None:
 
 def _distil(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> None:
     state = make_state(fabric, plan, directory)
-    for window in steps_of(plan, 2):
+    for step_batch in steps_of(plan, 2):
         if plan.own_prompts:
             prompts = [torch.zeros(plan.sequence_length - 4, dtype=torch.int64)] * plan.own_prompts
             seeds = [(number,) for number in range(plan.own_prompts)]
             options = {"max_new_tokens": 4, "vocab_size": plan.vocab_size, "stop": []}
             generate(fabric, state["student"], prompts, seeds=seeds, **options)
-        take_step(fabric, state, window, max_norm=1.0)
+        take_step(fabric, state, step_batch, max_norm=1.0)
 
 
 def make_state(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> dict[str, Any]:
@@ -124,10 +124,10 @@ def make_state(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> di
     return state | {"loss": plan.loss, "vocab_size": plan.vocab_size}
 
 
-def steps_of(plan: MemoryPlan, number: int) -> Iterator[Window]:
+def steps_of(plan: MemoryPlan, number: int) -> Iterator[StepBatch]:
     """That many windows of a process, of made-up tokens."""
     micro_batches = plan.global_batch_size // plan.samples // plan.processes
     tokens = plan.samples * plan.sequence_length * micro_batches * plan.processes
     for step in range(number):
         batches = [micro_batch(plan) for _ in range(micro_batches)]
-        yield Window(0, step, np.arange(plan.global_batch_size), tokens, tokens, tokens, batches)
+        yield StepBatch(0, step, np.arange(plan.global_batch_size), tokens, tokens, tokens, batches)

@@ -25,7 +25,7 @@ from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.export_hf import export_hf
 from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.data import StreamingSFT, preparation
-from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.files.manifest import MANIFEST, damage
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.weights import model_paths
@@ -183,7 +183,7 @@ def write_records(path: Path, count: int) -> Path:
 
 
 def open_stores(data, tokenizer_dir: Path) -> tuple:
-    return prepare_stores(data, Tokenizer(tokenizer_dir), TrainArgs(lr_warmup_steps=None), 512, tokenizer_dir)
+    return prepare_datasets(data, Tokenizer(tokenizer_dir), TrainArgs(lr_warmup_steps=None), 512, tokenizer_dir)
 
 
 def data_of(path: Path, kind: str, cache_dir: Path):
@@ -268,7 +268,7 @@ def test_damaged_prepared_data_is_made_again(tmp_path, teacher_dir, prepared_dat
         assert capsys.readouterr().err.count("preparing it again") == 1, name
         for ours, theirs in zip(found, expected, strict=True):
             assert ours.fingerprint == theirs.fingerprint and len(ours) == len(theirs)
-            for one, other in zip(*(store.read(np.arange(len(store))) for store in (ours, theirs)), strict=True):
+            for one, other in zip(*(dataset.read(np.arange(len(dataset))) for dataset in (ours, theirs)), strict=True):
                 assert torch.equal(one["input_ids"], other["input_ids"]) and torch.equal(one["labels"], other["labels"])
         assert sorted(entry.name for entry in folder.iterdir()) == names
     open_stores(data_of(path, kind, cache_dir), teacher_dir)

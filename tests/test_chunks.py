@@ -17,7 +17,7 @@ from litgpt.data import LitData
 from runs import distil
 
 from litgpt_akl.data.litdata import LEAST_CACHED, ChunkStore, open_chunks
-from litgpt_akl.data.steps import Plan, Windows, load
+from litgpt_akl.data.steps import StepBatches, StepSampler, load
 from litgpt_akl.messages import UserError
 
 pytest.importorskip("litdata", reason="LitGPT's LitData needs litdata (pip install litgpt-akl[litdata])")
@@ -76,18 +76,18 @@ def source(folder: Path, block_size: int) -> list[list[list[int]]]:
 @pytest.mark.parametrize("kind", ["int64", "uint16", "numpy"])
 def test_every_token_is_that_of_the_source(chunks, kind, block_size, remote):
     place = f"local:{chunks / kind}" if remote else chunks / kind
-    store, validation = open_chunks(LitData(place), block_size)
-    assert validation is store
+    dataset, validation = open_chunks(LitData(place), block_size)
+    assert validation is dataset
     expected = source(chunks / kind, block_size)
     counts = [len(blocks) for blocks in expected]
     assert len(set(counts)) > 1 and (0 in counts) == (block_size == 450)
-    assert store.chunk_ends.tolist() == np.cumsum(counts).tolist() and len(store) == sum(counts)
-    assert store.tokens == len(store) * block_size and store.longest == block_size
-    numbers = np.random.default_rng(1).permutation(len(store))
-    assert store.lengths(numbers).tolist() == [block_size] * len(store)
-    assert store.response_tokens(numbers).tolist() == [block_size - 1] * len(store)
+    assert dataset.chunk_ends.tolist() == np.cumsum(counts).tolist() and len(dataset) == sum(counts)
+    assert dataset.tokens == len(dataset) * block_size and dataset.longest == block_size
+    numbers = np.random.default_rng(1).permutation(len(dataset))
+    assert dataset.lengths(numbers).tolist() == [block_size] * len(dataset)
+    assert dataset.response_tokens(numbers).tolist() == [block_size - 1] * len(dataset)
     blocks = sum(expected, [])
-    for number, sample in zip(numbers, store.read(numbers), strict=True):
+    for number, sample in zip(numbers, dataset.read(numbers), strict=True):
         assert sample["input_ids"].tolist() == sample["labels"].tolist() == blocks[number]
         assert sample["input_ids"].dtype == torch.int64
 
@@ -108,28 +108,30 @@ def test_every_block_once_per_epoch_and_chunk_by_chunk(chunks, monkeypatch, cach
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8))
     monkeypatch.setattr("litgpt_akl.data.steps.POOL", 12)
     monkeypatch.setenv("MAX_CACHE_SIZE", room)
-    store = open_chunks(LitData(f"local:{chunks / 'int64'}" if remote else chunks / "int64"), BLOCK)[0]
+    dataset = open_chunks(LitData(f"local:{chunks / 'int64'}" if remote else chunks / "int64"), BLOCK)[0]
     # what validation reads in the main process must not keep its workers from reading
-    store.read([0, len(store) - 1])
-    plan = Plan(len(store), 12, 3, store.lengths, store.chunk_ends)
+    dataset.read([0, len(dataset) - 1])
+    plan = StepSampler(len(dataset), 12, 3, dataset.lengths, dataset.chunk_ends)
     seen, turns = {0: [], 1: []}, {0: [], 1: []}
     for rank in range(ranks):
-        for window in load(
-            Windows(store, plan, 4, rank=rank, world_size=ranks), range(2 * plan.steps_per_epoch), workers
+        for step_batch in load(
+            StepBatches(dataset, plan, 4, rank=rank, world_size=ranks), range(2 * plan.steps_per_epoch), workers
         ):
-            batches = [batch for batch in window.micro_batches if len(batch.labels) > 0]
-            seen[window.epoch] += [row.tolist() for batch in batches for row in batch.input_ids]
+            batches = [batch for batch in step_batch.micro_batches if len(batch.labels) > 0]
+            seen[step_batch.epoch] += [row.tolist() for batch in batches for row in batch.input_ids]
             if rank == 0:
-                turns[window.epoch].append(set(np.searchsorted(store.chunk_ends, window.numbers, side="right")))
+                turns[step_batch.epoch].append(
+                    set(np.searchsorted(dataset.chunk_ends, step_batch.numbers, side="right"))
+                )
     expected = sorted(sum(source(chunks / "int64", BLOCK), []))
     assert sorted(seen[0]) == sorted(seen[1]) == expected and seen[0] != seen[1]
     for steps in turns.values():
-        for chunk in range(len(store.chunk_ends)):
+        for chunk in range(len(dataset.chunk_ends)):
             used = [number for number, chunks_used in enumerate(steps) if chunk in chunks_used]
             assert used == list(range(used[0], used[-1] + 1)) and len(used) <= 3
     if remote:
         kept = list(cache_dir.rglob("*.bin"))
-        assert len(kept) == len(store.chunk_ends) if room == "1GB" else len(kept) <= LEAST_CACHED + 1
+        assert len(kept) == len(dataset.chunk_ends) if room == "1GB" else len(kept) <= LEAST_CACHED + 1
 
 
 def test_the_folders_of_a_split(chunks, tmp_path):
@@ -137,8 +139,8 @@ def test_the_folders_of_a_split(chunks, tmp_path):
     shutil.copytree(chunks / "numpy", tmp_path / "val")
     for place in (tmp_path, f"local:{tmp_path}"):
         train, validation = open_chunks(LitData(place, split_names=("train", "val")), BLOCK)
-        for store, kind in ((train, "int64"), (validation, "numpy")):
-            blocks = [sample["input_ids"].tolist() for sample in store.read(range(len(store)))]
+        for dataset, kind in ((train, "int64"), (validation, "numpy")):
+            blocks = [sample["input_ids"].tolist() for sample in dataset.read(range(len(dataset)))]
             assert blocks == sum(source(chunks / kind, BLOCK), [])
     assert train.place(3) == f"local:{tmp_path}/train, block 3"
 
@@ -154,11 +156,11 @@ def test_processes_that_want_a_chunk_at_once_fetch_it_once(chunks, tmp_path, mon
         time.sleep(0.2)
         download(self, remote_path, local_path)
 
-    store = ChunkStore(f"local:{chunks / 'int64'}", BLOCK)
+    dataset = ChunkStore(f"local:{chunks / 'int64'}", BLOCK)
     monkeypatch.setattr(LocalDownloaderWithCache, "download_file", slow)
     expected = source(chunks / "int64", BLOCK)
     with multiprocessing.get_context("fork").Pool(4) as pool:
-        found = pool.map(store.read, [[0, len(store) - 1]] * 4, chunksize=1)
+        found = pool.map(dataset.read, [[0, len(dataset) - 1]] * 4, chunksize=1)
     for samples in found:
         assert [sample["input_ids"].tolist() for sample in samples] == [expected[0][0], sum(expected, [])[-1]]
     assert sorted(log.read_text().split()) == ["chunk-0-0.bin", f"chunk-0-{len(expected) - 1}.bin"]
@@ -171,10 +173,10 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_behind(chunks, monkeyp
         Path(f"{local_path}.tmp").write_bytes(Path(remote_path.removeprefix("local:")).read_bytes()[:100])
         time.sleep(60)
 
-    store = ChunkStore(f"local:{chunks / 'int64'}", BLOCK)
+    dataset = ChunkStore(f"local:{chunks / 'int64'}", BLOCK)
     with monkeypatch.context() as patched:
         patched.setattr(LocalDownloaderWithCache, "download_file", stuck)
-        process = multiprocessing.get_context("fork").Process(target=store.read, args=([0],))
+        process = multiprocessing.get_context("fork").Process(target=dataset.read, args=([0],))
         process.start()
     deadline = time.monotonic() + 20
     while not list(cache_dir.rglob("*.tmp")):
@@ -182,7 +184,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_behind(chunks, monkeyp
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    for again in (store, ChunkStore(f"local:{chunks / 'int64'}", BLOCK)):
+    for again in (dataset, ChunkStore(f"local:{chunks / 'int64'}", BLOCK)):
         assert again.read([0])[0]["input_ids"].tolist() == source(chunks / "int64", BLOCK)[0][0]
     left = {path.name for path in cache_dir.rglob("*") if path.is_file()}
     assert left == {"chunk-0-0.bin", "fetch.lock", "index.json"}
@@ -246,12 +248,12 @@ def test_other_items_than_tokens(chunks):
 @pytest.mark.parametrize("damage", [Path.unlink, truncate])
 def test_a_chunk_that_is_not_whole(chunks, tmp_path, damage):
     folder = shutil.copytree(chunks / "int64", tmp_path / "data")
-    stores = [ChunkStore(str(place), BLOCK) for place in (folder, f"local:{folder}")]
+    splits = [ChunkStore(str(place), BLOCK) for place in (folder, f"local:{folder}")]
     damage(folder / "chunk-0-1.bin")
-    for store in stores:
-        assert len(store.read([0])) == 1
+    for dataset in splits:
+        assert len(dataset.read([0])) == 1
         with pytest.raises(UserError, match="chunk-0-1.bin (is missing or breaks off|is gone, or the cache)"):
-            store.read(range(len(store)))
+            dataset.read(range(len(dataset)))
     with pytest.raises(UserError, match=f"{folder}/chunk-0-1.bin is missing or breaks off. Copy it again"):
         open_chunks(LitData(folder), BLOCK)
     assert {path.suffix for path in folder.iterdir()} == {".bin", ".json"}
@@ -287,8 +289,8 @@ def test_an_index_names_nothing_but_its_own_chunks(chunks, tmp_path, monkeypatch
         victim.parent.mkdir(exist_ok=True)
         victim.write_bytes(bytes(5000))
     with pytest.raises(UserError, match=r"index.json (names|cannot be read as an index of LitData's chunks)") as caught:
-        store = open_chunks(LitData(f"local:{folder}" if remote else folder), BLOCK)[0]
-        store.read(range(len(store)))
+        dataset = open_chunks(LitData(f"local:{folder}" if remote else folder), BLOCK)[0]
+        dataset.read(range(len(dataset)))
     assert len(str(caught.value).splitlines()) == 2
     assert all(victim.read_bytes() == bytes(5000) for victim in victims)
     # nothing was fetched
@@ -313,12 +315,12 @@ def test_a_chunk_that_breaks_off_while_it_is_fetched_is_fetched_again(chunks, mo
         download(self, remote_path, local_path)
         truncate(Path(local_path))
 
-    store = ChunkStore(f"local:{chunks / 'int64'}", BLOCK)
+    dataset = ChunkStore(f"local:{chunks / 'int64'}", BLOCK)
     with monkeypatch.context() as patched:
         patched.setattr(LocalDownloaderWithCache, "download_file", cut)
         with pytest.raises(UserError, match="chunk-0-0.bin.* breaks off"):
-            store.read([0])
-    assert store.read([0])[0]["input_ids"].tolist() == source(chunks / "int64", BLOCK)[0][0]
+            dataset.read([0])
+    assert dataset.read([0])[0]["input_ids"].tolist() == source(chunks / "int64", BLOCK)[0][0]
 
 
 def test_without_litdata(chunks, monkeypatch):

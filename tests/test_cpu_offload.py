@@ -18,14 +18,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from litgpt_akl.commands.finetune_akl import setup
 from litgpt_akl.config.args import LoRAArgs, TeacherArgs
 from litgpt_akl.config.recipe import differences, recipe_as_yaml
-from litgpt_akl.data.steps import MicroBatch, Window
+from litgpt_akl.data.steps import MicroBatch, StepBatch
 from litgpt_akl.loss.head_loss import DistillationLoss
 from litgpt_akl.memory.estimate import peak, predict
 from litgpt_akl.memory.memory_plan import GATHERED, TEACHER
 from litgpt_akl.memory.memory_report import GB, ways_out
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.gpt import build_model, empty_weights, hidden_states, set_up_teacher
-from litgpt_akl.models.parallel import bare, load_weights, make_strategy, reshard, whole
+from litgpt_akl.models.parallel import gather_full, load_weights, make_strategy, reshard, unwrap
 from litgpt_akl.teacher.cache import Caches
 from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.train import take_step
@@ -62,7 +62,7 @@ def take_one_step(directories: dict[str, Path], tied: bool, path: Path, nodes: i
         weights = torch.load(directory / "lit_model.pth", mmap=True, weights_only=True)
         load_weights(models[role], weights if fabric.is_global_zero else None)
     assert are_offloaded(models["teacher"]) == {offload} and are_offloaded(models["student"]) == {False}
-    teacher = {name: whole(parameter) for name, parameter in models["teacher"].named_parameters()}
+    teacher = {name: gather_full(parameter) for name, parameter in models["teacher"].named_parameters()}
     assert len(teacher) == len(weights) - tied
     ids = torch.randint(vocab_size, (2, 30), generator=torch.Generator().manual_seed(fabric.global_rank))
     positions = torch.tensor([0, 3, 29, 31, 50])
@@ -73,9 +73,11 @@ def take_one_step(directories: dict[str, Path], tied: bool, path: Path, nodes: i
     asked = {"teacher": Teacher(fabric, models["teacher"]), "caches": Caches()}
     state = {**models, **asked, "optimizer": optimizer, "scheduler": scheduler, "vocab_size": vocab_size}
     tokens = 5 * fabric.world_size
-    window = Window(0, 0, np.arange(4), tokens, tokens, tokens, [MicroBatch(ids, positions, ids.flatten()[positions])])
-    result = take_step(fabric, state | {"loss": DistillationLoss(compile=False)}, window, max_norm=1.0)
-    student = {name: whole(parameter) for name, parameter in bare(models["student"]).named_parameters()}
+    step_batch = StepBatch(
+        0, 0, np.arange(4), tokens, tokens, tokens, [MicroBatch(ids, positions, ids.flatten()[positions])]
+    )
+    result = take_step(fabric, state | {"loss": DistillationLoss(compile=False)}, step_batch, max_norm=1.0)
+    student = {name: gather_full(parameter) for name, parameter in unwrap(models["student"]).named_parameters()}
     found = {"teacher": teacher, "student": student, "hidden": hidden, "sums": result.sums, "loss": result.loss}
     torch.save(found, path / f"{offload}-{fabric.global_rank}.pth")
 

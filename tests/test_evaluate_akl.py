@@ -17,7 +17,7 @@ from test_generation import slow_answer
 
 from litgpt_akl.commands.evaluate_akl import evaluate_akl, table
 from litgpt_akl.config.args import GenerationArgs
-from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.gpt import build_model
 from litgpt_akl.models.weights import open_weights, read_config
@@ -59,10 +59,10 @@ def test_a_student_that_is_its_teacher(teacher_dir, student_dir, alice_json, tmp
 
 def test_measures_equal_those_of_logits(found, student_dir, teacher_dir, alice_json):
     """Every sample alone through LitGPT's models, float64 from the logits on."""
-    store = prepare_stores(alice(alice_json), Tokenizer(teacher_dir), train_args(), 128, student_dir)[1]
+    dataset = prepare_datasets(alice(alice_json), Tokenizer(teacher_dir), train_args(), 128, student_dir)[1]
     models = [whole_model(directory) for directory in (student_dir, teacher_dir)]
     columns = []
-    for sample in store.read(range(7)):
+    for sample in dataset.read(range(7)):
         labels = sample["labels"][1:]
         kept = labels != -100
         with torch.no_grad():
@@ -149,8 +149,8 @@ def test_samples_with_one_prompt_are_one_question(teacher_dir, student_dir, tmp_
     tokenizer = Tokenizer(teacher_dir)
     records = [("Who was it?", "Alice"), ("What?", "a book"), ("Who was it?", "the Queen"), ("What?", "a hat")]
     data = write_records(tmp_path, records)
-    store = prepare_stores(data, tokenizer, train_args(), 128, student_dir)[1]
-    questions = find_questions(store, range(len(store)), tokenizer, [[tokenizer.eos_id]])
+    dataset = prepare_datasets(data, tokenizer, train_args(), 128, student_dir)[1]
+    questions = find_questions(dataset, range(len(dataset)), tokenizer, [[tokenizer.eos_id]])
     assert [question.number for question in questions] == [0, 1]
     assert [[r.strip() for r in question.references] for question in questions] == [
         ["Alice", "the Queen"],
@@ -202,9 +202,9 @@ def test_greedy_answers_are_given_once(teacher_dir, alice_json, tmp_path):
     lines = answers_in(tmp_path)
     assert [list(line["answers"]["student"]) for line in lines] == [["10"], ["10"]]
     tokenizer, model = Tokenizer(teacher_dir), whole_model(teacher_dir)
-    store = prepare_stores(alice(alice_json), tokenizer, train_args(), 128, teacher_dir)[1]
+    dataset = prepare_datasets(alice(alice_json), tokenizer, train_args(), 128, teacher_dir)[1]
     for line in lines:
-        (question,) = find_questions(store, [line["number"]], tokenizer, [[tokenizer.eos_id]])
+        (question,) = find_questions(dataset, [line["number"]], tokenizer, [[tokenizer.eos_id]])
         wanted = slow_answer(model, question.prompt, 8, tokenizer.eos_id)
         assert line["answers"]["student"]["10"] == tokenizer.decode(torch.tensor(wanted))
 

@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from litgpt_akl.data import StreamingSFT, litgpt_modules, preparation
 from litgpt_akl.data.preparation import Settings, prepare
-from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.data.records import DEEPEST, Record, read
 from litgpt_akl.messages import UserError
 
@@ -43,7 +43,7 @@ def open_stores(kind: str, path: Path, num_proc: int, teacher_dir: Path, cache_d
     else:
         options = {"prompt_style": Default(), "num_proc": num_proc, **options}
         data = StreamingSFT(str(path), cache_dir=cache_dir, val_split_fraction=0.0, **options)
-    return prepare_stores(data, Tokenizer(teacher_dir), TrainArgs(lr_warmup_steps=None), 512, teacher_dir)
+    return prepare_datasets(data, Tokenizer(teacher_dir), TrainArgs(lr_warmup_steps=None), 512, teacher_dir)
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])

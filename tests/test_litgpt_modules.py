@@ -11,13 +11,13 @@ from litgpt.prompts import Default
 from litgpt.tokenizer import Tokenizer
 from runs import alice
 
-from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.messages import UserError
 
 
-def stores(data, tokenizer_dir, context_length=128, **train):
+def splits(data, tokenizer_dir, context_length=128, **train):
     train = TrainArgs(**{"lr_warmup_steps": None, **train})
-    return prepare_stores(data, Tokenizer(tokenizer_dir), train, context_length, tokenizer_dir)
+    return prepare_datasets(data, Tokenizer(tokenizer_dir), train, context_length, tokenizer_dir)
 
 
 def write(path, records) -> JSON:
@@ -32,34 +32,34 @@ def records(count, **fields):
 
 @pytest.fixture(scope="module")
 def alice_stores(alice_json, teacher_dir):
-    return stores(alice(alice_json), teacher_dir)
+    return splits(alice(alice_json), teacher_dir)
 
 
 def test_the_store_holds_what_litgpts_dataset_gives(alice_json, teacher_dir, alice_stores):
     data = alice(alice_json)
     data.connect(tokenizer=Tokenizer(teacher_dir))
     data.setup()
-    for store, dataset in zip(alice_stores, (data.train_dataset, data.test_dataset), strict=True):
-        assert len(store) == len(dataset)
-        numbers = np.arange(len(store))
-        samples = [dataset[number] for number in range(len(dataset))]
-        for sample, read in zip(samples, store.read(numbers), strict=True):
+    for dataset, module_dataset in zip(alice_stores, (data.train_dataset, data.test_dataset), strict=True):
+        assert len(dataset) == len(module_dataset)
+        numbers = np.arange(len(dataset))
+        samples = [module_dataset[number] for number in range(len(module_dataset))]
+        for sample, read in zip(samples, dataset.read(numbers), strict=True):
             assert all(torch.equal(read[name], sample[name]) for name in ("input_ids", "labels"))
-        assert store.lengths(numbers).tolist() == [len(sample["input_ids"]) for sample in samples]
-        assert store.tokens == store.lengths(numbers).sum() and store.longest == store.lengths(numbers).max()
+        assert dataset.lengths(numbers).tolist() == [len(sample["input_ids"]) for sample in samples]
+        assert dataset.tokens == dataset.lengths(numbers).sum() and dataset.longest == dataset.lengths(numbers).max()
         counted = [int((sample["labels"][1:] != -100).sum()) for sample in samples]
-        assert store.response_tokens(numbers).tolist() == counted
-        assert store.fingerprint == stores(alice(alice_json), teacher_dir)[store is alice_stores[1]].fingerprint
+        assert dataset.response_tokens(numbers).tolist() == counted
+        assert dataset.fingerprint == splits(alice(alice_json), teacher_dir)[dataset is alice_stores[1]].fingerprint
     assert alice_stores[0].fingerprint != alice_stores[1].fingerprint
     assert alice_stores[0].place(3).endswith("train.json, line 17 (record 3)")
 
 
 def test_truncation_and_context(tmp_path, teacher_dir):
     data = write(tmp_path / "data.json", records(12))
-    train, _ = stores(data, teacher_dir, max_seq_length=20)
+    train, _ = splits(data, teacher_dir, max_seq_length=20)
     assert train.lengths(np.arange(len(train))).max() == 20
     with pytest.raises(UserError, match=r"has \d+ tokens; the pair reads 30.*\n.*--train.max_seq_length 30"):
-        stores(data, teacher_dir, context_length=30)
+        splits(data, teacher_dir, context_length=30)
 
 
 @pytest.mark.parametrize(("name", "line"), [("data.json", 14), ("data.jsonl", 4)])
@@ -67,13 +67,13 @@ def test_a_record_without_its_fields_is_named(tmp_path, teacher_dir, name, line)
     rows = records(8)
     del rows[3]["output"]
     with pytest.raises(UserError, match=rf"{name}, line {line} \(record 3\) has no field 'output'"):
-        stores(write(tmp_path / name, rows), teacher_dir)
+        splits(write(tmp_path / name, rows), teacher_dir)
     rows[3]["output"] = None
     with pytest.raises(UserError, match=rf"{name}, line {line} \(record 3\) cannot be read"):
-        stores(write(tmp_path / name, rows), teacher_dir)
+        splits(write(tmp_path / name, rows), teacher_dir)
     rows[3] = "text"
     with pytest.raises(UserError, match=rf"{name}, line {line} \(record 3\) cannot be read"):
-        stores(write(tmp_path / name, rows), teacher_dir)
+        splits(write(tmp_path / name, rows), teacher_dir)
 
 
 def test_a_response_that_truncation_removes_is_named(tmp_path, teacher_dir):
@@ -82,7 +82,7 @@ def test_a_response_that_truncation_removes_is_named(tmp_path, teacher_dir):
     data = write(tmp_path / "data.json", rows)
     message = r"line 22 \(record 5\) has no token to learn from: --train.max_seq_length 30 cuts its response off"
     with pytest.raises(UserError, match=message):
-        stores(data, teacher_dir, max_seq_length=30)
+        splits(data, teacher_dir, max_seq_length=30)
 
 
 @pytest.mark.parametrize(
@@ -106,23 +106,23 @@ def test_a_response_that_truncation_removes_is_named(tmp_path, teacher_dir):
 def test_unreadable_data_is_named(tmp_path, teacher_dir, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
-        stores(JSON(json_path=tmp_path / name, val_split_fraction=0.1, num_workers=0), teacher_dir)
+        splits(JSON(json_path=tmp_path / name, val_split_fraction=0.1, num_workers=0), teacher_dir)
 
 
 def test_other_modules(tmp_path, teacher_dir):
     (tmp_path / "alpaca_data_cleaned_archive.json").write_text(json.dumps(records(20, input="")))
     data = Alpaca(download_dir=tmp_path, mask_prompt=True, val_split_fraction=0.2, num_workers=0)
-    train, validation = stores(data, teacher_dir, context_length=300)
+    train, validation = splits(data, teacher_dir, context_length=300)
     assert (len(train), len(validation)) == (16, 4)
     del data, train
     rows = records(20)
     del rows[7]["instruction"]
     (tmp_path / "alpaca_data_cleaned_archive.json").write_text(json.dumps(rows))
     with pytest.raises(UserError, match=r"Alpaca: record \d+ has no field 'instruction'"):
-        stores(Alpaca(download_dir=tmp_path, num_workers=0), teacher_dir, context_length=300)
+        splits(Alpaca(download_dir=tmp_path, num_workers=0), teacher_dir, context_length=300)
 
 
 def test_a_module_for_pretraining_is_refused(tmp_path, teacher_dir):
     data = TextFiles(train_data_path=tmp_path)
     with pytest.raises(UserError, match="TextFiles is made for pretraining"):
-        stores(data, teacher_dir)
+        splits(data, teacher_dir)

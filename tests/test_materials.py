@@ -47,8 +47,8 @@ def test_teacher_knows_the_book_and_continues_it_like_the_package(teacher_dir, g
         assert logits.isfinite().all()
         assert logits.argmax() == reference([ids]).data[0, -1].argmax()
         ids.append(int(logits.argmax()))
-    windows = torch.tensor(tokenizer.encode(materials.alice_text())[: 128 * 64]).view(64, 128)
-    loss = torch.nn.functional.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+    step_batches = torch.tensor(tokenizer.encode(materials.alice_text())[: 128 * 64]).view(64, 128)
+    loss = torch.nn.functional.cross_entropy(model(step_batches[:, :-1]).flatten(0, 1), step_batches[:, 1:].flatten())
     assert loss < 4.3
 
 

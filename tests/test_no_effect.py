@@ -59,7 +59,7 @@ REFUSED = [
         (
             f"lora.{name}",
             lambda name=name, value=value: {"lora": LoRAArgs(**{name: value})},
-            f"{name} {value} has no part",
+            f"{name} {value} has no effect",
         )
         for name, value in {
             "alpha": 8,
@@ -70,17 +70,17 @@ REFUSED = [
             "projection": True,
         }.items()
     ),
-    ("lora.mlp", lambda: {"lora": LoRAArgs(mlp=True)}, "--lora.mlp True has no part"),
-    ("lora.head", lambda: {"lora": LoRAArgs(head=True)}, "--lora.head True has no part"),
+    ("lora.mlp", lambda: {"lora": LoRAArgs(mlp=True)}, "--lora.mlp True has no effect"),
+    ("lora.head", lambda: {"lora": LoRAArgs(head=True)}, "--lora.head True has no effect"),
     (
         "teacher.cache_mode",
         lambda: {"teacher": TeacherArgs(cache_mode="fill")},
-        "cache_mode fill has no part",
+        "cache_mode fill has no effect",
     ),
     (
         "teacher.cache_dtype",
         lambda: {"teacher": TeacherArgs(cache_dtype="fp8")},
-        "cache_dtype fp8 has no part",
+        "cache_dtype fp8 has no effect",
     ),
     (
         "teacher.cache_part",
@@ -89,18 +89,26 @@ REFUSED = [
     ),
     ("teacher.use_base", lambda: {"teacher": TeacherArgs(use_base=True)}, "--teacher.use_base true without --lora.r"),
     ("hybrid_sharding", lambda: {"hybrid_sharding": True}, "--hybrid_sharding true with --num_nodes 1 --devices 1"),
-    ("distill.mix_ratio", lambda: {"distill": DistillArgs(mix_ratio=0.3)}, "--distill.mix_ratio 0.3 has no part"),
-    ("distill.beta", lambda: {"distill": DistillArgs(beta=0.3)}, "--distill.beta 0.3 has no part"),
-    ("distill.skew", lambda: {"distill": DistillArgs(skew=0.3)}, "--distill.skew 0.3 has no part"),
-    ("distill.alpha", lambda: {"distill": DistillArgs(alpha=0.3)}, "--distill.alpha 0.3 has no part"),
-    ("distill.top_k", lambda: {"distill": DistillArgs(top_k=3)}, "--distill.top_k 3 has no part"),
-    ("distill.tail_weight", lambda: {"distill": DistillArgs(tail_weight=3.0)}, "--distill.tail_weight 3.0 has no part"),
+    ("distill.mix_ratio", lambda: {"distill": DistillArgs(mix_ratio=0.3)}, "--distill.mix_ratio 0.3 has no effect"),
+    ("distill.beta", lambda: {"distill": DistillArgs(beta=0.3)}, "--distill.beta 0.3 has no effect"),
+    ("distill.skew", lambda: {"distill": DistillArgs(skew=0.3)}, "--distill.skew 0.3 has no effect"),
+    ("distill.alpha", lambda: {"distill": DistillArgs(alpha=0.3)}, "--distill.alpha 0.3 has no effect"),
+    ("distill.top_k", lambda: {"distill": DistillArgs(top_k=3)}, "--distill.top_k 3 has no effect"),
+    (
+        "distill.tail_weight",
+        lambda: {"distill": DistillArgs(tail_weight=3.0)},
+        "--distill.tail_weight 3.0 has no effect",
+    ),
     ("distill.on_policy", lambda: {"distill": DistillArgs(on_policy=0.5, kd_ratio=0.0)}, "with --distill.kd_ratio 0"),
-    ("distill.on_policy_tokens", lambda: {"distill": DistillArgs(on_policy_tokens=9)}, "tokens 9 has no part in a run"),
+    (
+        "distill.on_policy_tokens",
+        lambda: {"distill": DistillArgs(on_policy_tokens=9)},
+        "tokens 9 has no effect without",
+    ),
     (
         "distill.on_policy_temperature",
         lambda: {"distill": DistillArgs(on_policy_temperature=0.0)},
-        "temperature 0.0 has no part in a run",
+        "temperature 0.0 has no effect without",
     ),
 ]
 ALWAYS_USED = {

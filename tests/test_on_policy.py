@@ -21,15 +21,15 @@ from runs import alice, distil, metrics, train_args
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.finetune_akl import setup
 from litgpt_akl.config.args import DistillArgs, GenerationArgs, LoRAArgs, TeacherArgs
-from litgpt_akl.data.prepare import prepare_stores
-from litgpt_akl.data.steps import Plan, Windows
+from litgpt_akl.data.prepare import prepare_datasets
+from litgpt_akl.data.steps import StepBatches, StepSampler
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.loss.head_loss import DistillationLoss
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.generation import stop_sequences
 from litgpt_akl.models.gpt import build_model, load_frozen
 from litgpt_akl.models.weights import open_weights, read_config
-from litgpt_akl.training.on_policy import OwnAnswers, check_prompts
+from litgpt_akl.training.on_policy import OnPolicySamples, check_prompts
 
 OWN = {"on_policy": 0.5, "on_policy_tokens": 12, "kd_ratio": 0.7}
 # with AdamW's own eps of 1e-8, a rounding of a gradient near zero becomes a hundredth of a step on some processors
@@ -45,10 +45,10 @@ def run(student: Path, teacher_dir: Path | None, data, out_dir: Path, **changes)
 
 
 @pytest.fixture
-def windows(teacher_dir, alice_json) -> Windows:
-    store = prepare_stores(alice(alice_json), Tokenizer(teacher_dir), train_args(), 128, teacher_dir)[0]
-    plan = Plan(len(store), 8, seed=3, lengths=store.lengths)
-    return Windows(store, plan, micro_batch_size=3)
+def step_batches(teacher_dir, alice_json) -> StepBatches:
+    dataset = prepare_datasets(alice(alice_json), Tokenizer(teacher_dir), train_args(), 128, teacher_dir)[0]
+    plan = StepSampler(len(dataset), 8, seed=3, lengths=dataset.lengths)
+    return StepBatches(dataset, plan, micro_batch_size=3)
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def fabric() -> L.Fabric:
     return L.Fabric(devices=1, accelerator="cpu")
 
 
-def answering(fabric: L.Fabric, directory: Path, **distill) -> OwnAnswers:
+def answering(fabric: L.Fabric, directory: Path, **distill) -> OnPolicySamples:
     tokenizer = Tokenizer(directory)
-    return OwnAnswers(
+    return OnPolicySamples(
         fabric,
         load_frozen(fabric, directory, read_config(directory), torch.float32),
         DistillArgs(**distill),
@@ -69,10 +69,10 @@ def answering(fabric: L.Fabric, directory: Path, **distill) -> OwnAnswers:
     )
 
 
-def rows(window) -> dict[tuple[int, ...], tuple[list[int], bool]]:
+def rows(step_batch) -> dict[tuple[int, ...], tuple[list[int], bool]]:
     """Labels of each row of a window, and whether they are own, by all that is known before them."""
     found = {}
-    for batch in window.micro_batches:
+    for batch in step_batch.micro_batches:
         of_row = batch.positions // batch.input_ids.size(1)
         for row, ids in enumerate(batch.input_ids):
             places = batch.positions[of_row == row] % batch.input_ids.size(1)
@@ -82,49 +82,49 @@ def rows(window) -> dict[tuple[int, ...], tuple[list[int], bool]]:
     return found
 
 
-def test_own_answers_are_those_of_litgpt_greedily(fabric, windows, teacher_dir):
-    own_answers = answering(fabric, teacher_dir, on_policy=1.0, on_policy_tokens=20, on_policy_temperature=0.0)
-    window = own_answers.share_of(windows)[0]
-    assert not window.micro_batches and window.response_tokens == 0 and len(window.prompts) == 8
-    completed = own_answers.complete(window, windows)
+def test_own_answers_are_those_of_litgpt_greedily(fabric, step_batches, teacher_dir):
+    on_policy_samples = answering(fabric, teacher_dir, on_policy=1.0, on_policy_tokens=20, on_policy_temperature=0.0)
+    step_batch = on_policy_samples.share_of(step_batches)[0]
+    assert not step_batch.micro_batches and step_batch.response_tokens == 0 and len(step_batch.prompts) == 8
+    completed = on_policy_samples.complete(step_batch, step_batches)
     found = rows(completed)
     model, tokenizer = GPT(read_config(teacher_dir)).eval(), Tokenizer(teacher_dir)
     load_checkpoint(fabric, model, teacher_dir / "lit_model.pth")
-    for prompt in window.prompts.values():
+    for prompt in step_batch.prompts.values():
         model.set_kv_cache(batch_size=1)
         longest = min(128, len(prompt) + 20)
         output = litgpt_generate(model, prompt, longest, temperature=0.0, eos_id=tokenizer.eos_id)
         assert found[tuple(prompt.tolist())] == (output[len(prompt) :].tolist(), True)
     assert completed.response_tokens == sum(len(labels) for labels, _ in found.values())
-    assert completed.tokens == completed.response_tokens + sum(map(len, window.prompts.values()))
+    assert completed.tokens == completed.response_tokens + sum(map(len, step_batch.prompts.values()))
     assert completed.padded_tokens == sum(batch.input_ids.numel() for batch in completed.micro_batches)
 
 
-def test_a_share_of_the_prompts_is_answered_and_the_rest_is_as_recorded(fabric, windows, teacher_dir):
-    own_answers = answering(fabric, teacher_dir, on_policy=0.3, on_policy_tokens=5)
-    sharing, drawn, samples = own_answers.share_of(windows), 0, 0
+def test_a_share_of_the_prompts_is_answered_and_the_rest_is_as_recorded(fabric, step_batches, teacher_dir):
+    on_policy_samples = answering(fabric, teacher_dir, on_policy=0.3, on_policy_tokens=5)
+    sharing, drawn, samples = on_policy_samples.share_of(step_batches), 0, 0
     for number in range(40):
-        recorded, window = rows(windows[number]), sharing[number]
-        assert list(window.prompts) == list(sharing[number].prompts)
-        completed = own_answers.complete(window, windows) if number < 3 else window
+        recorded, step_batch = rows(step_batches[number]), sharing[number]
+        assert list(step_batch.prompts) == list(sharing[number].prompts)
+        completed = on_policy_samples.complete(step_batch, step_batches) if number < 3 else step_batch
         found = rows(completed)
         kept = {prompt for prompt in recorded if found.get(prompt) == recorded[prompt]}
-        assert len(kept) + len(window.prompts) == len(recorded)
+        assert len(kept) + len(step_batch.prompts) == len(recorded)
         if number < 3:
             assert found.keys() == recorded.keys()
             tokens = [len(labels) for labels, _ in found.values()]
             assert completed.response_tokens == sum(tokens)
             assert all(len(found[prompt][0]) <= 5 for prompt in found.keys() - kept)
-        drawn, samples = drawn + len(window.prompts), samples + len(recorded)
+        drawn, samples = drawn + len(step_batch.prompts), samples + len(recorded)
     # five standard deviations
     assert abs(drawn / samples - 0.3) < 5 * np.sqrt(0.3 * 0.7 / samples)
-    other = [list(sharing[number + windows.plan.steps_per_epoch].prompts) for number in range(40)]
+    other = [list(sharing[number + step_batches.plan.steps_per_epoch].prompts) for number in range(40)]
     assert other != [list(sharing[number].prompts) for number in range(40)]
 
 
-def test_too_long_a_prompt_is_taken_as_recorded(fabric, windows, teacher_dir):
-    own_answers = answering(fabric, teacher_dir, on_policy=1.0)
-    sharing = own_answers.share_of(windows)
+def test_too_long_a_prompt_is_taken_as_recorded(fabric, step_batches, teacher_dir):
+    on_policy_samples = answering(fabric, teacher_dir, on_policy=1.0)
+    sharing = on_policy_samples.share_of(step_batches)
     lengths = [len(prompt) for number in range(30) for prompt in sharing[number].prompts.values()]
     assert len(lengths) == 240
     limit = sorted(lengths)[120]
@@ -144,13 +144,17 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher_dir, alice_j
     assert_equal(after, {name: before[name] for name in after})
 
 
-def test_one_step_equals_autograd_on_the_own_answers(fabric, windows, student_dir, teacher_dir, alice_json, tmp_path):
+def test_one_step_equals_autograd_on_the_own_answers(
+    fabric, step_batches, student_dir, teacher_dir, alice_json, tmp_path
+):
     """The first step of SGD: kd_ratio times the divergence on own answers, the whole loss on recorded ones, one N."""
     changes = {"train": {"max_steps": 1, "global_batch_size": 8, "max_norm": None}, "seed": 5, "optimizer": SGD}
     after = run(student_dir, teacher_dir, alice_json, tmp_path, **changes)
-    own_answers = answering(fabric, student_dir, **OWN)
-    seeded = replace(windows, plan=Plan(len(windows.store), 8, seed=5, lengths=windows.store.lengths))
-    found = rows(own_answers.complete(own_answers.share_of(seeded)[0], seeded))
+    on_policy_samples = answering(fabric, student_dir, **OWN)
+    seeded = replace(
+        step_batches, plan=StepSampler(len(step_batches.dataset), 8, seed=5, lengths=step_batches.dataset.lengths)
+    )
+    found = rows(on_policy_samples.complete(on_policy_samples.share_of(seeded)[0], seeded))
     assert {is_own for _, is_own in found.values()} == {True, False}
     student, teacher = (whole_model(directory) for directory in (student_dir, teacher_dir))
     total, tokens = 0.0, 0
@@ -242,7 +246,7 @@ def test_lora_answers_with_its_adapters(student_dir, alice_json, tmp_path):
     [
         ({"on_policy": 1.5}, "--distill.on_policy must be from 0 to 1, got 1.5"),
         ({"on_policy": 0.5, "kd_ratio": 0.0}, "--distill.on_policy 0.5 with --distill.kd_ratio 0"),
-        ({"on_policy_tokens": 5}, "--distill.on_policy_tokens 5 has no part in a run without own answers"),
+        ({"on_policy_tokens": 5}, "--distill.on_policy_tokens 5 has no effect without on-policy samples"),
         ({"on_policy": 0.5, "on_policy_tokens": 0}, "--distill.on_policy_tokens must be at least 1, got 0"),
         ({"on_policy": 0.5, "on_policy_temperature": -1.0}, "on_policy_temperature must not be negative"),
     ],
@@ -262,43 +266,43 @@ def test_mistakes_in_a_run(student_dir, teacher_dir, alice_json, tmp_path):
         run(student_dir, teacher_dir, alice_json, tmp_path, teacher=cached, distill={"on_policy": 1.0})
 
 
-def checked(store, config, *, longest=128, steps=100, steps_per_epoch=100, **distill) -> str:
+def checked(dataset, config, *, longest=128, steps=100, steps_per_epoch=100, **distill) -> str:
     return check_prompts(
-        store, config, DistillArgs(**distill), longest=longest, steps=steps, steps_per_epoch=steps_per_epoch
+        dataset, config, DistillArgs(**distill), longest=longest, steps=steps, steps_per_epoch=steps_per_epoch
     )
 
 
 @pytest.mark.parametrize(("window", "longest"), [(None, 128), (20, 128), (20, 15), (8, 128), (None, 12)])
-def test_what_can_be_answered_is_counted_by_reasons(windows, teacher_dir, window, longest):
-    store, config = windows.store, replace(read_config(teacher_dir), sliding_window_size=window)
-    prompts = [int((sample["labels"] != -100).int().argmax()) for sample in store.read(range(len(store)))]
-    assert store.prompt_lengths(np.arange(len(store))).tolist() == prompts
+def test_what_can_be_answered_is_counted_by_reasons(step_batches, teacher_dir, window, longest):
+    dataset, config = step_batches.dataset, replace(read_config(teacher_dir), sliding_window_size=window)
+    prompts = [int((sample["labels"] != -100).int().argmax()) for sample in dataset.read(range(len(dataset)))]
+    assert dataset.prompt_lengths(np.arange(len(dataset))).tolist() == prompts
     limit = min(window or 128, longest - 1)
     fitting = sum(prompt <= limit for prompt in prompts)
-    text = checked(store, config, longest=longest, on_policy=1.0)
-    assert f"it can answer {fitting:,} of {len(store):,}" in text
+    text = checked(dataset, config, longest=longest, on_policy=1.0)
+    assert f"it can answer {fitting:,} of {len(dataset):,}" in text
     reason = "the student's sliding window of" if limit == window else f"the {longest} tokens of prompt and answer"
-    words = f": {len(store) - fitting:,} prompts are longer than {reason}"
-    assert (words in text) == (fitting < len(store)) and (fitting == len(store) or words in text)
+    words = f": {len(dataset) - fitting:,} prompts are longer than {reason}"
+    assert (words in text) == (fitting < len(dataset)) and (fitting == len(dataset) or words in text)
     # as many are drawn in an epoch
-    drawing = replace(windows, on_policy=1.0, longest_prompt=limit)
-    assert sum(len(drawing[step].prompts) for step in range(windows.plan.steps_per_epoch)) == fitting
+    drawing = replace(step_batches, on_policy=1.0, longest_prompt=limit)
+    assert sum(len(drawing[step].prompts) for step in range(step_batches.plan.steps_per_epoch)) == fitting
 
 
-def test_a_run_that_would_draw_nothing_is_refused(windows, teacher_dir):
-    store, config = windows.store, read_config(teacher_dir)
-    nothing = f"--distill.on_policy 0.5, but the student can answer none of {len(store):,} prompts: {len(store):,} "
+def test_a_run_that_would_draw_nothing_is_refused(step_batches, teacher_dir):
+    dataset, config = step_batches.dataset, read_config(teacher_dir)
+    nothing = f"--distill.on_policy 0.5, but the student can answer none of {len(dataset):,} prompts: {len(dataset):,} "
     with pytest.raises(UserError, match=f"{nothing}prompts are longer than .* sliding window of 2 tokens.\n.*leave"):
-        checked(store, replace(config, sliding_window_size=2), on_policy=0.5)
-    few, enough = 0.9 / len(store), 1.1 / len(store)
+        checked(dataset, replace(config, sliding_window_size=2), on_policy=0.5)
+    few, enough = 0.9 / len(dataset), 1.1 / len(dataset)
     with pytest.raises(UserError, match=r"100 of 100 steps an epoch: it would be asked 0.9 of them.\nRaise on_policy"):
-        checked(store, config, on_policy=few)
+        checked(dataset, config, on_policy=few)
     # two epochs may draw what one does not, and a run that ends early draws less
-    assert "An epoch draws 0.9 on average: some epochs draw none" in checked(store, config, steps=200, on_policy=few)
-    assert "An epoch draws 1.1 on average" in checked(store, config, on_policy=enough)
+    assert "An epoch draws 0.9 on average: some epochs draw none" in checked(dataset, config, steps=200, on_policy=few)
+    assert "An epoch draws 1.1 on average" in checked(dataset, config, on_policy=enough)
     with pytest.raises(UserError, match="in 50 of 100 steps an epoch: it would be asked 0.55"):
-        checked(store, config, steps=50, on_policy=enough)
-    assert "on average" not in checked(store, config, on_policy=0.5)
+        checked(dataset, config, steps=50, on_policy=enough)
+    assert "on average" not in checked(dataset, config, on_policy=0.5)
 
 
 @pytest.mark.parametrize(
@@ -335,19 +339,19 @@ def test_the_ways_out_are_ways_out(tmp_path):
 def test_a_run_says_what_it_answers(student_dir, teacher_dir, alice_json, tmp_path, capsys):
     """With a sliding window that some prompts are longer than; the same student is then evaluated."""
     student = shutil.copytree(student_dir, tmp_path / "student")
-    store = prepare_stores(alice(alice_json), Tokenizer(student), train_args(), 128, student)[0]
-    lengths = store.prompt_lengths(np.arange(len(store)))
-    config, window = read_config(student), int(np.median(lengths))
-    fitting = int((lengths <= window).sum())
-    assert 0 < fitting < len(store)
-    save_config(replace(config, sliding_window_size=window, sliding_window_indices=[1] * config.n_layer), student)
+    dataset = prepare_datasets(alice(alice_json), Tokenizer(student), train_args(), 128, student)[0]
+    lengths = dataset.prompt_lengths(np.arange(len(dataset)))
+    config, step_batch = read_config(student), int(np.median(lengths))
+    fitting = int((lengths <= step_batch).sum())
+    assert 0 < fitting < len(dataset)
+    save_config(replace(config, sliding_window_size=step_batch, sliding_window_indices=[1] * config.n_layer), student)
     run(student, teacher_dir, alice_json, tmp_path / "run", distill={"on_policy": 1.0}, train={"max_steps": 2})
     printed = capsys.readouterr().out
-    words = f"it can answer {fitting:,} of {len(store):,}: {len(store) - fitting:,} prompts are longer"
+    words = f"it can answer {fitting:,} of {len(dataset):,}: {len(dataset) - fitting:,} prompts are longer"
     assert printed.count(words) == 1
     assert printed.index("it can answer") < printed.index("Student:")
-    plan = Plan(len(store), 7, seed=1337, lengths=store.lengths)
-    answered = sum(int((lengths[plan.step(0, step)] <= window).sum()) for step in range(2))
+    plan = StepSampler(len(dataset), 7, seed=1337, lengths=dataset.lengths)
+    answered = sum(int((lengths[plan.step(0, step)] <= step_batch).sum()) for step in range(2))
     assert f"the student has answered {answered} prompts" in printed
     generation = GenerationArgs(seeds=[1], max_new_tokens=4)
     options = {"data": alice(alice_json), "out_dir": tmp_path / "out", "generation": generation, "max_records": 40}

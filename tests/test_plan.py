@@ -6,16 +6,16 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from litgpt_akl.data.steps import Plan, permute
+from litgpt_akl.data.steps import StepSampler, permute
 
 LENGTHS = np.random.default_rng(0).integers(3, 400, size=100_000)
 
 
-def plan(samples: int, global_batch_size: int = 8, seed: int = 5, chunk_ends: list[int] | None = None) -> Plan:
-    return Plan(samples, global_batch_size, seed, LENGTHS.__getitem__, chunk_ends and np.array(chunk_ends))
+def plan(samples: int, global_batch_size: int = 8, seed: int = 5, chunk_ends: list[int] | None = None) -> StepSampler:
+    return StepSampler(samples, global_batch_size, seed, LENGTHS.__getitem__, chunk_ends and np.array(chunk_ends))
 
 
-def epoch_of(plan: Plan, epoch: int) -> list[np.ndarray]:
+def epoch_of(plan: StepSampler, epoch: int) -> list[np.ndarray]:
     return [plan.step(epoch, step) for step in range(plan.steps_per_epoch)]
 
 
@@ -83,7 +83,7 @@ def test_chunks_are_taken_one_after_another():
 
 
 def test_a_billion_samples_need_little_memory():
-    big = Plan(10**9, 16, 1, lambda numbers: numbers % 100)
+    big = StepSampler(10**9, 16, 1, lambda numbers: numbers % 100)
     tracemalloc.start()
     steps = [big.step(0, step) for step in (0, 1, big.steps_per_epoch // 2, big.steps_per_epoch - 1)]
     peak = tracemalloc.get_traced_memory()[1]

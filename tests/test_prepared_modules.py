@@ -19,8 +19,8 @@ from ranks import in_processes
 from torch.utils.data import DataLoader
 
 from litgpt_akl.data import preparation
-from litgpt_akl.data.dataset import ArrowStore
-from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.dataset import ArrowDataset
+from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.messages import UserError
 
 ROWS = [{"instruction": f"count to {n}", "input": "aloud" * (n % 2), "output": "one two " * (n % 5)} for n in range(30)]
@@ -129,9 +129,9 @@ MODULES: dict[str, tuple[Callable[..., DataModule], list[dict]]] = {
 }
 
 
-def stores(data: DataModule, tokenizer_dir: Path, max_seq_length: int | None = None):
+def splits(data: DataModule, tokenizer_dir: Path, max_seq_length: int | None = None):
     train = TrainArgs(lr_warmup_steps=None, max_seq_length=max_seq_length)
-    return prepare_stores(data, Tokenizer(tokenizer_dir), train, 512, tokenizer_dir)
+    return prepare_datasets(data, Tokenizer(tokenizer_dir), train, 512, tokenizer_dir)
 
 
 def litgpts_samples(data: DataModule, tokenizer_dir: Path, max_seq_length: int | None) -> list[list[dict]]:
@@ -153,19 +153,19 @@ def test_samples_are_those_of_litgpts_own_dataset(tmp_path, teacher_dir, name):
             # else the prompt alone is as long, and no token counts
             options["prompt_style"] = Default()
         expected = litgpts_samples(make(tmp_path / "data", **options), teacher_dir, limit)
-        found = stores(make(tmp_path / "data", **options), teacher_dir, limit)
-        for samples, store in zip(expected, found, strict=True):
-            assert isinstance(store, ArrowStore) and len(store) == len(samples)
-            numbers = np.arange(len(store))
-            for sample, read in zip(samples, store.read(numbers), strict=True):
+        found = splits(make(tmp_path / "data", **options), teacher_dir, limit)
+        for samples, dataset in zip(expected, found, strict=True):
+            assert isinstance(dataset, ArrowDataset) and len(dataset) == len(samples)
+            numbers = np.arange(len(dataset))
+            for sample, read in zip(samples, dataset.read(numbers), strict=True):
                 assert all(torch.equal(read[name], sample[name]) for name in ("input_ids", "labels"))
-            assert store.lengths(numbers).tolist() == [len(sample["input_ids"]) for sample in samples]
+            assert dataset.lengths(numbers).tolist() == [len(sample["input_ids"]) for sample in samples]
             prompts = [int((sample["labels"] == -100).sum()) for sample in samples]
-            assert store.prompt_lengths(numbers).tolist() == prompts
-            assert [len(store.prompt(number)) for number in numbers if prompts[number]] == list(filter(None, prompts))
-            counted = [int((sample["labels"][1:] != -100).sum()) for sample in store.read(numbers)]
-            assert store.response_tokens(numbers).tolist() == counted
-            assert store.all_response_tokens == sum(counted) and store.tokens == store.lengths(numbers).sum()
+            assert dataset.prompt_lengths(numbers).tolist() == prompts
+            assert [len(dataset.prompt(number)) for number in numbers if prompts[number]] == list(filter(None, prompts))
+            counted = [int((sample["labels"][1:] != -100).sum()) for sample in dataset.read(numbers)]
+            assert dataset.response_tokens(numbers).tolist() == counted
+            assert dataset.all_response_tokens == sum(counted) and dataset.tokens == dataset.lengths(numbers).sum()
         seen.append([[sample["input_ids"].tolist() for sample in samples] for samples in expected])
     assert not all(ids == seen[0] for ids in seen)
 
@@ -173,12 +173,12 @@ def test_samples_are_those_of_litgpts_own_dataset(tmp_path, teacher_dir, name):
 @pytest.mark.parametrize("name", MODULES)
 def test_they_are_prepared_once(tmp_path, teacher_dir, name, monkeypatch):
     make, _ = MODULES[name]
-    first = stores(make(tmp_path / "data"), teacher_dir)
+    first = splits(make(tmp_path / "data"), teacher_dir)
     # the other processes of a run, and later runs, have nothing to tokenise
     monkeypatch.setattr(SFTDataset, "__getitem__", None)
     data = make(tmp_path / "data")
-    again = stores(data, teacher_dir)
-    assert [store.fingerprint for store in again] == [store.fingerprint for store in first]
+    again = splits(data, teacher_dir)
+    assert [dataset.fingerprint for dataset in again] == [dataset.fingerprint for dataset in first]
     assert not any(isinstance(value, SFTDataset) for value in vars(data).values()), "its records stay in memory"
 
 
@@ -194,9 +194,9 @@ def test_of_two_processes_one_prepares_what_both_open(tmp_path, teacher_dir, nam
 
     def work():
         together.wait()
-        found = stores(data, teacher_dir)
-        read = [sample["input_ids"].tolist() for store in found for sample in store.read(range(len(store)))]
-        (tmp_path / f"read {os.getpid()}").write_text(json.dumps([[store.fingerprint for store in found], read]))
+        found = splits(data, teacher_dir)
+        read = [sample["input_ids"].tolist() for dataset in found for sample in dataset.read(range(len(dataset)))]
+        (tmp_path / f"read {os.getpid()}").write_text(json.dumps([[dataset.fingerprint for dataset in found], read]))
 
     monkeypatch.setattr(preparation, "fetch", slow_fetch)
     in_processes(2, work)
@@ -210,22 +210,22 @@ def test_they_are_prepared_again_when_something_differs(tmp_path, teacher_dir, c
     def folders() -> int:
         return sum(entry.is_dir() for entry in cache_dir.iterdir())
 
-    stores(json_lines(tmp_path), teacher_dir)
+    splits(json_lines(tmp_path), teacher_dir)
     for number, options in enumerate(({"mask_prompt": True}, {"prompt_style": Default()}), start=2):
-        stores(json_lines(tmp_path, **options), teacher_dir)
+        splits(json_lines(tmp_path, **options), teacher_dir)
         assert folders() == number
-    stores(json_lines(tmp_path, prompt_style=Default()), teacher_dir, max_seq_length=40)
+    splits(json_lines(tmp_path, prompt_style=Default()), teacher_dir, max_seq_length=40)
     assert folders() == 4
     # which are held out needs no new preparation
     for options in ({}, {"seed": 1}, {"val_split_fraction": 0.5}):
-        stores(json_lines(tmp_path, **options), teacher_dir)
+        splits(json_lines(tmp_path, **options), teacher_dir)
         assert folders() == 4
     path = tmp_path / "all.jsonl"
     path.write_text(path.read_text().replace("two", "tow"))
-    stores(JSON(path, val_split_fraction=0.2), teacher_dir)
+    splits(JSON(path, val_split_fraction=0.2), teacher_dir)
     assert folders() == 5
     for mark in "!?":
-        stores(JSON(path, val_split_fraction=0.2, prompt_style=OwnStyle(mark)), teacher_dir)
+        splits(JSON(path, val_split_fraction=0.2, prompt_style=OwnStyle(mark)), teacher_dir)
     assert folders() == 7
 
 
@@ -248,8 +248,8 @@ class OwnModule(Alpaca):
 
 def test_a_dataset_of_another_class_is_read_one_by_one(tmp_path, teacher_dir, cache_dir, capsys):
     data = alpaca(OwnModule, tmp_path)
-    train, validation = stores(data, teacher_dir)
-    assert not isinstance(train, ArrowStore) and not cache_dir.exists()
+    train, validation = splits(data, teacher_dir)
+    assert not isinstance(train, ArrowDataset) and not cache_dir.exists()
     expected = OwnDataset(list(data.test_dataset.data), Tokenizer(teacher_dir), Default(), mask_prompt=True)
     for number, sample in enumerate(validation.read(range(len(validation)))):
         assert all(torch.equal(sample[name], expected[number][name]) for name in ("input_ids", "labels"))
@@ -262,7 +262,7 @@ def test_progress_is_shown_at_once_and_several_processes_prepare(tmp_path, teach
     fetch = preparation.fetch
     monkeypatch.setattr(preparation, "fetch", lambda *args: used.append(args[2]) or fetch(*args))
     monkeypatch.setattr("litgpt_akl.data.litgpt_modules.available_cores", lambda: 2)
-    train, _ = stores(JSON(write(tmp_path / "all.json", rows), val_split_fraction=0.1), teacher_dir)
+    train, _ = splits(JSON(write(tmp_path / "all.json", rows), val_split_fraction=0.1), teacher_dir)
     assert len(train) == 2160 and used == [2]
     assert "preparing data:   0%" in capsys.readouterr().err
 
@@ -272,14 +272,14 @@ def test_a_cache_that_cannot_be_written_is_told(tmp_path, teacher_dir, monkeypat
     # a file stands where a folder would have to be
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(data.json_path))
     with pytest.raises(UserError, match="Set the environment variable HF_DATASETS_CACHE to another directory"):
-        stores(data, teacher_dir)
+        splits(data, teacher_dir)
     # as that variable does
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "other" / "folder"))
-    assert len(stores(data, teacher_dir)[0]) == 24
+    assert len(splits(data, teacher_dir)[0]) == 24
 
 
 def test_a_record_that_a_prompt_style_cannot_read_is_named(tmp_path, teacher_dir):
     data = JSON(write(tmp_path / "all.jsonl", [{"instruction": "a", "output": "b"}] * 9), val_split_fraction=0.2)
     data.prompt_style = OwnStyle("!")
     with pytest.raises(UserError, match=r"all.jsonl, line 1 \(record 0\) has no field 'input'"):
-        stores(data, teacher_dir)
+        splits(data, teacher_dir)

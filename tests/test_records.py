@@ -298,16 +298,16 @@ def test_identity_changes_with_the_file(server: str, folder: Path) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
-    def store(column: pyarrow.Array) -> str:
+    def dataset(column: pyarrow.Array) -> str:
         pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", row_group_size=10)
         return str(tmp_path / "a.parquet")
 
     values = [{"text": [{"role": "user", "number": number}, None]} for number in range(95)]
-    path = store(pyarrow.array([value["text"] for value in values]))
+    path = dataset(pyarrow.array([value["text"] for value in values]))
     assert outcomes_of(path) == list(enumerate(values, start=1))
     assert place(path, 67) == f"{path}, row 67"
-    assert values_of(store(pyarrow.array([], pyarrow.string()))) == []
-    whole = Path(store(pyarrow.array([os.urandom(50).hex() for _ in range(2000)]))).read_bytes()
+    assert values_of(dataset(pyarrow.array([], pyarrow.string()))) == []
+    whole = Path(dataset(pyarrow.array([os.urandom(50).hex() for _ in range(2000)]))).read_bytes()
     middle = len(whole) // 2
     for data in (b"", b"text", whole[:-100], whole[:middle] + bytes(1000) + whole[middle + 1000 :]):
         with pytest.raises(UserError, match=r"a\.parquet cannot be read: \w+"):

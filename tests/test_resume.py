@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: exactly, only with the same recipe, and from the one before a damaged one."""
+"""Resuming from a checkpoint: exactly, only with the same recipe, and from the one before a damaged one."""
 
 import csv
 import os

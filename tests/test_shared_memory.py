@@ -12,7 +12,7 @@ from ranks import in_processes
 from test_windows import make_store, windows_of
 
 from litgpt_akl.data.dataset import digest
-from litgpt_akl.data.steps import Windows, load, most_bytes
+from litgpt_akl.data.steps import StepBatches, load, most_bytes
 from litgpt_akl.data.workers import SHARE, Fetched, free_shared_memory, steps_ahead
 from litgpt_akl.teacher.cache import TeacherCache
 from litgpt_akl.teacher.chunk_file import Record
@@ -22,16 +22,16 @@ CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 0x40000
 WIDTH = 512
 
 
-def cached(directory: Path, dtype: torch.dtype = torch.float32, **options) -> Windows:
+def cached(directory: Path, dtype: torch.dtype = torch.float32, **options) -> StepBatches:
     """Windows of 12 samples whose hidden states are in a cache: all numbers of one are the sample's number."""
-    store = make_store(48)
-    cache = TeacherCache(str(directory), len(store), dtype, WIDTH, writable=True)
-    counts = store.response_tokens(np.arange(len(store)))
+    dataset = make_store(48)
+    cache = TeacherCache(str(directory), len(dataset), dtype, WIDTH, writable=True)
+    counts = dataset.response_tokens(np.arange(len(dataset)))
     if len(cache.present()) == 0:
-        samples = enumerate(zip(store.read(range(len(store))), counts, strict=True))
+        samples = enumerate(zip(dataset.read(range(len(dataset))), counts, strict=True))
         cache.add([Record(n, digest(sample), torch.full((count, WIDTH), float(n))) for n, (sample, count) in samples])
         cache.flush()
-    return windows_of(store, 12, memory=cache, **options)
+    return windows_of(dataset, 12, memory=cache, **options)
 
 
 def small_shared_memory(size: str) -> None:
@@ -44,26 +44,26 @@ def small_shared_memory(size: str) -> None:
 
 def read_all(directory: Path, size: str, expected: tuple[int, int]) -> None:
     small_shared_memory(size)
-    windows = cached(directory)
-    fetched = load(windows, range(8), 2)
+    step_batches = cached(directory)
+    fetched = load(step_batches, range(8), 2)
     try:
-        check_fetched(fetched, windows, expected)
+        check_fetched(fetched, step_batches, expected)
     finally:
         fetched.stop()
 
 
-def check_fetched(fetched: Fetched, windows: Windows, expected: tuple[int, int]) -> None:
-    singly = [windows[number] for number in range(8)]
+def check_fetched(fetched: Fetched, step_batches: StepBatches, expected: tuple[int, int]) -> None:
+    singly = [step_batches[number] for number in range(8)]
     assert (fetched.loader.num_workers, fetched.loader.prefetch_factor or 0) == expected
     free, least = free_shared_memory(), np.inf
-    for window, other in zip(fetched, singly, strict=True):
+    for step_batch, other in zip(fetched, singly, strict=True):
         time.sleep(0.05)
         least = min(least, free_shared_memory())
-        for batch, again in zip(window.micro_batches, other.micro_batches, strict=True):
+        for batch, again in zip(step_batch.micro_batches, other.micro_batches, strict=True):
             assert torch.equal(batch.teacher_hidden, again.teacher_hidden)
             assert torch.equal(batch.teacher_hidden[:, 0], batch.input_ids.flatten()[batch.positions].float())
     workers, prefetched = expected
-    assert free - least <= (workers * prefetched + 2) * most_bytes(windows)
+    assert free - least <= (workers * prefetched + 2) * most_bytes(step_batches)
     # or nothing would have been there
     assert least < free or workers == 0
 
@@ -106,11 +106,11 @@ def test_as_many_steps_ahead_as_fit_into_half_of_what_is_free(size, workers, fre
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 300}, {"micro_batch_size": 1}])
 def test_no_step_is_larger_than_foretold(tmp_path, dtype, options):
-    windows = cached(tmp_path, dtype, **options)
+    step_batches = cached(tmp_path, dtype, **options)
     sizes = []
     for number in range(12):
-        batches = windows[number].micro_batches
+        batches = step_batches[number].micro_batches
         tensors = [(b.input_ids, b.positions, b.labels, b.teacher_hidden) for b in batches]
         sizes.append(sum(tensor.nbytes for group in tensors for tensor in group))
-    assert max(sizes) <= most_bytes(windows) < 3 * max(sizes)
-    assert most_bytes(windows) <= most_bytes(windows, measure=False)
+    assert max(sizes) <= most_bytes(step_batches) < 3 * max(sizes)
+    assert most_bytes(step_batches) <= most_bytes(step_batches, measure=False)

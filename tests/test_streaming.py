@@ -22,7 +22,7 @@ from litgpt.prompts import Default
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.data import StreamingSFT
-from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.files.manifest import MANIFEST
 from litgpt_akl.messages import UserError
 
@@ -39,15 +39,15 @@ def write(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def stores(path, tokenizer_dir, cache_dir, *, max_seq_length=None, context_length=512, **options):
+def splits(path, tokenizer_dir, cache_dir, *, max_seq_length=None, context_length=512, **options):
     options = {"mask_prompt": True, "prompt_style": Default(), "num_proc": 1, **options}
     data = StreamingSFT(str(path), cache_dir=cache_dir, **options)
     train = TrainArgs(lr_warmup_steps=None, max_seq_length=max_seq_length)
-    return prepare_stores(data, Tokenizer(tokenizer_dir), train, context_length, tokenizer_dir)
+    return prepare_datasets(data, Tokenizer(tokenizer_dir), train, context_length, tokenizer_dir)
 
 
-def samples(store) -> list[dict[str, list[int]]]:
-    return [{name: ids.tolist() for name, ids in sample.items()} for sample in store.read(np.arange(len(store)))]
+def samples(dataset) -> list[dict[str, list[int]]]:
+    return [{name: ids.tolist() for name, ids in sample.items()} for sample in dataset.read(np.arange(len(dataset)))]
 
 
 def prepared_files(cache_dir: Path) -> dict[Path, int]:
@@ -63,37 +63,37 @@ def test_the_samples_are_those_of_litgpts_json_module(tmp_path, teacher_dir, mas
     options = {"mask_prompt": mask_prompt, "prompt_style": "alpaca" if max_seq_length is None else Default()}
     data = JSON(tmp_path / "all.json", val_split_fraction=0.0, num_workers=0, **options)
     train = TrainArgs(lr_warmup_steps=None, max_seq_length=max_seq_length)
-    expected = prepare_stores(data, Tokenizer(teacher_dir), train, 512, teacher_dir)[0]
+    expected = prepare_datasets(data, Tokenizer(teacher_dir), train, 512, teacher_dir)[0]
     expected = sorted(samples(expected), key=str)
     for name, num_proc in (("all.json", 1), ("all.jsonl", 1), ("all.json*", 2)):
         cache_dir = tmp_path / f"cache-{num_proc}"
         options |= {"max_seq_length": max_seq_length, "val_split_fraction": 0.0, "num_proc": num_proc}
-        store, validation = stores(tmp_path / name, teacher_dir, cache_dir, **options)
+        dataset, validation = splits(tmp_path / name, teacher_dir, cache_dir, **options)
         assert len(validation) == 0
-        assert sorted(samples(store), key=str) == (expected if name != "all.json*" else sorted(expected * 2, key=str))
-        numbers = np.arange(len(store))
-        read = store.read(numbers)
-        assert store.lengths(numbers).tolist() == [len(sample["input_ids"]) for sample in read]
-        assert store.tokens == store.lengths(numbers).sum() and store.longest == store.lengths(numbers).max()
+        assert sorted(samples(dataset), key=str) == (expected if name != "all.json*" else sorted(expected * 2, key=str))
+        numbers = np.arange(len(dataset))
+        read = dataset.read(numbers)
+        assert dataset.lengths(numbers).tolist() == [len(sample["input_ids"]) for sample in read]
+        assert dataset.tokens == dataset.lengths(numbers).sum() and dataset.longest == dataset.lengths(numbers).max()
         counted = [int((sample["labels"][1:] != -100).sum()) for sample in read]
-        assert store.response_tokens(numbers).tolist() == counted
+        assert dataset.response_tokens(numbers).tolist() == counted
         starts = [int((sample["labels"] != -100).int().argmax()) for sample in read]
-        assert store.prompt_lengths(numbers).tolist() == starts
+        assert dataset.prompt_lengths(numbers).tolist() == starts
         some = np.array([17, 3, 3, 59])
-        assert store.prompt_lengths(some).tolist() == [starts[number] for number in some]
-        for sample, number in zip(store.read(some), some, strict=True):
+        assert dataset.prompt_lengths(some).tolist() == [starts[number] for number in some]
+        for sample, number in zip(dataset.read(some), some, strict=True):
             assert torch.equal(sample["input_ids"], read[number]["input_ids"])
 
 
 def test_prepared_data_is_found_again_and_never_when_something_differs(tmp_path, teacher_dir):
     path, cache_dir = write(tmp_path / "data.jsonl", records(30)), tmp_path / "cache"
-    first = stores(path, teacher_dir, cache_dir)
+    first = splits(path, teacher_dir, cache_dir)
     files = prepared_files(cache_dir)
     # how samples are read, and which are held out, needs no new preparation
     for options in ({}, {"mask_prompt": False}, {"val_split_fraction": 0.3}, {"micro_batch_tokens": 600}):
-        stores(path, teacher_dir, cache_dir, **options)
+        splits(path, teacher_dir, cache_dir, **options)
         assert prepared_files(cache_dir) == files
-    assert samples(stores(path, teacher_dir, cache_dir)[0]) == samples(first[0])
+    assert samples(splits(path, teacher_dir, cache_dir)[0]) == samples(first[0])
     other_tokenizer = shutil.copytree(teacher_dir, tmp_path / "other")
     config = json.loads((other_tokenizer / "tokenizer_config.json").read_text())
     (other_tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
@@ -107,28 +107,28 @@ def test_prepared_data_is_found_again_and_never_when_something_differs(tmp_path,
     fingerprints = {first[0].fingerprint}
     for number, options in enumerate(changes, start=2):
         options = {"tokenizer_dir": teacher_dir, **options}
-        fingerprints.add(stores(path, cache_dir=cache_dir, **options)[0].fingerprint)
+        fingerprints.add(splits(path, cache_dir=cache_dir, **options)[0].fingerprint)
         assert len(prepared_files(cache_dir)) == number
     assert len(fingerprints) == 6
     # the same size, one letter other
     path.write_text(path.read_text().replace("two", "tow"))
-    changed = stores(path, teacher_dir, cache_dir)[0]
+    changed = splits(path, teacher_dir, cache_dir)[0]
     assert samples(changed) != samples(first[0]) and changed.fingerprint not in fingerprints
     # the same records elsewhere are the same data
     copy = shutil.copy(path, tmp_path / "copy.jsonl")
-    assert stores(copy, teacher_dir, cache_dir)[0].fingerprint == changed.fingerprint
+    assert splits(copy, teacher_dir, cache_dir)[0].fingerprint == changed.fingerprint
 
 
 def test_held_out_records_stay_held_out(tmp_path, teacher_dir):
     sides = []
     for count in (400, 600):
         path = write(tmp_path / f"{count}.jsonl", records(count)[::-1] if count == 600 else records(count))
-        parts = [samples(store) for store in stores(path, teacher_dir, tmp_path / "cache", val_split_fraction=0.2)]
+        parts = [samples(dataset) for dataset in splits(path, teacher_dir, tmp_path / "cache", val_split_fraction=0.2)]
         assert sum(map(len, parts)) == count
         sides.append([set(map(str, part)) for part in parts])
     assert sides[0][0] <= sides[1][0] and sides[0][1] <= sides[1][1]
     assert 0.1 < len(sides[1][1]) / 600 < 0.3
-    train, validation = stores(path, teacher_dir, tmp_path / "cache", val_path=str(tmp_path / "400.jsonl"))
+    train, validation = splits(path, teacher_dir, tmp_path / "cache", val_path=str(tmp_path / "400.jsonl"))
     assert (len(train), len(validation)) == (600, 400)
 
 
@@ -143,12 +143,12 @@ def test_small_files_take_about_as_long_as_one(tmp_path, teacher_dir, suffix):
     # what is imported or started once is not what is compared
     for name in ("first", "one", "many"):
         begin = processor_seconds()
-        found[name] = stores(tmp_path / name, teacher_dir, tmp_path / "cache", val_split_fraction=0.0)[0]
+        found[name] = splits(tmp_path / name, teacher_dir, tmp_path / "cache", val_split_fraction=0.0)[0]
         seconds[name] = processor_seconds() - begin
     assert samples(found["many"]) == samples(found["one"])
     assert found["many"].place(1199).startswith(str(tmp_path / "many" / f"1199.{suffix}"))
     assert seconds["many"] < 3 * seconds["one"], seconds
-    some = stores(tmp_path / "many", teacher_dir, tmp_path / "cache", val_split_fraction=0.2)
+    some = splits(tmp_path / "many", teacher_dir, tmp_path / "cache", val_split_fraction=0.2)
     assert sorted(map(len, some)) != [0, 1200] and sum(map(len, some)) == 1200
 
 
@@ -177,19 +177,19 @@ def test_a_bad_record_stops_or_is_left_out(tmp_path, teacher_dir, capsys, num_pr
     path.write_text("\n".join(lines))
     options = {"num_proc": num_proc, "cache_dir": tmp_path / "cache", "val_split_fraction": 0.0}
     with pytest.raises(UserError, match=r"data.jsonl, line (1701: is not valid JSON|2001: its response is empty)"):
-        stores(path, teacher_dir, **options)
+        splits(path, teacher_dir, **options)
     for _ in range(2):
-        store = stores(path, teacher_dir, on_error="skip", **options)[0]
-        assert len(store) == 2998
+        dataset = splits(path, teacher_dir, on_error="skip", **options)[0]
+        assert len(dataset) == 2998
         told = capsys.readouterr().err
         assert "data.jsonl, line 1701: is not valid JSON" in told and "line 2001: its response is empty" in told
         assert "Left out 2 bad records of 3,000" in told
-    assert store.place(1700).endswith("line 1702") and store.place(2997).endswith("line 3000")
+    assert dataset.place(1700).endswith("line 1702") and dataset.place(2997).endswith("line 3000")
     for number in range(100, 140):
         lines[number] = "{}"
     path.write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"42 of 3,000 records in .* are bad \(1.4%\), more than 1 %"):
-        stores(path, teacher_dir, on_error="skip", **options)
+        splits(path, teacher_dir, on_error="skip", **options)
     assert capsys.readouterr().err.count("Left out: ") == 10
 
 
@@ -207,7 +207,7 @@ def test_a_bad_record_stops_or_is_left_out(tmp_path, teacher_dir, capsys, num_pr
 def test_faults_in_records(tmp_path, teacher_dir, content, reason):
     (tmp_path / "data.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=f"data.jsonl, {reason}"):
-        stores(tmp_path / "data.jsonl", teacher_dir, tmp_path / "cache")
+        splits(tmp_path / "data.jsonl", teacher_dir, tmp_path / "cache")
 
 
 def test_what_only_looks_like_a_fault(tmp_path, teacher_dir):
@@ -217,15 +217,15 @@ def test_what_only_looks_like_a_fault(tmp_path, teacher_dir):
     ]
     text = "\r\n".join(json.dumps(row) for row in rows)
     (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n\r\n")
-    store = stores(tmp_path / "data.jsonl", teacher_dir, tmp_path / "cache", val_split_fraction=0.0)[0]
+    dataset = splits(tmp_path / "data.jsonl", teacher_dir, tmp_path / "cache", val_split_fraction=0.0)[0]
     prompts = [Tokenizer(teacher_dir).encode(row["instruction"]).tolist() for row in rows]
-    assert [store.prompt(number).tolist() for number in range(len(store))] == prompts
+    assert [dataset.prompt(number).tolist() for number in range(len(dataset))] == prompts
     # a record of most of a megabyte is cut as any other sample is
     (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "a", "output": "one two " * 100_000}))
-    store = stores(tmp_path / "long.jsonl", teacher_dir, tmp_path / "cache", max_seq_length=64, val_split_fraction=0.0)[
-        0
-    ]
-    assert store.lengths(np.array([0])).tolist() == [64]
+    dataset = splits(
+        tmp_path / "long.jsonl", teacher_dir, tmp_path / "cache", max_seq_length=64, val_split_fraction=0.0
+    )[0]
+    assert dataset.lengths(np.array([0])).tolist() == [64]
 
 
 CHATML = (
@@ -253,11 +253,11 @@ def test_chat_labels_are_the_assistants_turns(tmp_path, teacher_dir, template):
     ]
     messages = [{"role": role, "content": content} for role, content in turns]
     path = write(tmp_path / "chat.jsonl", [{"messages": messages}, {"messages": messages[1:3]}, *records(1)])
-    store = stores(path, checkpoint_dir, tmp_path / "cache", val_split_fraction=0.0)[0]
+    dataset = splits(path, checkpoint_dir, tmp_path / "cache", val_split_fraction=0.0)[0]
     tokenizer = Tokenizer(checkpoint_dir)
     end = tokenizer.eos_id if template is None else tokenizer.token_to_id("<|im_end|>")
     answers = [["good day", "me"], ["good day"]]
-    for sample, expected in zip(store.read(np.arange(2)), answers, strict=True):
+    for sample, expected in zip(dataset.read(np.arange(2)), answers, strict=True):
         labels = sample["labels"].tolist()
         found, turn = [], []
         for label in labels:
@@ -267,7 +267,7 @@ def test_chat_labels_are_the_assistants_turns(tmp_path, teacher_dir, template):
             elif label != -100:
                 turn.append(label)
         assert [text.strip() for text in found] == expected and turn == []
-    whole = tokenizer.processor.decode(store.read([0])[0]["input_ids"].tolist(), skip_special_tokens=False)
+    whole = tokenizer.processor.decode(dataset.read([0])[0]["input_ids"].tolist(), skip_special_tokens=False)
     assert "be brief" in whole and ("<|im_start|>" in whole) == (template is not None)
 
 
@@ -279,9 +279,9 @@ def test_wrong_arguments(tmp_path, teacher_dir):
         with pytest.raises(UserError, match=f"--data.{next(iter(options))} must be at least"):
             StreamingSFT(str(path), **options)
     with pytest.raises(UserError, match=r"--data.micro_batch_tokens 20 is less than the \d+ tokens of the longest"):
-        stores(path, teacher_dir, tmp_path / "cache", micro_batch_tokens=20)
+        splits(path, teacher_dir, tmp_path / "cache", micro_batch_tokens=20)
     with pytest.raises(UserError, match="does not exist"):
-        stores(tmp_path / "nothing.jsonl", teacher_dir, tmp_path / "cache")
+        splits(tmp_path / "nothing.jsonl", teacher_dir, tmp_path / "cache")
 
 
 def prepare_in_a_process(path: Path, checkpoint_dir: Path, cache_dir: Path, before: str = "") -> subprocess.Popen:
@@ -310,14 +310,14 @@ def test_an_interrupted_preparation_is_never_taken_for_whole(tmp_path, teacher_d
     if number == signal.SIGINT:
         assert process.returncode == 130 and "Traceback" not in errors and "Interrupted." in errors
     assert not list(cache_dir.rglob(MANIFEST))
-    store = stores(path, teacher_dir, cache_dir, val_split_fraction=0.0)[0]
-    assert len(store) == 20_000 and store.place(19_999).endswith("line 20000")
+    dataset = splits(path, teacher_dir, cache_dir, val_split_fraction=0.0)[0]
+    assert len(dataset) == 20_000 and dataset.place(19_999).endswith("line 20000")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "cut between batches", "empty"])
 def test_damaged_prepared_data_is_prepared_again(tmp_path, teacher_dir, capsys, damage):
     path, cache_dir = write(tmp_path / "data.jsonl", records(3000)), tmp_path / "cache"
-    expected = samples(stores(path, teacher_dir, cache_dir)[0])
+    expected = samples(splits(path, teacher_dir, cache_dir)[0])
     file = next(iter(prepared_files(cache_dir)))
     if damage == "missing":
         file.unlink()
@@ -327,7 +327,7 @@ def test_damaged_prepared_data_is_prepared_again(tmp_path, teacher_dir, capsys, 
         shutil.copy(next((tmp_path / "short").glob("*.arrow")), file)
     else:
         os.truncate(file, file.stat().st_size * 2 // 3 if damage == "truncated" else 0)
-    assert samples(stores(path, teacher_dir, cache_dir)[0]) == expected
+    assert samples(splits(path, teacher_dir, cache_dir)[0]) == expected
     assert "is damaged" in capsys.readouterr().err
 
 
@@ -338,7 +338,7 @@ def test_a_full_disk_is_told(tmp_path, teacher_dir):
     assert process.returncode == 1 and "Traceback" not in errors
     assert "cannot be written" in errors and "--data.cache_dir" in errors and "File too large" in errors
     assert not list(cache_dir.rglob(MANIFEST))
-    assert len(stores(path, teacher_dir, cache_dir, val_split_fraction=0.0)[0]) == 5000
+    assert len(splits(path, teacher_dir, cache_dir, val_split_fraction=0.0)[0]) == 5000
 
 
 def test_a_file_that_is_cut_off_ends_the_process(tmp_path, teacher_dir):

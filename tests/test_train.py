@@ -13,7 +13,7 @@ from litgpt.tokenizer import Tokenizer
 from runs import alice, distil, metrics, train_args
 
 import litgpt_akl.training.distil
-from litgpt_akl.data.steps import Plan
+from litgpt_akl.data.steps import StepSampler
 from litgpt_akl.loss.divergences import adaptive_kl
 from litgpt_akl.messages import UserError
 from litgpt_akl.training.train import make_scheduler, total_steps, warmup_steps
@@ -32,7 +32,7 @@ def samples_of_first_step(data, tokenizer_dir, seed=1337, batch=8):
     data.connect(tokenizer=Tokenizer(tokenizer_dir), batch_size=1)
     data.setup()
     lengths = np.array([len(sample["input_ids"]) for sample in data.train_dataset])
-    plan = Plan(len(lengths), batch, seed, lengths.__getitem__)
+    plan = StepSampler(len(lengths), batch, seed, lengths.__getitem__)
     return [data.train_dataset[int(number)] for number in plan.step(0, 0)]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ranks import in_processes
 from runs import alice, distil
-from test_streaming import stores, write
+from test_streaming import splits, write
 from torch.utils.data import Dataset
 
 from litgpt_akl.config.args import TeacherArgs
@@ -134,4 +134,4 @@ def test_preparation_ends_with_a_killed_worker(teacher_dir, tmp_path):
     path = write(tmp_path / "data.jsonl", records)
     kill_first_worker()
     with pytest.raises(UserError, match=r"Worker 1 of \d+, .*\(SIGKILL\).*\n.*--data.num_proc \d+"):
-        stores(path, teacher_dir, tmp_path / "cache")
+        splits(path, teacher_dir, tmp_path / "cache")

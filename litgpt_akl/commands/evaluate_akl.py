@@ -19,8 +19,8 @@ from litgpt.utils import parse_devices
 from litgpt_akl.config.args import GenerationArgs
 from litgpt_akl.config.checks import check_questions, check_run_args
 from litgpt_akl.config.recipe import check_masked
-from litgpt_akl.data.dataset import Store
-from litgpt_akl.data.prepare import prepare_stores
+from litgpt_akl.data.dataset import TokenizedDataset
+from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.files.directories import explain_failure, make_writable, write_file
 from litgpt_akl.files.lock import locked
@@ -231,9 +231,9 @@ def _check_results(evaluation: Evaluation) -> None:
 
 
 def _evaluate(fabric: L.Fabric, evaluation: Evaluation) -> None:
-    store, numbers = _open_records(fabric, evaluation)
-    asker, left_out = _prepare_questions(fabric, evaluation, store, numbers)
-    found, answers = _read_and_ask(fabric, evaluation, store, numbers, asker)
+    dataset, numbers = _open_records(fabric, evaluation)
+    asker, left_out = _prepare_questions(fabric, evaluation, dataset, numbers)
+    found, answers = _read_and_ask(fabric, evaluation, dataset, numbers, asker)
     if "before" in found:
         before, after, teacher = found["before"], found["student"], found["teacher"]
         after["gap_closed"] = gap_closed(*(of["cross_entropy"] for of in (before, after, teacher)))
@@ -254,7 +254,7 @@ def _evaluate(fabric: L.Fabric, evaluation: Evaluation) -> None:
         say(f"\nWritten to {evaluation.out_dir}")
 
 
-def _open_records(fabric: L.Fabric, evaluation: Evaluation) -> tuple[Store, range]:
+def _open_records(fabric: L.Fabric, evaluation: Evaluation) -> tuple[TokenizedDataset, range]:
     """The store of the records that are evaluated, and their numbers in it."""
     pair = evaluation.pairs["student"]
     train = TrainArgs(micro_batch_size=evaluation.batch_size, max_seq_length=evaluation.max_seq_length)
@@ -262,22 +262,22 @@ def _open_records(fabric: L.Fabric, evaluation: Evaluation) -> tuple[Store, rang
     day = fabric.broadcast(choose_day(students) if fabric.is_global_zero else None)
     with fabric.rank_zero_first():
         options = train, pair.context_length, pair.student_dir, "--max_seq_length"
-        stores = prepare_stores(evaluation.data, pair.tokenizer, *options, date=day.date)
+        splits = prepare_datasets(evaluation.data, pair.tokenizer, *options, date=day.date)
     if getattr(evaluation.data, "date", None):
         fabric.print(day)
     pair.check_unchanged("student")
-    store = stores[evaluation.split == "validation"]
-    numbers = range(len(store))[: evaluation.max_records]
+    dataset = splits[evaluation.split == "validation"]
+    numbers = range(len(dataset))[: evaluation.max_records]
     if not numbers:
         raise UserError(
             f"--split {evaluation.split}: the data has no such records. Hold some out by the data's own options, or"
             " evaluate all of a file of test records with --split training."
         )
-    return store, numbers
+    return dataset, numbers
 
 
 def _prepare_questions(
-    fabric: L.Fabric, evaluation: Evaluation, store: Store, numbers: Sequence[int]
+    fabric: L.Fabric, evaluation: Evaluation, dataset: TokenizedDataset, numbers: Sequence[int]
 ) -> tuple[Asker | None, int]:
     """Who asks, None if no answers are wanted; and how many prompts are left out because a model cannot answer them.
 
@@ -289,7 +289,7 @@ def _prepare_questions(
         return None, 0
     prompt_style = getattr(evaluation.data, "prompt_style", None)
     stop = stop_sequences(pair.tokenizer, prompt_style)
-    found = find_questions(store, numbers, pair.tokenizer, stop)
+    found = find_questions(dataset, numbers, pair.tokenizer, stop)
     configs = [each.student_config for each in evaluation.pairs.values()]
     configs += [pair.teacher_config] if args.teacher else []
     config = min(configs, key=longest_prompt)
@@ -308,7 +308,7 @@ def _prepare_questions(
 
 
 def _read_and_ask(
-    fabric: L.Fabric, evaluation: Evaluation, store: Store, numbers: Sequence[int], asker: Asker | None
+    fabric: L.Fabric, evaluation: Evaluation, dataset: TokenizedDataset, numbers: Sequence[int], asker: Asker | None
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[Answers]]]:
     """What is measured of each model, and its answers, by role; one student at a time is in memory."""
     micro_batch = evaluation.batch_size, evaluation.micro_batch_tokens
@@ -326,7 +326,7 @@ def _read_and_ask(
     for role, pair in evaluation.pairs.items():
         student = load_frozen(fabric, pair.student_dir, pair.student_config, evaluation.dtype)
         pair.check_unchanged("student")
-        measures = measure(fabric, student, teacher, evaluation.loss, store, numbers, name=role, **options)
+        measures = measure(fabric, student, teacher, evaluation.loss, dataset, numbers, name=role, **options)
         found |= {role: measures.student, "teacher": found.get("teacher", measures.teacher)}
         if asker is not None:
             ask(role, student)

@@ -107,7 +107,7 @@ def setup(
             less memory, about a third more time.
         compile: Whether torch.compile fuses what is in the blocks of both models.
         resume: Path to a ``step-...`` directory of an interrupted run to go on from, ``true`` for the latest one in
-            ``out_dir``, or ``auto`` for the latest one if there is one. A damaged one is passed over. A
+            ``out_dir``, or ``auto`` for the latest one if there is one. A damaged one is skipped. A
             finished run is left as it is.
         accept_changes: Whether a resumed run may differ from the interrupted one in what changes its result.
         overwrite: Whether the student and the checkpoints of another run in ``out_dir`` may be replaced: its later

@@ -74,7 +74,7 @@ class DistillArgs:
             names = takers(field.name)
             if names and self.divergence not in names and getattr(self, field.name) != field.default:
                 raise UserError(
-                    f"--distill.{field.name} {getattr(self, field.name)} has no part in --distill.divergence"
+                    f"--distill.{field.name} {getattr(self, field.name)} has no effect with --distill.divergence"
                     f" {self.divergence}. Use --distill.divergence {' or '.join(names)}, or leave {field.name} out."
                 )
 
@@ -94,7 +94,7 @@ class DistillArgs:
             changed = getattr(self, field.name) != field.default
             if self.on_policy == 0 and field.name.startswith("on_policy_") and changed:
                 raise UserError(
-                    f"--distill.{field.name} {getattr(self, field.name)} has no part in a run without own answers."
+                    f"--distill.{field.name} {getattr(self, field.name)} has no effect without on-policy samples."
                     f" Give --distill.on_policy, or leave {field.name} out."
                 )
 
@@ -134,8 +134,8 @@ class LoRAArgs:
             changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
             if changed:
                 raise UserError(
-                    f"--lora.{changed[0]} {getattr(self, changed[0])} has no part in training the whole student."
-                    f" Give --lora.r, the adapters' rank, or leave {changed[0]} out."
+                    f"--lora.{changed[0]} {getattr(self, changed[0])} has no effect without --lora.r."
+                    f" Give it, the adapters' rank, or leave {changed[0]} out."
                 )
             return
         if self.r < 1:
@@ -185,8 +185,8 @@ class TeacherArgs:
             for field in fields(self):
                 if field.name.startswith("cache_") and getattr(self, field.name) != field.default:
                     raise UserError(
-                        f"--teacher.{field.name} {getattr(self, field.name)} has no part in a run without a cache."
-                        f" Give --teacher.cache_dir, or leave {field.name} out."
+                        f"--teacher.{field.name} {getattr(self, field.name)} has no effect without --teacher.cache_dir."
+                        f" Give it, or leave {field.name} out."
                     )
             return
         if "://" in self.cache_dir and self.cache_mode != "read":

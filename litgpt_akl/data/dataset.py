@@ -17,7 +17,7 @@ from litgpt_akl.files.directories import explain_failure
 from litgpt_akl.loss.head_loss import IGNORE_INDEX
 
 
-class Store(Protocol):
+class TokenizedDataset(Protocol):
     """Tokenised samples, read by number."""
 
     fingerprint: str
@@ -56,7 +56,7 @@ def digest(sample: dict[str, Tensor]) -> int:
     return int.from_bytes(found.digest(), "big", signed=True)
 
 
-class MemoryStore:
+class InMemoryDataset:
     """Samples in two flat arrays."""
 
     chunk_ends = None
@@ -103,7 +103,7 @@ ALL = (0.0, math.inf)
 """Of the draws of records."""
 
 
-class ArrowStore:
+class ArrowDataset:
     """Rows of a prepared dataset, all of them good; see ``preparation.COLUMNS``.
 
     Given are the ends ``[low, high)`` between which their draws lie, or the rows' numbers, ``[samples]``, in order.

@@ -176,7 +176,7 @@ def open_chunks(
     path = str(data.data_path)
     folders = [os.path.join(path, name) for name in data.split_names] if data.split_names else [path]
     try:
-        stores = [ChunkStore(folder, block_size, cut_by, vocab_size) for folder in folders]
+        splits = [ChunkStore(folder, block_size, cut_by, vocab_size) for folder in folders]
     except UserError:
         raise
     # every kind of remote storage has exceptions of its own
@@ -186,4 +186,4 @@ def open_chunks(
                 f"--data LitData needs litdata, which cannot be imported: {error}.\npip install litdata"
             ) from error
         raise UserError(f"--data.data_path {path} cannot be read: {reason(error)}") from error
-    return stores[0], stores[-1]
+    return splits[0], splits[-1]

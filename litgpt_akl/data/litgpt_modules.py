@@ -19,7 +19,7 @@ from litgpt.data import JSON, DataModule, SFTDataset
 from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader, Dataset, random_split
 
-from litgpt_akl.data.dataset import ArrowStore, MemoryStore, Store
+from litgpt_akl.data.dataset import ArrowDataset, InMemoryDataset, TokenizedDataset
 from litgpt_akl.data.preparation import FileRecords, Settings, prepare
 from litgpt_akl.data.records import Record, place
 from litgpt_akl.data.workers import available_cores
@@ -165,7 +165,7 @@ def open_module(
     context_length: int,
     checkpoint_dir: Path,
     cut_by: str,
-) -> tuple[Store, Store]:
+) -> tuple[TokenizedDataset, TokenizedDataset]:
     """The training and validation samples of a connected data module.
 
     ``cut_by`` is the command's option for ``max_seq_length``, for messages.
@@ -184,17 +184,17 @@ def open_module(
         cut_by,
     )
     if type(data) is JSON:
-        stores = _open_json(data, replace(settings, mask_prompt=data.mask_prompt))
+        splits = _open_json(data, replace(settings, mask_prompt=data.mask_prompt))
     else:
-        stores = [_open(data, split, dataset, settings) for split, dataset in _load(data).items()]
-        if all(isinstance(store, ArrowStore) for store in stores):
+        splits = [_open(data, split, dataset, settings) for split, dataset in _load(data).items()]
+        if all(isinstance(dataset, ArrowDataset) for dataset in splits):
             _release(data)
-    if len(stores[0]) == 0:
+    if len(splits[0]) == 0:
         raise UserError(f"{type(data).__name__} has no training samples. Check its path and its split fraction.")
-    return stores[0], stores[1]
+    return splits[0], splits[1]
 
 
-def _open_json(data: JSON, settings: SFTSettings) -> list[ArrowStore]:
+def _open_json(data: JSON, settings: SFTSettings) -> list[ArrowDataset]:
     if data.json_path.is_dir():
         files = [data.find_split(split) for split in ("train", "val")]
         if None in files:
@@ -217,7 +217,7 @@ def _json_records(file: Path) -> JSONRecords:
     return JSONRecords([str(file.absolute())])
 
 
-def _open(data: DataModule, split: str, dataset: Dataset, settings: SFTSettings) -> Store:
+def _open(data: DataModule, split: str, dataset: Dataset, settings: SFTSettings) -> TokenizedDataset:
     if type(dataset) is not SFTDataset or dataset.tokenizer is not settings.tokenizer:
         return _tokenise(dataset, split, data, settings)
     settings = replace(
@@ -229,7 +229,7 @@ def _open(data: DataModule, split: str, dataset: Dataset, settings: SFTSettings)
     return _prepared(ModuleRecords(type(data).__name__, dataset.data, dataset.transform), settings)
 
 
-def _prepared(records: JSONRecords | ModuleRecords, settings: SFTSettings) -> ArrowStore:
+def _prepared(records: JSONRecords | ModuleRecords, settings: SFTSettings) -> ArrowDataset:
     return _store(_prepare(records, settings), records, settings)
 
 
@@ -243,8 +243,8 @@ def _store(
     records: JSONRecords | ModuleRecords,
     settings: SFTSettings,
     numbers: np.ndarray | None = None,
-) -> ArrowStore:
-    return ArrowStore(
+) -> ArrowDataset:
+    return ArrowDataset(
         rows,
         numbers=numbers,
         mask_prompt=settings.mask_prompt,
@@ -280,7 +280,7 @@ def _map_style_dataset(loader: DataLoader, data: DataModule) -> Dataset:
     return dataset
 
 
-def _tokenise(dataset: Dataset, split: str, data: DataModule, settings: SFTSettings) -> MemoryStore:
+def _tokenise(dataset: Dataset, split: str, data: DataModule, settings: SFTSettings) -> InMemoryDataset:
     """The samples of a dataset of another class, one by one: nobody knows when they would change."""
     input_ids, labels, ends, end = [], [], [], 0
     name = type(data).__name__
@@ -298,4 +298,4 @@ def _tokenise(dataset: Dataset, split: str, data: DataModule, settings: SFTSetti
         ends.append(end)
     none = [np.empty(0, dtype=np.int32)]
     arrays = np.concatenate(input_ids or none), np.concatenate(labels or none), np.array(ends, dtype=np.int64)
-    return MemoryStore(*arrays, place=lambda number: f"{name}: record {number}")
+    return InMemoryDataset(*arrays, place=lambda number: f"{name}: record {number}")

@@ -7,7 +7,7 @@ from litgpt.data import DataModule, LitData
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.config.checks import FOR_PRETRAINING
-from litgpt_akl.data.dataset import Store
+from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.litdata import open_chunks
 from litgpt_akl.data.litgpt_modules import open_module
 from litgpt_akl.data.streaming import StreamingSFT
@@ -16,7 +16,7 @@ from litgpt_akl.messages import UserError
 from litgpt_akl.models.pair import token_map
 
 
-def prepare_stores(
+def prepare_datasets(
     data: DataModule,
     tokenizer: Tokenizer,
     train: TrainArgs,
@@ -24,7 +24,7 @@ def prepare_stores(
     checkpoint_dir: Path,
     cut_by: str = "--train.max_seq_length",
     date: str | None = None,
-) -> tuple[Store, Store]:
+) -> tuple[TokenizedDataset, TokenizedDataset]:
     """A data module's training and validation samples, tokenised.
 
     Args:

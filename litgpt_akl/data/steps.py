@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from litgpt_akl.data.dataset import Store, digest
+from litgpt_akl.data.dataset import TokenizedDataset, digest
 from litgpt_akl.data.workers import (
     PREFETCHED,
     SHARED_MEMORY,
@@ -28,7 +28,7 @@ POOL = 512
 
 
 @dataclass
-class Plan:
+class StepSampler:
     """The steps of every epoch over a store of samples."""
 
     samples: int
@@ -174,7 +174,7 @@ class MicroBatch:
 
 
 @dataclass
-class Window:
+class StepBatch:
     """One optimizer step's data, as one rank sees it."""
 
     epoch: int
@@ -194,16 +194,16 @@ class Window:
     """Of all ranks: the ids of prompts that the student is to answer itself, ``[time]``, by the samples' numbers. Their
     recorded responses are not in the micro-batches, and not among the tokens."""
 
-    def pin_memory(self) -> "Window":
+    def pin_memory(self) -> "StepBatch":
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
 
 @dataclass
-class Windows(Dataset):
+class StepBatches(Dataset):
     """Windows by their number, counted from the start of the run: a pure function, so that nothing is ever replayed."""
 
-    store: Store
-    plan: Plan
+    dataset: TokenizedDataset
+    plan: StepSampler
     micro_batch_size: int
     micro_batch_tokens: int | None = None
     """If given, how many tokens a micro-batch may have, padding counted, in place of ``micro_batch_size``."""
@@ -215,21 +215,21 @@ class Windows(Dataset):
     longest_prompt: int = 0
     """Tokens of the longest prompt that it can answer; a sample with a longer one, or none, is taken as recorded."""
 
-    def __getitem__(self, number: int) -> Window:
+    def __getitem__(self, number: int) -> StepBatch:
         epoch, step = divmod(number, self.plan.steps_per_epoch)
         numbers = self.plan.step(epoch, step)
         prompts = self._draw_prompts(epoch, step, numbers)
         recorded = numbers[~np.isin(numbers, list(prompts))]
-        lengths = self.store.lengths(recorded)
+        lengths = self.dataset.lengths(recorded)
         cuts = cut(lengths, self.micro_batch_size, self.micro_batch_tokens)
-        return Window(
+        return StepBatch(
             epoch,
             step,
             numbers,
-            response_tokens=int(self.store.response_tokens(recorded).sum()),
+            response_tokens=int(self.dataset.response_tokens(recorded).sum()),
             tokens=int(lengths.sum()),
             padded_tokens=padded(lengths, cuts),
-            micro_batches=list(_share(self.store, recorded, cuts, self.rank, self.world_size, self.memory)),
+            micro_batches=list(_share(self.dataset, recorded, cuts, self.rank, self.world_size, self.memory)),
             prompts=prompts,
         )
 
@@ -239,10 +239,10 @@ class Windows(Dataset):
         # a key of four numbers, so that the draws are not those of the plan
         random = np.random.default_rng((self.plan.seed, epoch, step, 0))
         drawn = numbers[random.random(len(numbers)) < self.on_policy]
-        lengths = self.store.prompt_lengths(drawn)
+        lengths = self.dataset.prompt_lengths(drawn)
         fits = (lengths > 0) & (lengths <= self.longest_prompt)
         drawn, lengths = drawn[fits], lengths[fits]
-        samples = self.store.read(drawn) if len(drawn) else []
+        samples = self.dataset.read(drawn) if len(drawn) else []
         return {
             int(number): sample["input_ids"][:length]
             for number, sample, length in zip(drawn, samples, lengths, strict=True)
@@ -287,11 +287,11 @@ def turns(cuts: list[slice], rank: int, world_size: int) -> Iterator[slice]:
 
 
 def _share(
-    store: Store, numbers: np.ndarray, cuts: list[slice], rank: int, world_size: int, memory: Memory | None
+    dataset: TokenizedDataset, numbers: np.ndarray, cuts: list[slice], rank: int, world_size: int, memory: Memory | None
 ) -> Iterator[MicroBatch]:
     for part in turns(cuts, rank, world_size):
         own = numbers[part]
-        samples = store.read(own) if len(own) else []
+        samples = dataset.read(own) if len(own) else []
         batch = collate(samples)
         if memory is not None:
             pairs = [(number, digest(sample)) for number, sample in zip(own, samples, strict=True)]
@@ -318,7 +318,7 @@ def collate(samples: list[dict[str, Tensor]]) -> MicroBatch:
 
 
 def in_order(
-    store: Store,
+    dataset: TokenizedDataset,
     numbers: Sequence[int],
     micro_batch_size: int,
     micro_batch_tokens: int | None = None,
@@ -328,46 +328,46 @@ def in_order(
 ) -> Iterator[MicroBatch]:
     """A rank's micro-batches of given samples, those of like length together; for validation."""
     numbers = np.asarray(numbers)
-    lengths = store.lengths(numbers)
+    lengths = dataset.lengths(numbers)
     order = np.argsort(lengths, kind="stable")
     cuts = cut(lengths[order], micro_batch_size, micro_batch_tokens)
-    yield from _share(store, numbers[order], cuts, rank, world_size, memory)
+    yield from _share(dataset, numbers[order], cuts, rank, world_size, memory)
 
 
-def load(windows: Windows, numbers: Sequence[int], num_workers: int) -> Fetched:
+def load(step_batches: StepBatches, numbers: Sequence[int], num_workers: int) -> Fetched:
     """Windows of a run by their numbers, fetched ahead by ``num_workers`` processes.
 
     They are fewer processes and fewer windows ahead where shared memory does not take more, which rank 0 prints.
     """
     workers = min(num_workers, available_cores(), len(numbers))
     wished, free = steps_ahead(0, workers, math.inf), free_shared_memory()
-    size = most_bytes(windows, measure=False)
+    size = most_bytes(step_batches, measure=False)
     if steps_ahead(size, workers, free) != wished:
-        size = most_bytes(windows)
+        size = most_bytes(step_batches)
     fitting, prefetched = steps_ahead(size, workers, free)
-    if (fitting, prefetched) != wished and windows.rank == 0:
+    if (fitting, prefetched) != wished and step_batches.rank == 0:
         print(
             f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free, and a step takes up to {size / 1e6:,.1f} MB of it:"
             f" {fitting * prefetched} of {workers * PREFETCHED} steps are fetched ahead, by {fitting} of {workers}"
             " processes. A larger one lifts this, in Docker by `docker run --shm-size 8g`."
         )
     fewer = f"Lower --data.num_workers {num_workers}; with 0 the run itself fetches, without such processes."
-    return fetch(windows, numbers, fitting, fewer, prefetched)
+    return fetch(step_batches, numbers, fitting, fewer, prefetched)
 
 
-def most_bytes(windows: Windows, measure: bool = True) -> int:
+def most_bytes(step_batches: StepBatches, measure: bool = True) -> int:
     """At most so many bytes are the tensors of a step, of all ranks together.
 
     Without ``measure``, which reads the lengths of all samples, it is as if the longest sample came all the time.
     """
-    store, samples = windows.store, min(windows.plan.global_batch_size, len(windows.store))
-    lengths = counts = np.full(samples, store.longest)
+    dataset, samples = step_batches.dataset, min(step_batches.plan.global_batch_size, len(step_batches.dataset))
+    lengths = counts = np.full(samples, dataset.longest)
     if measure:
-        lengths, counts = (_largest(of, len(store), samples) for of in (store.lengths, store.response_tokens))
-    tokens = padded(lengths, cut(lengths, windows.micro_batch_size, windows.micro_batch_tokens))
-    hidden = 0 if windows.memory is None else windows.memory.bytes_of_token_in_memory
+        lengths, counts = (_largest(of, len(dataset), samples) for of in (dataset.lengths, dataset.response_tokens))
+    tokens = padded(lengths, cut(lengths, step_batches.micro_batch_size, step_batches.micro_batch_tokens))
+    hidden = 0 if step_batches.memory is None else step_batches.memory.bytes_of_token_in_memory
     # ids are of 8 bytes, each response token has a position and a label, and each rank has all prompts
-    prompts = windows.world_size * int(lengths.sum()) if windows.on_policy > 0 else 0
+    prompts = step_batches.world_size * int(lengths.sum()) if step_batches.on_policy > 0 else 0
     return 8 * (tokens + prompts) + int(counts.sum()) * (16 + hidden)
 
 

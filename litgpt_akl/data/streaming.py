@@ -14,7 +14,7 @@ from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.data import preparation
-from litgpt_akl.data.dataset import ALL, ArrowStore
+from litgpt_akl.data.dataset import ALL, ArrowDataset
 from litgpt_akl.data.files import find_files
 from litgpt_akl.data.preparation import FileRecords, prepare
 from litgpt_akl.data.records import place
@@ -91,7 +91,7 @@ class StreamingSFT(DataModule):
         context_length: int,
         cut_by: str = "--train.max_seq_length",
         date: str | None = None,
-    ) -> tuple[ArrowStore, ArrowStore]:
+    ) -> tuple[ArrowDataset, ArrowDataset]:
         """The training and the validation records as stores.
 
         Args:
@@ -132,7 +132,9 @@ class StreamingSFT(DataModule):
             )
         return train, validation
 
-    def _stores(self, path: str, settings: preparation.Settings, ranges: list[tuple[float, float]]) -> list[ArrowStore]:
+    def _stores(
+        self, path: str, settings: preparation.Settings, ranges: list[tuple[float, float]]
+    ) -> list[ArrowDataset]:
         files = find_files(path)
         cache_dir, num_proc = self.cache_dir or default_cache_dir(), self.num_proc or available_cores()
         dataset = prepare(FileRecords(files), settings, cache_dir, num_proc)
@@ -141,7 +143,7 @@ class StreamingSFT(DataModule):
         if self.on_error == "skip":
             self._report_bad_records(dataset, path, files, settings.cut_by)
         return [
-            ArrowStore(
+            ArrowDataset(
                 dataset,
                 draws,
                 mask_prompt=self.mask_prompt,

@@ -39,7 +39,7 @@ def predict(plan: MemoryPlan) -> list[Moment]:
     step = _Step(plan)
     if plan.teacher_role == "alone":
         return [step.teacher_forward()]
-    answers = [step.own_answers()] if plan.own_prompts else []
+    answers = [step.on_policy_samples()] if plan.own_prompts else []
     moments = answers if plan.teacher_role == "remembered" else [*answers, step.teacher_forward()]
     moments += [
         step.student_forward(),
@@ -107,7 +107,7 @@ class _Step:
         held = self.always | {STREAM: stream} | parts
         return Moment(name, {part: held.get(part, 0.0) for part in PARTS})
 
-    def own_answers(self) -> Moment:
+    def on_policy_samples(self) -> Moment:
         """The last block reads the prompts, which may be nearly as long as samples; no gradients are there yet."""
         plan, config = self.plan, self.plan.student
         shape = plan.own_prompts, plan.sequence_length

@@ -17,7 +17,7 @@ from litgpt.tokenizer import Tokenizer
 from torch import Tensor, nn
 
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.parallel import bare, highest, reshard
+from litgpt_akl.models.parallel import all_reduce_max, reshard, unwrap
 
 BATCH = 32
 """Prompts that a process answers together: their keys and values take less than training does, whose gradients and
@@ -98,10 +98,10 @@ def generate(
     # a process without prompts takes part with one token that nobody asked for
     rows, texts = list(range(len(answers))), [answer.prompt for answer in answers] or [[0]]
     capacity = max((len(answer.prompt) + answer.limit for answer in answers), default=1)
-    _open_cache(bare(model), len(texts), capacity, fabric.device)
+    _open_cache(unwrap(model), len(texts), capacity, fabric.device)
     ids, positions = _padded(texts, fabric.device), torch.arange(max(map(len, texts)), device=fabric.device)
     last = torch.tensor([len(text) - 1 for text in texts], device=fabric.device)
-    while highest(fabric, len(rows)) > 0:
+    while all_reduce_max(fabric, len(rows)) > 0:
         logits = _next_logits(model, ids, positions, last)[:, :vocab_size].float()
         if rows:
             own = None if generators is None else [generators[row] for row in rows]
@@ -110,15 +110,15 @@ def generate(
                 answers[row].append(token)
             going = [place for place, row in enumerate(rows) if not answers[row].ended]
             if 0 < len(going) < len(rows):
-                _keep_rows(bare(model), going, fabric.device)
+                _keep_rows(unwrap(model), going, fabric.device)
             rows = [rows[place] for place in going]
         texts = [answers[row].text for row in rows] or [[0]]
         ids = torch.tensor([[text[-1]] for text in texts], device=fabric.device)
         positions = torch.tensor([[len(text) - 1] for text in texts], device=fabric.device)
         last = torch.zeros(len(texts), dtype=torch.int64, device=fabric.device)
-    _close_cache(bare(model))
+    _close_cache(unwrap(model))
     model.train(training)
-    reshard(bare(model))
+    reshard(unwrap(model))
     return [answer.tokens for answer in answers]
 
 
@@ -182,7 +182,7 @@ def _next_logits(model: nn.Module, ids: Tensor, positions: Tensor, last: Tensor)
     What stands behind it is written over before it is ever looked at.
     """
     rows = torch.arange(len(ids), device=ids.device)
-    with model.lm_head.giving(lambda head, hidden: head.logits(hidden[rows, last])):
+    with model.lm_head.output_of_head(lambda head, hidden: head.logits(hidden[rows, last])):
         return model(ids, positions, input_pos_maxp1=int(positions.max()) + 1)
 
 

@@ -42,7 +42,7 @@ class Head(nn.Module):
         return logits if self.softcap is None else do_softcapping(logits, self.softcap)
 
     @contextmanager
-    def giving(self, give: Callable[["Head", Tensor], Any]) -> Iterator[None]:
+    def output_of_head(self, give: Callable[["Head", Tensor], Any]) -> Iterator[None]:
         """The model returns ``give(head, hidden)`` with the final hidden states ``[batch, time, n_embd]``."""
         self._give = give
         try:
@@ -173,8 +173,8 @@ def hidden_states(teacher: nn.Module, input_ids: Tensor, positions: Tensor) -> T
 
     A model with adapters teaches as its base, without them.
     """
-    giving = teacher.lm_head.giving(lambda head, hidden: hidden.flatten(0, 1)[positions])
-    with torch.no_grad(), without_adapters(teacher), giving:
+    output_of_head = teacher.lm_head.output_of_head(lambda head, hidden: hidden.flatten(0, 1)[positions])
+    with torch.no_grad(), without_adapters(teacher), output_of_head:
         return teacher(input_ids)
 
 
@@ -217,7 +217,7 @@ def distillation_loss(
             all_count=True,
         )
 
-    with student.lm_head.giving(give):
+    with student.lm_head.output_of_head(give):
         result = student(input_ids)
     reshard(teacher)
     return result

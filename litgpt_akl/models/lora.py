@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from litgpt_akl.config.args import LoRAArgs
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.parallel import bare, whole
+from litgpt_akl.models.parallel import gather_full, unwrap
 from litgpt_akl.models.tensor_file import TensorFile, read_tensors
 
 ADAPTERS = "lit_model.pth.lora"
@@ -30,7 +30,7 @@ def lora_config(config: BaseConfig, lora: LoRAArgs) -> Config:
 
 def adapters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """By name; none in a model without LoRA."""
-    return {name: tensor for name, tensor in bare(model).named_parameters() if lora_filter(name, tensor)}
+    return {name: tensor for name, tensor in unwrap(model).named_parameters() if lora_filter(name, tensor)}
 
 
 def with_new_adapters(model: nn.Module, base: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -44,7 +44,7 @@ def with_new_adapters(model: nn.Module, base: dict[str, Tensor], seed: int) -> d
     Raises:
         UserError: LitGPT's LoRA model lacks parts of the checkpoint's.
     """
-    names = {_name_in_base(name) for name, _ in bare(model).named_parameters(remove_duplicate=False)}
+    names = {_name_in_base(name) for name, _ in unwrap(model).named_parameters(remove_duplicate=False)}
     if lacking := sorted(base.keys() - names):
         raise UserError(
             f"LitGPT's LoRA model of {model.config.name} lacks {len(lacking)} of the student's tensors, {lacking[0]}"
@@ -52,7 +52,7 @@ def with_new_adapters(model: nn.Module, base: dict[str, Tensor], seed: int) -> d
         )
     adapters, generator = adapters_of(model), torch.Generator().manual_seed(seed)
     start = {}
-    for name, parameter in bare(model).named_parameters():
+    for name, parameter in unwrap(model).named_parameters():
         if name not in adapters:
             start[name] = base[_name_in_base(name)]
             continue
@@ -98,14 +98,14 @@ def merged_weight(layer: LoRALinear) -> Tensor:
     All processes must ask for it together.
     """
     device = layer.linear.weight.device
-    adapter = {f"layer.{name}": whole(getattr(layer, name)).to(device).float() for name in ("lora_A", "lora_B")}
-    update, base = functional_call(_Update(layer), adapter, ()), whole(layer.linear.weight)
+    adapter = {f"layer.{name}": gather_full(getattr(layer, name)).to(device).float() for name in ("lora_A", "lora_B")}
+    update, base = functional_call(_Update(layer), adapter, ()), gather_full(layer.linear.weight)
     return (base.float() + update.cpu()).to(base.dtype)
 
 
 def store_merged(model: nn.Module, file: TensorFile) -> dict[str, Any]:
     """Write a model's parameters, adapters merged into the base one layer at a time, under the names of the base."""
-    model, stored = bare(model), {}
+    model, stored = unwrap(model), {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if lora_filter(name, parameter):
             continue

@@ -62,7 +62,7 @@ class ModelFiles:
 def files_beside_weights(directory: Path) -> list[Path]:
     """Those of a checkpoint that say what the weights are and how they are used, as far as they are there."""
     paths = [directory / name for name in (*COPIED_FILES, "tokenizer_config.json")]
-    # what is there and no file, such as a link to nowhere, is not to be passed over
+    # what is there and no file, such as a link to nowhere, is not to be skipped
     return [path for path in paths if os.path.lexists(path)]
 
 

@@ -107,7 +107,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor] | None, trained_on
 
     They are sent one at a time: PyTorch's ``set_model_state_dict`` has them all in memory at once.
     """
-    for name, parameter in bare(model).named_parameters():
+    for name, parameter in unwrap(model).named_parameters():
         if parameter.requires_grad or not trained_only:
             parameter.copy_(_share_out(None if weights is None else weights[name], parameter, parameter.dtype))
 
@@ -127,7 +127,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
             for number, entries in saved["state"].items()
         }
         described = saved | {"state": rest}
-    described = from_rank_zero(described)
+    described = broadcast_object(described)
     for number, entries in described["state"].items():
         for name, value in entries.items():
             if isinstance(value, torch.dtype):
@@ -153,12 +153,12 @@ def _share_out(tensor: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tenso
     return distribute_tensor(tensor.to(device, dtype), like.device_mesh, like.placements)
 
 
-def bare(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """A model without Fabric's wrapper, which PyTorch's functions for states do not know."""
     return model.module if is_wrapped(model) else model
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """A parameter, or what has its shape, as one tensor on the CPU; all processes must ask for it together."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
@@ -190,17 +190,17 @@ def _patient_group(everyone: distributed.ProcessGroup) -> distributed.ProcessGro
     return distributed.new_group(backend="gloo", timeout=timedelta(days=10000))
 
 
-def highest(fabric: L.Fabric, value: int) -> int:
+def all_reduce_max(fabric: L.Fabric, value: int) -> int:
     """The highest of all processes' values."""
-    return highest_of_each(fabric, [value])[0]
+    return all_reduce_max_each(fabric, [value])[0]
 
 
-def highest_of_each(fabric: L.Fabric, values: list[int]) -> list[int]:
+def all_reduce_max_each(fabric: L.Fabric, values: list[int]) -> list[int]:
     """At each place the highest of all processes' values; all give as many."""
     return fabric.all_reduce(torch.tensor(values, device=fabric.device), reduce_op="max").tolist()
 
 
-def from_each(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """Every process's value, in the order of their ranks."""
     values = [value] * world_size()
     if len(values) > 1:
@@ -208,7 +208,7 @@ def from_each(value: Any) -> list[Any]:
     return values
 
 
-def from_rank_zero(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Process 0's value."""
     values = [value]
     if world_size() > 1:

@@ -16,7 +16,7 @@ from torch import Tensor
 from litgpt_akl.files.changes import watch
 from litgpt_akl.files.manifest import know_checksum
 from litgpt_akl.files.reading import COPY_AGAIN, explain_damage
-from litgpt_akl.models.parallel import wait_for_all, whole
+from litgpt_akl.models.parallel import gather_full, wait_for_all
 
 BLOCK = 2**20
 """Bytes that are read together."""
@@ -79,7 +79,7 @@ class TensorFile:
             # the process that writes may still be busy with the tensor before
             wait_for_all()
             # the tensor is kept, for its id to stay its own
-            self._stored[id(tensor)] = tensor, self.write(whole(tensor))
+            self._stored[id(tensor)] = tensor, self.write(gather_full(tensor))
         return self._stored[id(tensor)][1]
 
     def write(self, complete: Tensor) -> SavingProxyForTensor | None:

@@ -1,4 +1,4 @@
-"""A LitGPT checkpoint directory as it is read: is it there and whole, does it fit its configuration, which one is it?"""
+"""A LitGPT checkpoint directory as it is read: is it there, whole, of its configuration, and which one?"""
 
 import json
 import os

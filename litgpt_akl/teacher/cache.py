@@ -16,7 +16,7 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from litgpt_akl.data.dataset import Store, digest
+from litgpt_akl.data.dataset import TokenizedDataset, digest
 from litgpt_akl.files.directories import explain_failure, write_file
 from litgpt_akl.messages import UserError, progress_bar, say
 from litgpt_akl.teacher.chunk_file import (
@@ -246,7 +246,9 @@ class Caches(NamedTuple):
                 cache.refresh()
 
 
-def open_caches(directory: str, identity: Identity, stores: tuple[Store, Store], writable: bool) -> Caches:
+def open_caches(
+    directory: str, identity: Identity, splits: tuple[TokenizedDataset, TokenizedDataset], writable: bool
+) -> Caches:
     """The cache in ``directory``, if it is of ``identity`` and of the stores' samples; begun if it may be.
 
     Raises:
@@ -256,19 +258,19 @@ def open_caches(directory: str, identity: Identity, stores: tuple[Store, Store],
         directory = os.path.abspath(directory)
     teacher_weights = check_identity(directory, identity, create=writable)
     dtype, found = DTYPES[identity.stored_as], []
-    for name, store in zip(("training", "validation"), stores, strict=True):
-        cache = TeacherCache(f"{directory.rstrip('/')}/{name}", len(store), dtype, identity.width, writable)
-        _compare(cache, store)
+    for name, dataset in zip(("training", "validation"), splits, strict=True):
+        cache = TeacherCache(f"{directory.rstrip('/')}/{name}", len(dataset), dtype, identity.width, writable)
+        _compare(cache, dataset)
         found.append(cache)
     return Caches(*found, directory, writable, teacher_weights)
 
 
-def _compare(cache: TeacherCache, store: Store) -> None:
+def _compare(cache: TeacherCache, dataset: TokenizedDataset) -> None:
     """A cache of other data is refused at once, not in the middle of an epoch."""
     there = cache.present()
     some = there[:: max(1, len(there) // PROBES)]
     if len(some):
-        keys = [(number, digest(sample)) for number, sample in zip(some, store.read(some), strict=True)]
+        keys = [(number, digest(sample)) for number, sample in zip(some, dataset.read(some), strict=True)]
         cache.check(np.array(keys, dtype=np.int64))
 
 

@@ -13,9 +13,9 @@ from litgpt.data import DataModule
 from litgpt.prompts import PromptStyle
 
 from litgpt_akl.config.args import TeacherArgs
-from litgpt_akl.data.dataset import Store
+from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.preparation import probe
-from litgpt_akl.data.steps import Plan
+from litgpt_akl.data.steps import StepSampler
 from litgpt_akl.files.directories import explain_failure, write_file
 from litgpt_akl.files.reading import with_checksum, without_checksum
 from litgpt_akl.messages import UserError, reason
@@ -123,7 +123,7 @@ def make_identity(
     dtype: torch.dtype,
     data: DataModule,
     max_seq_length: int | None,
-    stores: tuple[Store, Store],
+    splits: tuple[TokenizedDataset, TokenizedDataset],
     recorded: str | None = None,
 ) -> Identity:
     """What the hidden states of a run's teacher depend on; ``recorded`` is a cache's fingerprint of its weights."""
@@ -139,10 +139,10 @@ def make_identity(
         prompt_style=describe_style(getattr(data, "prompt_style", None)),
         mask_prompt=getattr(data, "mask_prompt", False),
         max_seq_length=max_seq_length,
-        training_samples=len(stores[0]),
-        training_tokens=stores[0].tokens,
-        validation_samples=len(stores[1]),
-        validation_tokens=stores[1].tokens,
+        training_samples=len(splits[0]),
+        training_tokens=splits[0].tokens,
+        validation_samples=len(splits[1]),
+        validation_tokens=splits[1].tokens,
         date=getattr(data, "date", None),
     )
 
@@ -160,7 +160,7 @@ def describe_style(style: PromptStyle | None) -> str:
     return f"{type(style).__name__} {xxhash.xxh3_64_hexdigest(repr(probe(style)).encode())}"
 
 
-def needed_samples(plan: Plan, steps: int) -> np.ndarray:
+def needed_samples(plan: StepSampler, steps: int) -> np.ndarray:
     """The numbers of the training samples that a run of so many steps comes to."""
     if steps >= plan.steps_per_epoch:
         return np.arange(plan.samples)

@@ -6,7 +6,7 @@ from shutil import disk_usage
 import numpy as np
 import torch
 
-from litgpt_akl.data.dataset import Store
+from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.memory.memory_plan import MemoryPlan
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.model_size import HashableConfig, measure_size
@@ -26,12 +26,12 @@ def bytes_of_token(width: int, dtype: torch.dtype) -> int:
     return width * dtype.itemsize + (4 if dtype.itemsize == 1 else 0)
 
 
-def response_tokens(store: Store, numbers: np.ndarray) -> int:
+def response_tokens(dataset: TokenizedDataset, numbers: np.ndarray) -> int:
     """Of some of a store's samples."""
-    if len(numbers) == len(store):
-        return store.all_response_tokens
+    if len(numbers) == len(dataset):
+        return dataset.all_response_tokens
     parts = (numbers[start : start + PART] for start in range(0, len(numbers), PART))
-    return sum(int(store.response_tokens(part).sum()) for part in parts)
+    return sum(int(dataset.response_tokens(part).sum()) for part in parts)
 
 
 def check_space(directory: str, needed: int) -> None:

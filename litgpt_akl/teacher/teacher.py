@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from litgpt_akl.data.steps import MicroBatch
 from litgpt_akl.models.gpt import hidden_states, make_head
-from litgpt_akl.models.parallel import highest_of_each, unshard
+from litgpt_akl.models.parallel import all_reduce_max_each, unshard
 from litgpt_akl.teacher.cache import TeacherCache
 from litgpt_akl.teacher.chunk_file import Record
 
 
-class LoneHead(nn.Module):
+class HeadOnly(nn.Module):
     """What is needed of a teacher whose hidden states are remembered."""
 
     def __init__(self, config: Config) -> None:
@@ -28,7 +28,7 @@ class Teacher:
 
     Args:
         fabric: of the run.
-        model: a frozen GPT, or a :class:`LoneHead`.
+        model: a frozen GPT, or a :class:`HeadOnly`.
         load: makes the whole model if something turns out not to be remembered; None if ``model`` is whole.
     """
 
@@ -68,7 +68,9 @@ class Teacher:
             if batch.teacher_hidden is None and not batch.is_own:
                 # fetched ahead, it may have been too early
                 batch.teacher_hidden = cache.read(batch.keys)
-        return [flag > 0 for flag in highest_of_each(self.fabric, [batch.teacher_hidden is None for batch in batches])]
+        return [
+            flag > 0 for flag in all_reduce_max_each(self.fabric, [batch.teacher_hidden is None for batch in batches])
+        ]
 
     def _in_turn(self, batches: list[MicroBatch], live: list[bool]) -> Iterator[tuple[MicroBatch, Tensor]]:
         return (self._answer(*pair) for pair in zip(batches, live, strict=True))

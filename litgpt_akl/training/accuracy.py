@@ -12,17 +12,17 @@ from litgpt.config import Config
 from litgpt.model import GPT, do_softcapping
 from torch import Tensor, nn
 
-from litgpt_akl.data.dataset import Store, digest
+from litgpt_akl.data.dataset import TokenizedDataset, digest
 from litgpt_akl.data.steps import MicroBatch, in_order
 from litgpt_akl.files.directories import write_file
 from litgpt_akl.loss.comparison import compare
 from litgpt_akl.messages import reason, say
 from litgpt_akl.models.gpt import Head, build_model, finish, hidden_states
-from litgpt_akl.models.parallel import from_rank_zero, rank, reshard
+from litgpt_akl.models.parallel import broadcast_object, rank, reshard
 from litgpt_akl.models.weights import fingerprint, open_weights
 from litgpt_akl.teacher.cache import Caches
 from litgpt_akl.teacher.chunk_file import decode, encode
-from litgpt_akl.teacher.teacher import LoneHead
+from litgpt_akl.teacher.teacher import HeadOnly
 from litgpt_akl.training.run import Run
 
 FILE = "teacher_accuracy.json"
@@ -54,7 +54,7 @@ class Loss(NamedTuple):
         )
 
 
-def report_accuracy(fabric: L.Fabric, run: Run, teacher: nn.Module, store: Store, caches: Caches) -> None:
+def report_accuracy(fabric: L.Fabric, run: Run, teacher: nn.Module, dataset: TokenizedDataset, caches: Caches) -> None:
     """Print what quantization, and what narrow hidden states on disk, cost; nothing if there is neither.
 
     What another run has found is read, and not computed again. All processes must ask together; process 0 compares.
@@ -65,12 +65,12 @@ def report_accuracy(fabric: L.Fabric, run: Run, teacher: nn.Module, store: Store
     if caches.writable and caches.training.dtype.itemsize < run.plan.teacher_dtype.itemsize:
         said[run.teacher.cache_dtype] = "The teacher cache in {}: forward KL of the teacher to it {}"
     path = (Path(caches.directory) if caches.writable else run.out_dir) / FILE
-    samples = range(min(SAMPLES, len(store)))
+    samples = range(min(SAMPLES, len(dataset)))
     for kind, words in said.items():
-        of = _depends_on(run, caches, store.read(samples), kind, fabric.device.type)
-        lost = from_rank_zero(_read(path, kind, of) if fabric.is_global_zero else None)
-        if lost is None and not isinstance(teacher, LoneHead):
-            batches = list(in_order(store, samples, *run.micro_batch))
+        of = _depends_on(run, caches, dataset.read(samples), kind, fabric.device.type)
+        lost = broadcast_object(_read(path, kind, of) if fabric.is_global_zero else None)
+        if lost is None and not isinstance(teacher, HeadOnly):
+            batches = list(in_order(dataset, samples, *run.micro_batch))
             lost = _compute(run, caches, teacher, batches, kind)
             if fabric.is_global_zero:
                 _keep(path, kind, of, lost)

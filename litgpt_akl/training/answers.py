@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from litgpt_akl.config.args import GenerationArgs
-from litgpt_akl.data.dataset import Store
+from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import together
 from litgpt_akl.loss.head_loss import IGNORE_INDEX
 from litgpt_akl.messages import UserError, progress_bar
 from litgpt_akl.models.generation import generate, without_end
-from litgpt_akl.models.parallel import from_each
+from litgpt_akl.models.parallel import all_gather_object
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Question:
 
 
 def find_questions(
-    store: Store, numbers: Sequence[int], tokenizer: Tokenizer, stop: Sequence[list[int]]
+    dataset: TokenizedDataset, numbers: Sequence[int], tokenizer: Tokenizer, stop: Sequence[list[int]]
 ) -> list[Question]:
     """The prompts of samples, each once, with the first response of every sample that has it as references.
 
@@ -47,12 +47,12 @@ def find_questions(
         UserError: a sample does not tell its prompt from its response.
     """
     questions: dict[tuple[int, ...], Question] = {}
-    for number, sample in zip(numbers, store.read(list(numbers)), strict=True):
+    for number, sample in zip(numbers, dataset.read(list(numbers)), strict=True):
         counted = sample["labels"] != IGNORE_INDEX
         start = int(counted.int().argmax())
         if start == 0:
             raise UserError(
-                f"{store.place(number)}: all of it counts as a response, so there is no prompt to answer.\n"
+                f"{dataset.place(number)}: all of it counts as a response, so there is no prompt to answer.\n"
                 "Give --data.mask_prompt true, or leave answers out with --generation.seeds '[]'."
             )
         stretch = (~counted[start:]).int()
@@ -118,7 +118,7 @@ class Asker:
             rate = sum(map(len, answers)) * world_size / (time.perf_counter() - began)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
             bar.update(sum(map(len, self._batches[turn : turn + world_size])))
-        found = {place: answer for part in from_each(found) for place, answer in part.items()}
+        found = {place: answer for part in all_gather_object(found) for place, answer in part.items()}
         ids = [without_end(found[place], self.stop) for place in range(len(self.questions))]
         return Answers(seed, [self.tokenizer.decode(torch.tensor(answer)) for answer in ids], list(map(len, ids)))
 

@@ -31,8 +31,8 @@ from litgpt_akl.models.lora import ADAPTERS, adapters_of, read_trained, store_ad
 from litgpt_akl.models.model_files import ModelFiles, copy_model_files, describe_to_hugging_face
 from litgpt_akl.models.padding import write_config_without_padding
 from litgpt_akl.models.parallel import (
-    from_each,
-    from_rank_zero,
+    all_gather_object,
+    broadcast_object,
     load_optimizer_state,
     load_weights,
     rank,
@@ -183,7 +183,7 @@ def _training_state(state: dict, file: TensorFile) -> dict[str, Any]:
         for number, entries in stateful["optimizer"]["state"].items()
     }
     wait_for_all()
-    return {**plain, **stateful, "random": from_each(random_state())}
+    return {**plain, **stateful, "random": all_gather_object(random_state())}
 
 
 def random_state() -> dict[str, Any]:
@@ -227,7 +227,7 @@ def find_training_state(
         resume: A directory or a file in it, true for the newest one that is whole, or auto for that one if there is
             any; which is newest is read from the manifests.
         out_dir: Where true and auto look.
-        warn: Is told of every damaged directory that is passed over.
+        warn: Is told of every damaged directory that is skipped.
 
     Raises:
         UserError: there is no such directory, it is damaged, or all are; or ``out_dir`` has later steps, which a next
@@ -311,7 +311,7 @@ def load_training_state(directory: Path, state: dict) -> None:
         optimizer = saved.pop("optimizer")
     load_weights(state["student"], weights, trained_only=True)
     load_optimizer_state(state["optimizer"], optimizer)
-    saved = from_rank_zero(saved)
+    saved = broadcast_object(saved)
     state["scheduler"].load_state_dict(saved["scheduler"])
     state.update({name: saved[name] for name in POSITION if name in saved})
     is_new = rank() >= len(saved["random"])

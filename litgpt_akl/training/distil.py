@@ -8,8 +8,8 @@ from pathlib import Path
 import lightning as L
 from litgpt.utils import num_parameters
 
-from litgpt_akl.data.dataset import Store
-from litgpt_akl.data.steps import Window
+from litgpt_akl.data.dataset import TokenizedDataset
+from litgpt_akl.data.steps import StepBatch
 from litgpt_akl.files.changes import check_mapped_files
 from litgpt_akl.files.directories import explain_failure, make_writable, write_file
 from litgpt_akl.files.lock import locked
@@ -20,7 +20,7 @@ from litgpt_akl.models.padding import describe_padding
 from litgpt_akl.models.parallel import wait_for_all
 from litgpt_akl.report.runs import forget
 from litgpt_akl.teacher.cache import Caches
-from litgpt_akl.teacher.teacher import LoneHead
+from litgpt_akl.teacher.teacher import HeadOnly
 from litgpt_akl.training.accuracy import report_accuracy
 from litgpt_akl.training.beginning import begin
 from litgpt_akl.training.checkpoint import save_student, save_training_state
@@ -28,7 +28,7 @@ from litgpt_akl.training.launch import StopSignals, ending_together, is_loss_of_
 from litgpt_akl.training.logging import Progress, continue_metrics, flushed_metrics
 from litgpt_akl.training.metrics import MetricsMarker
 from litgpt_akl.training.reporting import refresh_page, remember
-from litgpt_akl.training.run import Run, export_options, load_windows, make_windows
+from litgpt_akl.training.run import Run, export_options, load_step_batches, make_step_batches
 from litgpt_akl.training.state import make_state
 from litgpt_akl.training.train import StepResult, check_nonfinite, fit, total_steps
 from litgpt_akl.training.validate import describe, example_answer, example_prompt, validate
@@ -62,11 +62,11 @@ def _out_dir_of(fabric: L.Fabric, run: Run) -> Iterator[None]:
         yield
 
 
-def carry_out(fabric: L.Fabric, run: Run, stores: tuple[Store, Store], caches: Caches) -> None:
+def carry_out(fabric: L.Fabric, run: Run, splits: tuple[TokenizedDataset, TokenizedDataset], caches: Caches) -> None:
     """Train from the start or from where the run was, and save, export and report."""
-    state = make_state(fabric, run, stores[0], caches)
-    announce(fabric, run, state, stores)
-    report_accuracy(fabric, run, state["teacher"].model, stores[0], caches)
+    state = make_state(fabric, run, splits[0], caches)
+    announce(fabric, run, state, splits)
+    report_accuracy(fabric, run, state["teacher"].model, splits[0], caches)
     if fabric.is_global_zero:
         with explain_failure(run.out_dir):
             write_file(run.out_dir / RECIPE, run.recipe.encode("utf-8"))
@@ -76,16 +76,16 @@ def carry_out(fabric: L.Fabric, run: Run, stores: tuple[Store, Store], caches: C
             continue_metrics(fabric, run.resume, state["step_count"])
     with StopSignals(quiet=not fabric.is_global_zero) as stop:
         if run.eval.initial_validation and state["step_count"] == 0:
-            report(fabric, run, state, stores[1], stop)
+            report(fabric, run, state, splits[1], stop)
             leave_if_stopped(fabric, stop, WAY_ON)
         failures: list[str] = []
         with noted_if_saved(state, failures, "The last step's end"):
-            distil(fabric, run, state, stores, stop)
+            distil(fabric, run, state, splits, stop)
         if state["saved_student"] != state["step_count"]:
             # --train.max_time is over, or all steps had been taken before
             leave_if_stopped(fabric, stop, WAY_ON)
-            write_student(run, state, stores[0])
-        report_on_student(fabric, run, state, stores[1], stop, failures)
+            write_student(run, state, splits[0])
+        report_on_student(fabric, run, state, splits[1], stop, failures)
         leave_if_stopped(fabric, stop, f"The student is in {run.out_dir / FINAL}, and whole.")
     # in every process the student is there when this returns
     wait_for_all()
@@ -94,16 +94,16 @@ def carry_out(fabric: L.Fabric, run: Run, stores: tuple[Store, Store], caches: C
         fabric.print(f"For Transformers, vLLM and llama.cpp it is in {run.out_dir / FINAL_HF}")
 
 
-def write_student(run: Run, state: dict, store: Store) -> None:
+def write_student(run: Run, state: dict, dataset: TokenizedDataset) -> None:
     """Write ``final/``, as the student is now."""
     check_mapped_files()
     options = export_options(run, state)
-    save_student(run.out_dir / FINAL, state, steps=total_steps(run.train, len(store)), **options)
+    save_student(run.out_dir / FINAL, state, steps=total_steps(run.train, len(dataset)), **options)
     state["saved_student"] = state["step_count"]
 
 
 def report_on_student(
-    fabric: L.Fabric, run: Run, state: dict, store: Store, stop: StopSignals, failures: list[str]
+    fabric: L.Fabric, run: Run, state: dict, dataset: TokenizedDataset, stop: StopSignals, failures: list[str]
 ) -> None:
     """What is made of a student that is saved: export, last validation, examples, page; each of them is tried.
 
@@ -118,7 +118,7 @@ def report_on_student(
             fabric.print(f"{run.out_dir / FINAL_HF} is not of this student: litgpt export_hf {final} NEW_DIR")
     with noted_if_saved(state, failures, "The last report"):
         if run.eval.final_validation:
-            report(fabric, run, state, store, stop, None, failures.append)
+            report(fabric, run, state, dataset, stop, None, failures.append)
         else:
             refresh_page(fabric, run, state, fabric.print, failures.append)
     with noted_if_saved(state, failures, f"{run.teacher.cache_dir}"):
@@ -144,10 +144,12 @@ def noted_if_saved(state: dict, failures: list[str], what: str) -> Iterator[None
         failures.append(f"{what}: {type(error).__name__}: {reason(error)}")
 
 
-def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store], stop: StopSignals) -> None:
+def distil(
+    fabric: L.Fabric, run: Run, state: dict, splits: tuple[TokenizedDataset, TokenizedDataset], stop: StopSignals
+) -> None:
     """Train from ``state``'s position on."""
-    store, train = stores[0], run.train
-    steps, marker = total_steps(train, len(store)), MetricsMarker()
+    dataset, train = splits[0], run.train
+    steps, marker = total_steps(train, len(dataset)), MetricsMarker()
 
     def save(timed: bool) -> Path:
         # a run that goes on from here then reads what this one would have read
@@ -160,49 +162,54 @@ def distil(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store],
         save_training_state(directory, state, metrics=metrics, **options)
         return directory
 
-    def on_nonfinite(window: Window, result: StepResult) -> str:
+    def on_nonfinite(step_batch: StepBatch, result: StepResult) -> str:
         path = run.out_dir / f"nonfinite-step-{state['step_count']:06d}.json"
         listed = f"its samples are listed in {path}"
         if fabric.is_global_zero:
-            samples = [{"number": number, "place": store.place(number)} for number in window.numbers.tolist()]
+            samples = [{"number": number, "place": dataset.place(number)} for number in step_batch.numbers.tolist()]
             values = {"loss": str(result.loss), "gradient_norm": str(result.gradient_norm)}
-            content = {"step": state["step_count"], "epoch": window.epoch, **values, "samples": samples}
+            content = {"step": state["step_count"], "epoch": step_batch.epoch, **values, "samples": samples}
             try:
                 write_file(path, json.dumps(content, indent=1).encode("utf-8"))
             except OSError as error:
                 listed = f"its samples cannot be listed in {path} ({reason(error)})"
         return check_nonfinite(state, result, listed, run.on_nonfinite)
 
-    windows, own_answers = make_windows(fabric, run, store, state["caches"].training), state["own_answers"]
-    if own_answers is not None:
-        windows = own_answers.share_of(windows)
-    fetched = load_windows(run, windows, range(state["step_count"], steps))
+    step_batches, on_policy_samples = (
+        make_step_batches(fabric, run, dataset, state["caches"].training),
+        state["on_policy_samples"],
+    )
+    if on_policy_samples is not None:
+        step_batches = on_policy_samples.share_of(step_batches)
+    fetched = load_step_batches(run, step_batches, range(state["step_count"], steps))
     try:
         fit(
             fabric,
             state,
-            fetched if own_answers is None else (own_answers.complete(window, windows) for window in fetched),
+            fetched
+            if on_policy_samples is None
+            else (on_policy_samples.complete(step_batch, step_batches) for step_batch in fetched),
             train,
             run.eval,
             steps=steps,
             save_minutes=run.save_minutes,
-            validate=lambda progress: report(fabric, run, state, stores[1], stop, progress),
+            validate=lambda progress: report(fabric, run, state, splits[1], stop, progress),
             save=save,
-            save_student=lambda: write_student(run, state, store),
+            save_student=lambda: write_student(run, state, dataset),
             on_nonfinite=on_nonfinite,
             stop=stop,
         )
     finally:
         fetched.stop()
-    if own_answers is not None:
-        fabric.print(f"On-policy: the student has answered {own_answers.answered:,} prompts")
+    if on_policy_samples is not None:
+        fabric.print(f"On-policy: the student has answered {on_policy_samples.answered:,} prompts")
 
 
 def report(
     fabric: L.Fabric,
     run: Run,
     state: dict,
-    store: Store,
+    dataset: TokenizedDataset,
     stop: StopSignals,
     progress: Progress | None = None,
     complain: Callable[[str], None] | None = None,
@@ -213,22 +220,24 @@ def report(
     """
     tell = progress.write if progress else fabric.print
     complain = complain or tell
-    if len(store) > 0:
-        metrics = validate(fabric, run, state, store, stop)
+    if len(dataset) > 0:
+        metrics = validate(fabric, run, state, dataset, stop)
         state["caches"].flush()
         if metrics is None:
             return
         fabric.log_dict(metrics, step=state["step_count"])
         tell(f"Step {state['step_count']}: {describe(metrics)}")
         if progress is not None and run.eval.max_new_tokens is not None:
-            tell_example(fabric, run, state, store, tell)
-        remember(fabric, run, state, store, tell, complain)
+            tell_example(fabric, run, state, dataset, tell)
+        remember(fabric, run, state, dataset, tell, complain)
     refresh_page(fabric, run, state, tell, complain)
 
 
-def tell_example(fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Callable[[str], None]) -> None:
+def tell_example(
+    fabric: L.Fabric, run: Run, state: dict, dataset: TokenizedDataset, tell: Callable[[str], None]
+) -> None:
     """Print the student's answer to the prompt that was asked for, if there is one that it can read."""
-    prompt = example_prompt(run.data, store, run.pair.tokenizer, run.eval)
+    prompt = example_prompt(run.data, dataset, run.pair.tokenizer, run.eval)
     if prompt is not None:
         options = run.eval.max_new_tokens, state["step_count"]
         answer = example_answer(fabric, state["student"], run.pair, prompt, *options)
@@ -236,12 +245,12 @@ def tell_example(fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Ca
             tell(f"{answer}\n")
 
 
-def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store]) -> None:
+def announce(fabric: L.Fabric, run: Run, state: dict, splits: tuple[TokenizedDataset, TokenizedDataset]) -> None:
     """A few lines that say what is about to happen."""
     for role, directory in run.pair.directories.items():
         model = state["student"] if role == "student" else state["teacher"].model
         layers, parameters = model.config.n_layer, num_parameters(model) / 1e6
-        kept = "its LM head" if isinstance(model, LoneHead) else f"{layers} layers"
+        kept = "its LM head" if isinstance(model, HeadOnly) else f"{layers} layers"
         fabric.print(f"{role.capitalize()}: {directory}, {kept}, {parameters:,.1f} M parameters")
     if padding := describe_padding(run.pair.student_config, state["student"].config.padded_vocab_size):
         fabric.print(f"{padding} The student is trained and written without them.")
@@ -251,9 +260,9 @@ def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store
             f"LoRA: rank {run.lora.r} on {', '.join(run.lora.targets)}, {trained:,.2f} M parameters are trained"
             f"{'; the teacher is the base, held in memory once' if shares else ''}"
         )
-    for name, store in zip(("Training", "Validation"), stores, strict=True):
-        fabric.print(f"{name}: {len(store):,} samples, {store.tokens:,} tokens")
-    if len(stores[1]) == 0:
+    for name, dataset in zip(("Training", "Validation"), splits, strict=True):
+        fabric.print(f"{name}: {len(dataset):,} samples, {dataset.tokens:,} tokens")
+    if len(splits[1]) == 0:
         fabric.print("There are no validation samples: validation is off.")
     kind = fabric.device.type
     fused = "compiled by torch.compile" if state["loss"].compiles_on(kind) else "eager"
@@ -264,4 +273,4 @@ def announce(fabric: L.Fabric, run: Run, state: dict, stores: tuple[Store, Store
     if run.distill.kd_ratio == 0:
         fabric.print("With kd_ratio 0 the loss is cross-entropy alone: the divergence is measured, and teaches nothing")
     if run.resume is not None:
-        fabric.print(f"Going on from {run.resume}, step {state['step_count']}")
+        fabric.print(f"Resuming from {run.resume}, step {state['step_count']}")

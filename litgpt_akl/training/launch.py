@@ -16,7 +16,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from torch import distributed
 
 from litgpt_akl.messages import UserError, reason
-from litgpt_akl.models.parallel import highest, rank, world_size
+from litgpt_akl.models.parallel import all_reduce_max, rank, world_size
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -40,7 +40,7 @@ class StopSignals:
 
     def agreed(self, fabric: L.Fabric) -> signal.Signals | None:
         """The signal that any process has received; all processes must ask together."""
-        number = highest(fabric, self.received or 0)
+        number = all_reduce_max(fabric, self.received or 0)
         return signal.Signals(number) if number else None
 
     def __enter__(self) -> "StopSignals":

@@ -18,7 +18,7 @@ from litgpt.args import LogArgs
 from litgpt.types import LoggerChoice
 from litgpt.utils import choose_logger
 
-from litgpt_akl.data.steps import Window
+from litgpt_akl.data.steps import StepBatch
 from litgpt_akl.loss.scoring import STATISTICS
 from litgpt_akl.messages import UserError, progress_bar, reason, shown, tell
 from litgpt_akl.training.metrics import MetricsFile, copy_marked_rows
@@ -76,12 +76,12 @@ class Progress:
         yield
         self._time += time.perf_counter() - began
 
-    def step(self, window: Window) -> None:
+    def step(self, step_batch: StepBatch) -> None:
         """One optimizer step was taken."""
         self.bar.update()
-        self._tokens += window.tokens
-        self._padded += window.padded_tokens
-        self._response_tokens += window.response_tokens
+        self._tokens += step_batch.tokens
+        self._padded += step_batch.padded_tokens
+        self._response_tokens += step_batch.response_tokens
         self._steps += 1
 
     def log(self, state: dict, sums: torch.Tensor, loss: float, gradient_norm: float, response_tokens: int) -> None:
@@ -104,10 +104,10 @@ class Progress:
         if self.fabric.device.type == "cuda":
             # what the allocator holds, with what lies idle in the pools of its streams: this is what a GPU must have
             metrics["memory_reserved_gb"] = torch.cuda.max_memory_reserved(self.fabric.device) / 1e9
-        own_answers, own = state["own_answers"], ""
-        if own_answers is not None:
-            metrics["own_answers_time"] = own_answers.seconds / seconds
-            own_answers.seconds, own = 0.0, f" own answers {metrics['own_answers_time']:.0%} of the time,"
+        on_policy_samples, own = state["on_policy_samples"], ""
+        if on_policy_samples is not None:
+            metrics["own_answers_time"] = on_policy_samples.seconds / seconds
+            on_policy_samples.seconds, own = 0.0, f" own answers {metrics['own_answers_time']:.0%} of the time,"
         self._start_counting()
         self.fabric.log_dict(metrics, step=state["step_count"])
         self.bar.set_postfix_str(

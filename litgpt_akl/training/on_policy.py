@@ -13,12 +13,12 @@ from litgpt.config import Config
 from torch import Tensor, nn
 
 from litgpt_akl.config.args import DistillArgs
-from litgpt_akl.data.dataset import Store
-from litgpt_akl.data.steps import PART, Window, Windows, collate, cut, padded, together, turns
+from litgpt_akl.data.dataset import TokenizedDataset
+from litgpt_akl.data.steps import PART, StepBatch, StepBatches, collate, cut, padded, together, turns
 from litgpt_akl.loss.head_loss import IGNORE_INDEX
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.generation import BATCH, generate, longest_prompt
-from litgpt_akl.models.parallel import from_each
+from litgpt_akl.models.parallel import all_gather_object
 
 
 def limits_of_prompts(config: Config, longest: int) -> dict[str, int]:
@@ -35,12 +35,12 @@ def limits_of_prompts(config: Config, longest: int) -> dict[str, int]:
     return limits
 
 
-def count_skipped(store: Store, limits: dict[str, int]) -> tuple[int, int, str]:
+def count_skipped(dataset: TokenizedDataset, limits: dict[str, int]) -> tuple[int, int, str]:
     """How many prompts of a store are too long to answer, how many samples have none, and both in words."""
     reason, limit = min(limits.items(), key=lambda item: item[1])
     too_long = missing = 0
-    for start in range(0, len(store), PART):
-        lengths = store.prompt_lengths(np.arange(start, min(start + PART, len(store))))
+    for start in range(0, len(dataset), PART):
+        lengths = dataset.prompt_lengths(np.arange(start, min(start + PART, len(dataset))))
         too_long, missing = too_long + int((lengths > limit).sum()), missing + int((lengths == 0).sum())
     words = [f"{too_long:,} prompts are longer than {reason}"] if too_long else []
     words += [f"{missing:,} samples have no prompt"] if missing else []
@@ -48,7 +48,7 @@ def count_skipped(store: Store, limits: dict[str, int]) -> tuple[int, int, str]:
 
 
 def check_prompts(
-    store: Store, config: Config, distill: DistillArgs, *, longest: int, steps: int, steps_per_epoch: int
+    dataset: TokenizedDataset, config: Config, distill: DistillArgs, *, longest: int, steps: int, steps_per_epoch: int
 ) -> str:
     """What to say of the prompts that a student is to answer, if there are any.
 
@@ -63,12 +63,12 @@ def check_prompts(
     Raises:
         UserError: the student can answer none, or its share is so small that the run would draw none.
     """
-    too_long, missing, skipped = count_skipped(store, limits_of_prompts(config, longest))
-    answerable = len(store) - too_long - missing
+    too_long, missing, skipped = count_skipped(dataset, limits_of_prompts(config, longest))
+    answerable = len(dataset) - too_long - missing
     given = f"--distill.on_policy {distill.on_policy}"
     if answerable == 0:
         raise UserError(
-            f"{given}, but the student can answer none of {len(store):,} prompts: {skipped}.\n"
+            f"{given}, but the student can answer none of {len(dataset):,} prompts: {skipped}.\n"
             "Give other data or another student, or leave on_policy out."
         )
     of_epoch = distill.on_policy * answerable
@@ -80,14 +80,14 @@ def check_prompts(
         )
     text = (
         f"On-policy: the student answers {distill.on_policy:.3g} of the prompts itself, drawn anew in each epoch, in at"
-        f" most {distill.on_policy_tokens:,} tokens; it can answer {answerable:,} of {len(store):,}"
+        f" most {distill.on_policy_tokens:,} tokens; it can answer {answerable:,} of {len(dataset):,}"
     )
     if skipped:
         text += f": {skipped}, and are taken as recorded"
     return text + (f". An epoch draws {of_epoch:.2g} on average: some epochs draw none" if of_epoch < 3 else "")
 
 
-class OwnAnswers:
+class OnPolicySamples:
     """Lets a student answer the prompts of windows.
 
     Args:
@@ -118,43 +118,43 @@ class OwnAnswers:
         self.answered = 0
         """Prompts so far, of all processes."""
 
-    def share_of(self, windows: Windows) -> Windows:
+    def share_of(self, step_batches: StepBatches) -> StepBatches:
         """The same windows, but for the prompts that the student is to answer."""
         longest = min(limits_of_prompts(self.student.config, self._options["max_length"]).values())
-        return replace(windows, on_policy=self.distill.on_policy, longest_prompt=longest)
+        return replace(step_batches, on_policy=self.distill.on_policy, longest_prompt=longest)
 
-    def complete(self, window: Window, windows: Windows) -> Window:
+    def complete(self, step_batch: StepBatch, step_batches: StepBatches) -> StepBatch:
         """A window with its prompts answered: micro-batches of this rank's share, and the tokens of all.
 
         All processes must ask together, with the same prompts.
 
         Args:
-            window: from ``windows``.
+            window: from ``step_batches``.
             windows: how it was cut.
         """
-        if not window.prompts:
-            return window
+        if not step_batch.prompts:
+            return step_batch
         began = time.perf_counter()
-        samples = self._answer(window, windows.micro_batch_tokens)
+        samples = self._answer(step_batch, step_batches.micro_batch_tokens)
         self.answered += len(samples)
         lengths = np.array([len(sample["input_ids"]) for sample in samples])
-        cuts = cut(lengths, windows.micro_batch_size, windows.micro_batch_tokens)
-        shares = turns(cuts, windows.rank, windows.world_size)
+        cuts = cut(lengths, step_batches.micro_batch_size, step_batches.micro_batch_tokens)
+        shares = turns(cuts, step_batches.rank, step_batches.world_size)
         own = [replace(collate(samples[part]), is_own=True) for part in shares]
-        answered = int(lengths.sum()) - sum(map(len, window.prompts.values()))
+        answered = int(lengths.sum()) - sum(map(len, step_batch.prompts.values()))
         self.seconds += time.perf_counter() - began
         return replace(
-            window,
-            response_tokens=window.response_tokens + answered,
-            tokens=window.tokens + int(lengths.sum()),
-            padded_tokens=window.padded_tokens + padded(lengths, cuts),
-            micro_batches=window.micro_batches + own,
+            step_batch,
+            response_tokens=step_batch.response_tokens + answered,
+            tokens=step_batch.tokens + int(lengths.sum()),
+            padded_tokens=step_batch.padded_tokens + padded(lengths, cuts),
+            micro_batches=step_batch.micro_batches + own,
             prompts={},
         )
 
-    def _answer(self, window: Window, most_tokens: int | None) -> list[dict[str, Tensor]]:
+    def _answer(self, step_batch: StepBatch, most_tokens: int | None) -> list[dict[str, Tensor]]:
         """Samples of prompts and answers, the shortest first, in every process."""
-        prompts, place = window.prompts, (self.seed, window.epoch, window.step)
+        prompts, place = step_batch.prompts, (self.seed, step_batch.epoch, step_batch.step)
         rank, world_size = self.fabric.global_rank, self.fabric.world_size
         order = sorted(prompts, key=lambda number: (len(prompts[number]), number))
         shares = [order[start::world_size] for start in range(world_size)]
@@ -174,7 +174,7 @@ class OwnAnswers:
                 **self._options,
             )
             found.update(zip(batch, answers, strict=True))
-        answers = {number: answer for part in from_each(found) for number, answer in part.items()}
+        answers = {number: answer for part in all_gather_object(found) for number, answer in part.items()}
         samples = [_sample(prompts[number], answers[number]) for number in order]
         return sorted(samples, key=lambda sample: len(sample["input_ids"]))
 

@@ -189,7 +189,7 @@ def open_out_dir(
         resume: As in :func:`~litgpt_akl.training.checkpoint.find_training_state`.
         overwrite: Whether a student and checkpoints of another run may be replaced.
         exports: Whether ``final-hf/`` will be written.
-        tell: Is told what is passed over, or removed.
+        tell: Is told what is skipped, or removed.
 
     Raises:
         UserError: there is something that the run must not replace; or nothing to go on from.

@@ -9,7 +9,7 @@ import torch
 from litgpt.tokenizer import Tokenizer
 from torch import Tensor
 
-from litgpt_akl.data.dataset import Store
+from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import in_order, together
 from litgpt_akl.files.manifest import EXAMPLES, PAGE
 from litgpt_akl.loss.adaptive import in_head
@@ -18,9 +18,9 @@ from litgpt_akl.messages import reason
 from litgpt_akl.models.generation import generate, longest_prompt, stop_sequences, without_end
 from litgpt_akl.models.gpt import Head
 from litgpt_akl.models.lora import without_adapters
-from litgpt_akl.models.parallel import from_rank_zero, reshard
+from litgpt_akl.models.parallel import broadcast_object, reshard
 from litgpt_akl.report.runs import take_examples, write_examples
-from litgpt_akl.teacher.teacher import LoneHead
+from litgpt_akl.teacher.teacher import HeadOnly
 from litgpt_akl.training.logging import flushed_metrics
 from litgpt_akl.training.run import Run, validation_records
 
@@ -35,7 +35,12 @@ CONTEXT = 20
 
 
 def remember(
-    fabric: L.Fabric, run: Run, state: dict, store: Store, tell: Callable[[str], None], complain: Callable[[str], None]
+    fabric: L.Fabric,
+    run: Run,
+    state: dict,
+    dataset: TokenizedDataset,
+    tell: Callable[[str], None],
+    complain: Callable[[str], None],
 ) -> None:
     """Keep what teacher and student say now as the latest snapshot, and as the first one if there is none.
 
@@ -49,10 +54,12 @@ def remember(
         tell: Is told what became of the examples so far.
         complain: Is told if the disk does not take the new ones.
     """
-    before = from_rank_zero(take_examples(run.out_dir, state["has_examples"], tell) if fabric.is_global_zero else None)
-    records = validation_records(run, store)[:RECORDS]
-    latest = {"step": state["step_count"], **_answers(fabric, run, state, store.read(records), before)}
-    latest["positions"] = _positions(fabric, run, state, store, records)
+    before = broadcast_object(
+        take_examples(run.out_dir, state["has_examples"], tell) if fabric.is_global_zero else None
+    )
+    records = validation_records(run, dataset)[:RECORDS]
+    latest = {"step": state["step_count"], **_answers(fabric, run, state, dataset.read(records), before)}
+    latest["positions"] = _positions(fabric, run, state, dataset, records)
     if fabric.is_global_zero:
         try:
             write_examples(run.out_dir, before["first"] if before else latest, latest)
@@ -76,7 +83,7 @@ def _answers(
     known = before and before["latest"]["teacher_answers"]
     if known and before["latest"]["prompts"] == answers["prompts"]:
         answers["teacher_answers"] = known
-    elif isinstance(teacher, LoneHead):
+    elif isinstance(teacher, HeadOnly):
         answers["note"] = "The teacher's answers are missing: only its LM head is loaded, the rest is remembered."
     else:
         with without_adapters(teacher):
@@ -107,16 +114,18 @@ def _generate(fabric: L.Fabric, run: Run, model: torch.nn.Module, prompts: list[
 
 
 @torch.no_grad()
-def _positions(fabric: L.Fabric, run: Run, state: dict, store: Store, records: range) -> list[dict[str, Any]]:
+def _positions(
+    fabric: L.Fabric, run: Run, state: dict, dataset: TokenizedDataset, records: range
+) -> list[dict[str, Any]]:
     """Both models' distributions at positions spread over the responses of those records, the shortest first."""
     student, teacher, cache = state["student"], state["teacher"], state["caches"].validation
     student.eval()
     positions = []
-    batches = list(in_order(store, records, *run.micro_batch, memory=cache))
+    batches = list(in_order(dataset, records, *run.micro_batch, memory=cache))
     for batch, hidden in teacher.answers(batches, cache):
         chosen = torch.tensor(_spread(batch.counts), device=fabric.device)
         places = batch.positions[chosen]
-        with student.lm_head.giving(partial(_both_logits, teacher.model, hidden[chosen], places)):
+        with student.lm_head.output_of_head(partial(_both_logits, teacher.model, hidden[chosen], places)):
             teacher_logits, student_logits = student(batch.input_ids)
         reshard(teacher.model)
         teacher_p, student_p = (

@@ -15,8 +15,8 @@ from litgpt.utils import instantiate_torch_optimizer
 
 from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
 from litgpt_akl.config.recipe import differences
-from litgpt_akl.data.dataset import Store
-from litgpt_akl.data.steps import Memory, MicroBatch, Plan, Windows, in_order, load
+from litgpt_akl.data.dataset import TokenizedDataset
+from litgpt_akl.data.steps import Memory, MicroBatch, StepBatches, StepSampler, in_order, load
 from litgpt_akl.data.workers import Fetched
 from litgpt_akl.files.manifest import Damaged, read_manifest
 from litgpt_akl.memory.memory_plan import MemoryPlan
@@ -126,40 +126,42 @@ def make_optimizer(optimizer: str | dict, student: torch.nn.Module, fused: bool 
         ) from error
 
 
-def step_plan(run: Run, store: Store) -> Plan:
+def step_sampler(run: Run, dataset: TokenizedDataset) -> StepSampler:
     """Which samples make which optimizer step."""
-    return Plan(len(store), run.train.global_batch_size, run.seed, store.lengths, store.chunk_ends)
+    return StepSampler(len(dataset), run.train.global_batch_size, run.seed, dataset.lengths, dataset.chunk_ends)
 
 
-def make_windows(fabric: L.Fabric, run: Run, store: Store, memory: Memory | None) -> Windows:
+def make_step_batches(fabric: L.Fabric, run: Run, dataset: TokenizedDataset, memory: Memory | None) -> StepBatches:
     """This process's share of every step's samples, all of them as they were recorded."""
     share = fabric.global_rank, fabric.world_size
-    return Windows(store, step_plan(run, store), *run.micro_batch, *share, memory)
+    return StepBatches(dataset, step_sampler(run, dataset), *run.micro_batch, *share, memory)
 
 
-def validation_records(run: Run, store: Store) -> range:
+def validation_records(run: Run, dataset: TokenizedDataset) -> range:
     """The numbers of the samples that every validation reads."""
-    return range(min(len(store), run.eval.max_iters * run.train.micro_batch_size))
+    return range(min(len(dataset), run.eval.max_iters * run.train.micro_batch_size))
 
 
-def validation_batches(fabric: L.Fabric, run: Run, store: Store, memory: Memory | None) -> Iterator[MicroBatch]:
+def validation_batches(
+    fabric: L.Fabric, run: Run, dataset: TokenizedDataset, memory: Memory | None
+) -> Iterator[MicroBatch]:
     """This process's share of them."""
     share = fabric.global_rank, fabric.world_size
-    return in_order(store, validation_records(run, store), *run.micro_batch, *share, memory)
+    return in_order(dataset, validation_records(run, dataset), *run.micro_batch, *share, memory)
 
 
-def load_windows(run: Run, windows: Windows, numbers: Sequence[int]) -> Fetched:
+def load_step_batches(run: Run, step_batches: StepBatches, numbers: Sequence[int]) -> Fetched:
     """The windows of those numbers, fetched ahead; to be stopped in the end."""
-    return load(windows, numbers, getattr(run.data, "num_workers", 0))
+    return load(step_batches, numbers, getattr(run.data, "num_workers", 0))
 
 
-def identity(run: Run, store: Store, teacher_weights: str | None = None) -> dict[str, Any]:
+def identity(run: Run, dataset: TokenizedDataset, teacher_weights: str | None = None) -> dict[str, Any]:
     """What is trained on what, as a checkpoint keeps it; ``teacher_weights`` is told where they need not be there."""
     student, teacher = run.pair.student_dir, run.pair.teacher_dir
     models = {"student": fingerprint(student)}
     if teacher_weights or weights_files(teacher):
         models["teacher"] = teacher_weights or fingerprint(teacher)
-    data = {"samples": len(store), "fingerprint": store.fingerprint}
+    data = {"samples": len(dataset), "fingerprint": dataset.fingerprint}
     if date := getattr(run.data, "date", None):
         data["date"] = date
     return {"data": data, "models": models}

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from litgpt.model import GPT
 
-from litgpt_akl.data.dataset import Store
+from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.files.changes import WAY_OUT
 from litgpt_akl.files.manifest import damage
 from litgpt_akl.messages import UserError
@@ -26,14 +26,14 @@ from litgpt_akl.models.padding import config_without_padding, count_ids, without
 from litgpt_akl.models.parallel import load_weights
 from litgpt_akl.models.weights import open_weights
 from litgpt_akl.teacher.cache import Caches, read_head, write_head
-from litgpt_akl.teacher.teacher import LoneHead, Teacher
+from litgpt_akl.teacher.teacher import HeadOnly, Teacher
 from litgpt_akl.training.checkpoint import draw_own_numbers, load_training_state, read_training_state
-from litgpt_akl.training.on_policy import OwnAnswers
+from litgpt_akl.training.on_policy import OnPolicySamples
 from litgpt_akl.training.run import Run, changes_since, identity, longest_sample, make_optimizer
 from litgpt_akl.training.train import make_scheduler, total_steps, warmup_steps
 
 
-def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict[str, Any]:
+def make_state(fabric: L.Fabric, run: Run, dataset: TokenizedDataset, caches: Caches) -> dict[str, Any]:
     """Models, optimizer, scheduler and counters; with ``run.resume``, as they were when it was saved.
 
     Only process 0 reads weights.
@@ -60,12 +60,12 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
     student.module.reset_parameters()
     student.train()
     optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student, run.plan.optimizer_is_fused))
-    steps, warmup = total_steps(run.train, len(store)), warmup_steps(run.train, len(store))
+    steps, warmup = total_steps(run.train, len(dataset)), warmup_steps(run.train, len(dataset))
     state = {
         "student": student,
         "teacher": Teacher(fabric, student) if teacher is None else teacher,
         "caches": caches,
-        "own_answers": make_own_answers(fabric, run, student),
+        "on_policy_samples": make_on_policy_samples(fabric, run, student),
         "optimizer": optimizer,
         "scheduler": make_scheduler(optimizer, warmup, steps, run.train.min_lr),
         "loss": run.distill.loss(),
@@ -73,7 +73,7 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
         # merged into the head alone, its adapter makes two matrices of one
         "tied": tied and not run.lora.head,
         # one process reads what has to be read
-        **fabric.broadcast(identity(run, store, caches.teacher_weights) if fabric.is_global_zero else None),
+        **fabric.broadcast(identity(run, dataset, caches.teacher_weights) if fabric.is_global_zero else None),
         "step_count": 0,
         "epoch": 0,
         "tokens": 0,
@@ -96,11 +96,11 @@ def make_state(fabric: L.Fabric, run: Run, store: Store, caches: Caches) -> dict
     return state
 
 
-def make_own_answers(fabric: L.Fabric, run: Run, student: torch.nn.Module) -> OwnAnswers | None:
+def make_on_policy_samples(fabric: L.Fabric, run: Run, student: torch.nn.Module) -> OnPolicySamples | None:
     """What lets the student answer; None if all is taken as it was recorded."""
     if run.distill.on_policy == 0:
         return None
-    return OwnAnswers(
+    return OnPolicySamples(
         fabric,
         student,
         run.distill,
@@ -130,13 +130,13 @@ def make_teacher(fabric: L.Fabric, run: Run, caches: Caches) -> Teacher:
     return Teacher(fabric, load())
 
 
-def load_head(fabric: L.Fabric, run: Run, caches: Caches) -> LoneHead | None:
+def load_head(fabric: L.Fabric, run: Run, caches: Caches) -> HeadOnly | None:
     """A remembered teacher's head, sharded; None if it cannot be read from the cache."""
     weights = read_head(caches.directory) if fabric.is_global_zero else None
     if not fabric.broadcast(weights is not None):
         return None
     with empty_weights(fabric, run.teacher.dtype(fabric.device.type)):
-        head = LoneHead(run.pair.teacher_config)
+        head = HeadOnly(run.pair.teacher_config)
     head = set_up_teacher(fabric, head)
     load_weights(head, weights)
     return head

@@ -12,11 +12,11 @@ import torch
 from litgpt.args import EvalArgs, TrainArgs
 from torch.optim.lr_scheduler import LambdaLR
 
-from litgpt_akl.data.steps import Window
+from litgpt_akl.data.steps import StepBatch
 from litgpt_akl.loss.scoring import STATISTICS
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.gpt import distillation_loss
-from litgpt_akl.models.parallel import highest_of_each, whole
+from litgpt_akl.models.parallel import all_reduce_max_each, gather_full
 from litgpt_akl.training.launch import StopSignals
 from litgpt_akl.training.logging import Progress
 
@@ -85,7 +85,7 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
-def take_step(fabric: L.Fabric, state: dict, window: Window, max_norm: float | None) -> StepResult:
+def take_step(fabric: L.Fabric, state: dict, step_batch: StepBatch, max_norm: float | None) -> StepResult:
     """One optimizer step, its sums divided once by the response tokens of the whole step.
 
     If the loss or the gradient is not finite, weights and optimizer are left as they were; the learning rate's schedule
@@ -93,7 +93,7 @@ def take_step(fabric: L.Fabric, state: dict, window: Window, max_norm: float | N
     """
     student, teacher, optimizer = state["student"], state["teacher"], state["optimizer"]
     sums = torch.zeros(1 + len(STATISTICS), device=fabric.device)
-    for batch, teacher_hidden in teacher.answers(window.micro_batches, state["caches"].training):
+    for batch, teacher_hidden in teacher.answers(step_batch.micro_batches, state["caches"].training):
         targets = batch.input_ids, batch.positions, batch.labels, teacher_hidden
         loss, weight = state["loss"], 1.0
         if batch.is_own:
@@ -101,11 +101,11 @@ def take_step(fabric: L.Fabric, state: dict, window: Window, max_norm: float | N
             loss, weight = replace(loss, kd_ratio=1.0), loss.kd_ratio
         result = distillation_loss(student, teacher.model, loss, *targets, state["vocab_size"])
         # sharding averages gradients over the processes
-        fabric.backward(result.loss * (weight * fabric.world_size / window.response_tokens))
+        fabric.backward(result.loss * (weight * fabric.world_size / step_batch.response_tokens))
         sums += torch.stack([result.loss.detach() * weight, *result.stats.values()])
     norm = clip_gradients(student, max_norm or math.inf)
     loss, *sums = fabric.all_reduce(sums, reduce_op="sum").unbind()
-    result = StepResult(loss.item() / window.response_tokens, torch.stack(sums), norm)
+    result = StepResult(loss.item() / step_batch.response_tokens, torch.stack(sums), norm)
     if result.finite:
         optimizer.step()
     optimizer.zero_grad()
@@ -118,7 +118,7 @@ def clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
     """Scale gradients down to ``max_norm`` together; returns the norm that they had, in float32 whatever they are."""
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norms = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32) for parameter in parameters]
-    norm = whole(torch.linalg.vector_norm(torch.stack(norms)))
+    norm = gather_full(torch.linalg.vector_norm(torch.stack(norms)))
     if norm > max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.item()
@@ -127,7 +127,7 @@ def clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
 def fit(
     fabric: L.Fabric,
     state: dict,
-    windows: Iterator[Window],
+    step_batches: Iterator[StepBatch],
     train: TrainArgs,
     eval: EvalArgs,
     *,
@@ -136,7 +136,7 @@ def fit(
     validate: Callable[[Progress], None],
     save: Callable[[bool], Path],
     save_student: Callable[[], None],
-    on_nonfinite: Callable[[Window, StepResult], str],
+    on_nonfinite: Callable[[StepBatch, StepResult], str],
     stop: StopSignals,
 ) -> None:
     """Train from ``state``'s position to step ``steps``, a stop signal, or the end of ``train.max_time`` seconds.
@@ -155,28 +155,28 @@ def fit(
             # the run was stopped between a step and its validation
             with progress.paused():
                 validate(progress)
-        for window in windows:
-            if window.epoch > state["epoch"]:
+        for step_batch in step_batches:
+            if step_batch.epoch > state["epoch"]:
                 state["caches"].share(fabric)
-            result = take_step(fabric, state, window, train.max_norm)
-            advance(state, window)
-            progress.step(window)
+            result = take_step(fabric, state, step_batch, train.max_norm)
+            advance(state, step_batch)
+            progress.step(step_batch)
             step = state["step_count"]
             if result.finite:
                 state["nonfinite_in_a_row"] = 0
             else:
-                progress.write(on_nonfinite(window, result))
+                progress.write(on_nonfinite(step_batch, result))
             if step == steps:
                 save_student()
             if step % train.log_interval == 0 or step == steps:
-                progress.log(state, result.sums, result.loss, result.gradient_norm, window.response_tokens)
+                progress.log(state, result.sums, result.loss, result.gradient_norm, step_batch.response_tokens)
             if validation_due(state, eval, steps):
                 with progress.paused():
                     validate(progress)
             now = time.perf_counter()
             over = now - start >= (train.max_time or math.inf)
             due = fabric.is_global_zero and now - saved >= 60 * (save_minutes or math.inf)
-            over, due, stopping = highest_of_each(fabric, [over, due, over or stop.received is not None])
+            over, due, stopping = all_reduce_max_each(fabric, [over, due, over or stop.received is not None])
             by_interval = train.save_interval is not None and step % train.save_interval == 0
             # at the end there is the student
             if by_interval or ((stopping or due) and step < steps):
@@ -191,10 +191,10 @@ def fit(
         progress.close()
 
 
-def advance(state: dict, window: Window) -> None:
+def advance(state: dict, step_batch: StepBatch) -> None:
     """Count a step that was taken or dropped."""
-    state.update(epoch=window.epoch, step_count=state["step_count"] + 1)
-    state["tokens"] += window.tokens
+    state.update(epoch=step_batch.epoch, step_count=state["step_count"] + 1)
+    state["tokens"] += step_batch.tokens
 
 
 def validation_due(state: dict, eval: EvalArgs, steps: int) -> bool:

@@ -17,7 +17,7 @@ from litgpt.utils import select_sft_generate_example
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_calibration_error
 
-from litgpt_akl.data.dataset import ArrowStore, Store
+from litgpt_akl.data.dataset import ArrowDataset, TokenizedDataset
 from litgpt_akl.data.steps import in_order
 from litgpt_akl.loss.head_loss import DistillationLoss
 from litgpt_akl.loss.scoring import STATISTICS
@@ -25,7 +25,7 @@ from litgpt_akl.messages import progress_bar
 from litgpt_akl.models.generation import generate, longest_prompt, stop_sequences, without_end
 from litgpt_akl.models.gpt import distillation_loss
 from litgpt_akl.models.pair import Pair
-from litgpt_akl.models.parallel import from_each, reshard
+from litgpt_akl.models.parallel import all_gather_object, reshard
 from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.launch import StopSignals
 from litgpt_akl.training.run import Run, validation_batches
@@ -51,7 +51,7 @@ def measure(
     student: nn.Module,
     teacher: GPT,
     loss: DistillationLoss,
-    store: Store,
+    dataset: TokenizedDataset,
     numbers: Sequence[int],
     *,
     micro_batch: tuple[int, int | None],
@@ -81,7 +81,7 @@ def measure(
     share = fabric.global_rank, fabric.world_size
     quiet = not fabric.is_global_zero
     bar = progress_bar(total=len(numbers), desc=f"{name}: reading", unit="record", disable=quiet)
-    for batch in in_order(store, numbers, *micro_batch, *share):
+    for batch in in_order(dataset, numbers, *micro_batch, *share):
         began = time.perf_counter()
         for moved, teacher_hidden in Teacher(fabric, teacher).answers([batch]):
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
@@ -95,7 +95,9 @@ def measure(
     reshard(student)
     tokens, *totals = fabric.all_reduce(sums, reduce_op="sum").tolist()
     means = {name: total / tokens for name, total in zip(STATISTICS, totals, strict=True)}
-    calibration = dict(zip(CALIBRATION, torch.cat(from_each(torch.cat(calibration, dim=1)), dim=1), strict=True))
+    calibration = dict(
+        zip(CALIBRATION, torch.cat(all_gather_object(torch.cat(calibration, dim=1)), dim=1), strict=True)
+    )
     of_models = {
         role: {
             "cross_entropy": means[f"{prefix}cross_entropy"],
@@ -126,7 +128,9 @@ def gap_closed(before: float, after: float, teacher: float) -> float:
 
 
 @torch.no_grad()
-def validate(fabric: L.Fabric, run: Run, state: dict, store: Store, stop: StopSignals) -> dict[str, float] | None:
+def validate(
+    fabric: L.Fabric, run: Run, state: dict, dataset: TokenizedDataset, stop: StopSignals
+) -> dict[str, float] | None:
     """Means over the response tokens of the first ``max_iters`` micro-batches' worth of records.
 
     Returns:
@@ -140,7 +144,7 @@ def validate(fabric: L.Fabric, run: Run, state: dict, store: Store, stop: StopSi
     # loss, response tokens, statistics
     sums = torch.zeros(2 + len(STATISTICS), device=fabric.device, dtype=torch.float64)
     student.eval()
-    for batch in validation_batches(fabric, run, store, cache):
+    for batch in validation_batches(fabric, run, dataset, cache):
         if stopped := stop.agreed(fabric) is not None:
             break
         for moved, teacher_hidden in teacher.answers([batch], cache):
@@ -183,12 +187,12 @@ def describe(metrics: dict[str, float]) -> str:
     )
 
 
-def example_prompt(data: DataModule, store: Store, tokenizer: Tokenizer, eval: EvalArgs) -> Tensor | None:
+def example_prompt(data: DataModule, dataset: TokenizedDataset, tokenizer: Tokenizer, eval: EvalArgs) -> Tensor | None:
     """The ids of the prompt that ``eval.evaluate_example`` means; None if the data module shows none of its prompts."""
     wish = str(eval.evaluate_example)
-    if isinstance(store, ArrowStore):
-        number = random.randrange(len(store)) if wish == "random" else int(wish) if wish.isdigit() else 0
-        return store.prompt(min(number, len(store) - 1))
+    if isinstance(dataset, ArrowDataset):
+        number = random.randrange(len(dataset)) if wish == "random" else int(wish) if wish.isdigit() else 0
+        return dataset.prompt(min(number, len(dataset) - 1))
     if not hasattr(data, "test_dataset"):
         return None
     # the command line hands a number over as text

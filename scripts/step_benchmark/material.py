@@ -17,9 +17,9 @@ from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
 from litgpt.utils import save_config
 
 from litgpt_akl.commands.make_student import make_student
-from litgpt_akl.data.dataset import Store
-from litgpt_akl.data.prepare import prepare_stores
-from litgpt_akl.data.steps import Plan
+from litgpt_akl.data.dataset import TokenizedDataset
+from litgpt_akl.data.prepare import prepare_datasets
+from litgpt_akl.data.steps import StepSampler
 from litgpt_akl.files.directories import write_directory
 from litgpt_akl.models.pair import check_pair
 from step_benchmark.job import ROWS, SEED, Job
@@ -136,10 +136,10 @@ def write_rows(directory: Path, student: Path, teacher: Path, piqa: Path, count:
     chosen = [records[number] for number in order(read_store(piqa, student, teacher), count)]
     few = json.loads((piqa / "val.json").read_text(encoding="utf-8"))[:ROWS]
     write_records(directory / "records", chosen, few)
-    store = read_store(directory / "records", student, teacher)
-    numbers = order(store, count)
+    dataset = read_store(directory / "records", student, teacher)
+    numbers = order(dataset, count)
     write_records(directory / "ordered", [chosen[number] for number in numbers], few)
-    samples = [store.read([number])[0] for number in numbers]
+    samples = [dataset.read([number])[0] for number in numbers]
     rows = [{name: sample[name].tolist() for name in ("input_ids", "labels")} for sample in samples]
     (directory / "rows.json").write_text(json.dumps(rows))
     models = {"student": student, "teacher": teacher}
@@ -147,15 +147,15 @@ def write_rows(directory: Path, student: Path, teacher: Path, piqa: Path, count:
     torch.save(logits, directory / "logits.pth")
 
 
-def read_store(path: Path, student: Path, teacher: Path) -> Store:
+def read_store(path: Path, student: Path, teacher: Path) -> TokenizedDataset:
     data = JSON(json_path=path, mask_prompt=True, prompt_style="smollm2", num_workers=0)
     pair = check_pair(student, teacher)
-    return prepare_stores(data, pair.tokenizer, TrainArgs(micro_batch_size=ROWS), pair.context_length, student)[0]
+    return prepare_datasets(data, pair.tokenizer, TrainArgs(micro_batch_size=ROWS), pair.context_length, student)[0]
 
 
-def order(store: Store, count: int) -> list[int]:
+def order(dataset: TokenizedDataset, count: int) -> list[int]:
     """The numbers of the first ``count`` samples that a run takes."""
-    plan = Plan(len(store), ROWS, SEED, store.lengths)
+    plan = StepSampler(len(dataset), ROWS, SEED, dataset.lengths)
     return [int(number) for step in range(count // ROWS) for number in plan.step(0, step)]
 
 

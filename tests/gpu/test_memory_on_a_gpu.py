@@ -60,8 +60,8 @@ def measure(plan: MemoryPlan, directory, steps: tuple[int, ...]) -> list[tuple[i
     torch.cuda.reset_peak_memory_stats()
     state, found, done = make_state(fabric, plan, directory), [], 0
     for count in steps:
-        for window in steps_of(plan, count - done):
-            take_step(fabric, state, window, max_norm=1.0)
+        for step_batch in steps_of(plan, count - done):
+            take_step(fabric, state, step_batch, max_norm=1.0)
         done = count
         torch.cuda.synchronize()
         found.append((torch.cuda.max_memory_allocated() - before, torch.cuda.max_memory_reserved() - before))
