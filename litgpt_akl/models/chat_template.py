@@ -203,13 +203,15 @@ class ChatTemplate:
         ``default``: what Transformers takes without being told otherwise.
 
         Raises:
-            UserError: it is not written in Jinja's language.
+            UserError: its file is empty or damaged, or it is not written in Jinja's language.
         """
         config = _read_json(checkpoint_dir / "tokenizer_config.json")
         path = checkpoint_dir / "chat_template.jinja"
         if path.is_file():
             with explain_damage(path, "a chat template"):
                 source = path.read_text(encoding="utf-8")
+                if not source.strip():
+                    raise ValueError("it is empty")
         else:
             path, source = checkpoint_dir / "tokenizer_config.json", config.get("chat_template")
             with explain_damage(path, "a file with chat templates"):

@@ -86,8 +86,9 @@ def _find_checkpoint_dir(path: Path, role: str, access_token: str | None, weight
     _check_written(directory, lambda name: name not in READ_LATER)
     check_model_files(directory)
     for file in weights_files(directory):
-        # whether they may be read; what is in them takes longer to see
-        file.open("rb").close()
+        # whether they are there and may be read; what is in them takes longer to see
+        with explain_damage(file, "weights", CONVERT_AGAIN):
+            file.open("rb").close()
     return directory
 
 

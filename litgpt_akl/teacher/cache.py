@@ -291,7 +291,11 @@ def read_head(directory: str) -> dict[str, Tensor] | None:
     """What :func:`write_head` kept; None if there is nothing, or nothing that is whole."""
     system, _ = fsspec.core.url_to_fs(directory)
     for path in _heads(directory):
-        data = system.cat_file(path)
+        try:
+            data = system.cat_file(path)
+        except OSError:
+            # as good as damaged: whoever may write here writes it anew
+            continue
         if xxhash.xxh3_128_hexdigest(data) == Path(path).stem.removeprefix(HEAD):
             try:
                 return safetensors.torch.load(data)

@@ -138,10 +138,11 @@ def check_content(out_dir: Path, exports: bool, resumes: bool, tell: Callable[[s
 
 def is_page(path: Path) -> bool:
     """Whether a file is a report page."""
-    if not path.is_file():
+    try:
+        with path.open("rb") as file:
+            return PAGE_MARK.encode() in file.read(2**16)
+    except OSError:
         return False
-    with path.open("rb") as file:
-        return PAGE_MARK.encode() in file.read(2**16)
 
 
 def is_recipe(path: Path) -> bool:

@@ -38,8 +38,8 @@ from helpers.material import KINDS, Command, Kind, make_material
 from litgpt_akl.files.lock import LOCK
 from litgpt_akl.messages import UserError
 
-PATIENCE = 60
-"""Seconds after which a command counts as hanging."""
+PATIENCE = 120
+"""Seconds after which a command counts as hanging; for the owner of a lock it waits for 60."""
 SMALL = 200_000
 """Bytes of a file that is copied for each case; larger ones, which nobody writes into, are linked."""
 RESULTS = ("refused", "mended", "harmless", "unnoticeable", "wrong", "litter", "silent", "unexplained", "traceback")
@@ -48,7 +48,7 @@ REASONS = ("File too large", "Permission denied")
 """Why the system has refused to write."""
 LINES = 6
 """Of a traceback, or of what was said, that are told."""
-SIDE_FILES = ("logs", "report.html", "examples.json")
+SIDE_FILES = ("logs", "report.html", "examples.json", "hyperparameters.yaml.")
 """What a command makes for people to look at, with times in it; and what such names begin, which is set aside."""
 WITH_TIMES = {"metrics.json", "manifest.json"}
 """In checkpoints."""
@@ -302,6 +302,8 @@ def classify(outcome: Outcome, expected: Outcome, strict: bool) -> str:
         {name: found for name, found in files.items() if name.split("/")[0] != own}
         for files in (outcome.made, expected.made)
     )
+    if made != whole and path.name in outcome.said and "The page is without" in outcome.said:
+        return "mended"
     if made != whole:
         return "wrong" if strict else "unnoticeable"
     if litter:
