@@ -112,7 +112,7 @@ def test_a_model_that_changes_while_it_is_read_is_refused(tmp_path, pair, short,
         for path in model_paths(directory):
             kept = path.read_bytes()
             with monkeypatch.context() as patch:
-                module, name = (beginning, "prepare_stores") if moment == "data is prepared" else (state, "identity")
+                module, name = (beginning, "prepare_datasets") if moment == "data is prepared" else (state, "identity")
                 calls_before(patch, module, name, lambda path=path: CHANGES[change](path), after=True)
                 with pytest.raises(UserError) as refusal:
                     distil(pair["student"], pair["teacher"], short, tmp_path / "out")
@@ -125,7 +125,7 @@ def test_a_model_that_changes_while_it_is_read_is_refused(tmp_path, pair, short,
             path.write_bytes(kept)
     (pair["student"] / "chat_template.jinja").unlink(missing_ok=True)
     added = pair["student"] / "chat_template.jinja"
-    calls_before(monkeypatch, beginning, "prepare_stores", lambda: added.write_text("{{ messages }}"))
+    calls_before(monkeypatch, beginning, "prepare_datasets", lambda: added.write_text("{{ messages }}"))
     with pytest.raises(UserError, match="chat_template.jinja was added while"):
         distil(pair["student"], pair["teacher"], short, tmp_path / "out")
 

@@ -130,7 +130,7 @@ def _absent_processes() -> Iterator[DeviceMesh]:
     if distributed.is_initialized():
         group = distributed.new_group(backend="fake")
     else:
-        distributed.init_process_group("fake", dataset=FakeStore(), rank=0, world_size=2)
+        distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
         group = distributed.group.WORLD
     try:
         # what PyTorch has found out for a mesh it remembers by its names, too
