@@ -1,4 +1,4 @@
-"""scripts/check_gpu.py says what it could not measure, and works where there is something to measure."""
+"""scripts/benchmarks/check_gpu.py says what it could not measure, and works where there is something to measure."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "check_gpu.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "benchmarks" / "check_gpu.py"
 
 
 def check(*options) -> str:

@@ -1,4 +1,4 @@
-"""scripts/compare_divergences.py: what it chooses, what it computes, and that it goes on where it was."""
+"""scripts/experiments/compare_divergences.py: what it chooses, what it computes, and that it goes on where it was."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""scripts/reproduce_toy.py: what the toy experiments show in thirty seeds, and verdicts that follow from numbers."""
+"""scripts/experiments/reproduce_toy.py: what it shows in thirty seeds, and verdicts that follow from numbers."""
 
 import pytest
 import torch

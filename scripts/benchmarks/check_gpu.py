@@ -3,8 +3,8 @@
 Each row is a run of `litgpt finetune_akl` of a few steps on the same pair and data. Needs a GPU, and for rows with more
 devices more of them; what could not be measured is said.
 
-    python scripts/check_gpu.py                      # SmolLM2-135M-Instruct into half of its layers, on PIQA
-    python scripts/check_gpu.py --student DIR --teacher DIR --data my.json --steps 50 -- --train.max_seq_length 1024
+    python scripts/benchmarks/check_gpu.py                      # SmolLM2-135M-Instruct into half of its layers, on PIQA
+    python scripts/benchmarks/check_gpu.py --student DIR --teacher DIR --data my.json -- --train.max_seq_length 1024
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 FIRST_STEPS = 5
 """Not counted in tokens per second: compilers and allocators warm up."""
 

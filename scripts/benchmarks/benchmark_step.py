@@ -24,13 +24,15 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the scripts' material is
+
 from step_benchmark import peers
 from step_benchmark.job import THREADS, Job
 from step_benchmark.material import prepare_jobs
 from step_benchmark.tables import draw, pair_lines, profile_lines
 
-SCRIPTS = Path(__file__).resolve().parent
-REPOSITORY = SCRIPTS.parent
+BENCHMARKS = Path(__file__).resolve().parent
+SCRIPTS, REPOSITORY = BENCHMARKS.parents[:2]
 PAIRS = ("smollm2", "wide")
 OURS = ("finetune_full", "finetune_full_fused", "live", "cached", "floor")
 TIME_LIMIT = 1800
@@ -38,7 +40,7 @@ TIME_LIMIT = 1800
 
 def run(command: list[str], own: bool = True) -> dict:
     """What a runner printed last, or the ``error`` that it ended with."""
-    paths = [str(SCRIPTS), str(REPOSITORY)] if own else [str(SCRIPTS)]
+    paths = [str(BENCHMARKS), *([str(SCRIPTS), str(REPOSITORY)] if own else [])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": str(THREADS)}
     try:
         finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT)

@@ -25,7 +25,7 @@ SHAPES = {
     "small": {"tokens": 1024, "vocab": 49_152, "student_width": 576, "teacher_width": 576},
     "wide": {"tokens": 256, "vocab": 151_936, "student_width": 896, "teacher_width": 3584},
 }
-PEERS_ENVIRONMENT = Path(__file__).parent.parent / ".venv-peers"
+PEERS_ENVIRONMENT = Path(__file__).parents[2] / ".venv-peers"
 OWN_FUNCTION = "loss_benchmark.cases.own_forward_kl"
 
 

@@ -6,7 +6,6 @@ prepared too, but for the part that measures the preparation.
 
 import argparse
 import csv
-import importlib
 import inspect
 import json
 import math
@@ -24,6 +23,9 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the scripts' material is
+
+import materials
 import psutil
 import torch
 from litgpt.config import Config
@@ -34,10 +36,8 @@ from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.files.manifest import MANIFEST, METRICS_MARK, write_manifest
 from litgpt_akl.training.metrics import MetricsMarker
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 SMOLLM2 = REPOSITORY / ".demo" / "SmolLM2-135M-Instruct"
-sys.path.insert(0, str(REPOSITORY / "tests"))
-materials = importlib.import_module("materials")
 
 
 def generate(path: Path, records: int, prompt_words: int, output_words: int) -> Path:

@@ -1,7 +1,7 @@
 """Compares what a student may be trained by: every divergence, a static mix with AKL's own mean h, cross-entropy only.
 
-    python scripts/compare_divergences.py --quick   # a tiny English model into random 2-layer students
-    python scripts/compare_divergences.py           # SmolLM2-135M (Q4_1 release) into 15 of its layers, on PIQA
+    python scripts/experiments/compare_divergences.py --quick   # a tiny English model into random 2-layer students
+    python scripts/experiments/compare_divergences.py           # SmolLM2-135M into 15 of its layers, on PIQA
 
 Every method takes the same steps on the same records, in an order that depends on the training seed alone. Each
 chooses its learning rate from the same grid, by validation records, and is tested on others. Every run is
@@ -13,11 +13,14 @@ What is finished is kept in --out: the same command goes on where it was interru
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the scripts' material is
 
 from comparison import runs
 from comparison.figure import draw
@@ -30,7 +33,7 @@ from comparison.store import Store
 from comparison.tables import tables
 from comparison.workers import work
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("matplotlib", "scipy")
 """Of the extra ``experiments``, beside those that the demo's material takes."""
 

@@ -12,6 +12,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # where the scripts' material is
+
 import prepare_demo
 from litgpt.config import Config
 from litgpt.data import JSON
@@ -20,7 +22,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt_akl.data.steps import StepBatches, StepSampler, load
 from litgpt_akl.data.streaming import StreamingSFT, own_prompt_style
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 SMOLLM2 = REPOSITORY / ".demo" / "SmolLM2-135M-Instruct"
 STEP = 16
 
