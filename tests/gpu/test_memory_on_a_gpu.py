@@ -5,8 +5,7 @@ import gc
 import lightning as L
 import pytest
 import torch
-from memory_runs import make_state, steps_of, write_weights
-from test_memory import make_plan, model
+from helpers.memory_runs import make_plan, make_state, model, steps_of, write_weights
 
 from litgpt_akl.loss.head_loss import DistillationLoss, sums_in_float32
 from litgpt_akl.memory.estimate import peak, predict

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import alice, distil, metrics
+from helpers.runs import alice, distil, metrics
 from test_memory_on_a_gpu import PLANS, measure
 
 from litgpt_akl.config.args import LoRAArgs, TeacherArgs

@@ -15,8 +15,8 @@ import torch
 import zstandard
 from litgpt.data import JSON, LitData
 from litgpt.prompts import Default, save_prompt_style
-from runs import distil
 
+from helpers.runs import distil
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.export_hf import export_hf
 from litgpt_akl.commands.make_student import make_student

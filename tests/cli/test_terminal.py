@@ -1,0 +1,123 @@
+"""What a terminal or a pipe does to a command: odd characters, a reader that goes, a full disk, Ctrl-C at any time."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from litgpt_akl.cli.terminal import prepare_terminal
+from litgpt_akl.files.manifest import damage
+
+ROOT = Path(__file__).parents[2]
+WAYS_IN = {
+    "litgpt": [str(Path(sys.executable).with_name("litgpt"))],
+    "python -m litgpt": [sys.executable, "-m", "litgpt"],
+    "litgpt-akl": [str(Path(sys.executable).with_name("litgpt-akl"))],
+    "python -m litgpt_akl": [sys.executable, "-m", "litgpt_akl"],
+}
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **changes}
+
+
+def wait_for_imports(process: subprocess.Popen) -> None:
+    """Until torch is being imported, which takes seconds."""
+    deadline = time.monotonic() + 60
+    while "/torch/" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process has imported is asked of /proc")
+@pytest.mark.parametrize("way_in", WAYS_IN)
+@pytest.mark.parametrize("delay", [0.0, 1.5])
+def test_ctrl_c_before_a_command_begins_says_one_line(tmp_path, way_in, delay):
+    arguments = ["finetune_akl", "student", "--teacher_checkpoint_dir", "teacher", "--out_dir", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [*WAYS_IN[way_in], *arguments],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for_imports(process)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out, errors) == (130, "", "Interrupted.\n")
+
+
+@pytest.fixture(scope="module")
+def command(student_dir: Path, teacher_dir: Path, tmp_path_factory) -> list[str]:
+    """A run on a file whose name and whose records no terminal of one byte a character can show."""
+    directory = tmp_path_factory.mktemp("terminal")
+    path = directory / "данные-数据-é.jsonl"
+    record = '{"instruction": "Скажи 你好 🙂 %d", "output": "Привет, 世界 é"}\n'
+    path.write_text("".join(record % n for n in range(60)), encoding="utf-8")
+    options = ["--data", "StreamingSFT", "--data.path", str(path), "--data.num_proc", "1", "--data.num_workers", "0"]
+    options += ["--train.max_steps", "2", "--train.global_batch_size", "4", "--train.micro_batch_size", "4"]
+    options += ["--train.lr_warmup_steps", "0", "--eval.interval", "1", "--eval.max_new_tokens", "4"]
+    options += ["--distill.compile", "false", "--data.mask_prompt", "true"]
+    return ["finetune_akl", str(student_dir), "--teacher_checkpoint_dir", str(teacher_dir), *options]
+
+
+@pytest.fixture(scope="module")
+def expected(command, tmp_path_factory) -> dict[str, torch.Tensor]:
+    out_dir = tmp_path_factory.mktemp("plain") / "out"
+    finished = subprocess.run(
+        [*WAYS_IN["litgpt-akl"], *command, "--out_dir", out_dir], env=environment(), capture_output=True, timeout=200
+    )
+    assert finished.returncode == 0, finished.stderr
+    return torch.load(out_dir / "final" / "lit_model.pth", weights_only=True)
+
+
+@pytest.mark.parametrize("output", ["ascii", "latin-1", "closed pipe", "full disk"])
+def test_what_the_output_does_not_take_ends_no_run(command, expected, tmp_path, output):
+    arguments = [*WAYS_IN["litgpt"], *command, "--out_dir", str(tmp_path / "вывод")]
+    variables = environment(PYTHONIOENCODING=output) if output in ("ascii", "latin-1") else environment()
+    options = {"env": variables, "stderr": subprocess.PIPE, "timeout": 200}
+    if output == "closed pipe":
+        reading, writing = os.pipe()
+        os.close(reading)
+        finished = subprocess.run(arguments, stdout=writing, **options)
+        os.close(writing)
+    elif output == "full disk":
+        with open("/dev/full", "wb") as full:
+            finished = subprocess.run(arguments, stdout=full, **options)
+    else:
+        finished = subprocess.run(arguments, stdout=subprocess.PIPE, **options)
+        assert rb"\u0432\u044b\u0432\u043e\u0434" in finished.stdout
+    errors = finished.stderr.decode(errors="replace")
+    assert finished.returncode == 0 and "Traceback" not in errors, errors
+    cannot = {"closed pipe": "Broken pipe", "full disk": "No space left on device"}.get(output)
+    if cannot:
+        assert errors.count(f"The standard output cannot be written ({cannot}): the command goes on without it.") == 1
+    final = tmp_path / "вывод" / "final"
+    found = torch.load(final / "lit_model.pth", weights_only=True)
+    assert damage(final) is None and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_outputs_that_nobody_else_holds_stay_open(tmp_path, monkeypatch, name):
+    for each in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, each, (tmp_path / each).open("w"))
+    before = signal.getsignal(signal.SIGINT)
+    print("first", file=getattr(sys, name))
+    try:
+        prepare_terminal()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    gc.collect()
+    print("second \udcff", file=getattr(sys, name), flush=True)
+    assert (tmp_path / name).read_text() == "first\nsecond \\udcff\n"

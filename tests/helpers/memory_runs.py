@@ -1,0 +1,194 @@
+"""Steps of models of any size on made-up tokens, with the memory of a process watched."""
+
+import ctypes
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from litgpt.config import Config
+from litgpt.model import GPT
+
+from litgpt_akl.data.steps import MicroBatch, StepBatch
+from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.memory.memory_plan import MemoryPlan
+from litgpt_akl.models.generation import generate
+from litgpt_akl.models.gpt import build_model, checkpoint_activations, empty_weights, set_up_teacher
+from litgpt_akl.models.parallel import load_weights, make_strategy, return_freed_memory
+from litgpt_akl.teacher.cache import Caches
+from litgpt_akl.teacher.teacher import Teacher
+from litgpt_akl.training.train import take_step
+
+
+def anonymous() -> int:
+    """Bytes of this process that no file backs."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, int]]:
+    """Yields a dictionary that afterwards holds by how many bytes this process had grown at most: ``growth``."""
+    # what was freed before would be used again, and not be seen
+    ctypes.CDLL(None).malloc_trim(0)
+    start, done, result = anonymous(), threading.Event(), {}
+    samples = [start]
+
+    def sample() -> None:
+        while not done.wait(0.001):
+            samples.append(anonymous())
+        samples.append(anonymous())
+
+    watch = threading.Thread(target=sample)
+    watch.start()
+    try:
+        yield result
+    finally:
+        done.set()
+        watch.join()
+        result["growth"] = max(samples) - start
+
+
+def write_weights(path: Path, config: Config, tied: bool) -> None:
+    """Random weights whose logits are so far apart that a few ids have nearly all of the mass, as a real model's."""
+    weights = GPT(config).state_dict()
+    torch.nn.init.normal_(weights["lm_head.weight"])
+    if tied:
+        del weights["transformer.wte.weight"]
+    torch.save(weights, path)
+
+
+def micro_batch(plan: MemoryPlan) -> MicroBatch:
+    input_ids = torch.randint(plan.vocab_size, (plan.samples, plan.sequence_length))
+    return MicroBatch(input_ids, torch.arange(input_ids.numel()), input_ids.flatten())
+
+
+def take_steps(plan: MemoryPlan, small: MemoryPlan, directory: Path) -> None:
+    """Two steps of a run of that plan in this process; writes its growth in bytes to ``growth-RANK.pth``.
+
+    Args:
+        plan: on a CPU.
+        small: like it, with models so small that a step only loads what the libraries load when they are first used.
+        directory: with ``student.pth`` and ``teacher.pth``.
+    """
+    torch.set_num_threads(1)
+    return_freed_memory()
+    strategy = make_strategy(plan.devices, plan.num_nodes, plan.hybrid_sharding)
+    fabric = L.Fabric(
+        accelerator="cpu",
+        devices=plan.devices,
+        num_nodes=plan.num_nodes,
+        strategy=strategy,
+        precision=plan.precision,
+    )
+    fabric.launch()
+    _distil(fabric, small, None)
+    with watched() as result:
+        _distil(fabric, plan, directory)
+    torch.save(result["growth"], directory / f"growth-{fabric.global_rank}.pth")
+
+
+def _distil(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> None:
+    state = make_state(fabric, plan, directory)
+    for step_batch in steps_of(plan, 2):
+        if plan.own_prompts:
+            prompts = [torch.zeros(plan.sequence_length - 4, dtype=torch.int64)] * plan.own_prompts
+            seeds = [(number,) for number in range(plan.own_prompts)]
+            options = {"max_new_tokens": 4, "vocab_size": plan.vocab_size, "stop": []}
+            generate(fabric, state["student"], prompts, seeds=seeds, **options)
+        take_step(fabric, state, step_batch, max_norm=1.0)
+
+
+def make_state(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> dict[str, Any]:
+    """The models of a plan with the weights in ``directory``, if any, ready for ``take_step``."""
+    with empty_weights(fabric):
+        student = build_model(plan.student, plan.student_tied)
+    if plan.activation_checkpointing:
+        checkpoint_activations(student)
+    with empty_weights(fabric, plan.teacher_dtype):
+        teacher = build_model(plan.teacher, plan.teacher_tied)
+    teacher = set_up_teacher(fabric, teacher)
+    student = fabric.setup_module(student)
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW(student.parameters(), lr=1e-4, fused=plan.optimizer_is_fused))
+    if directory is not None:
+        for model, name in ((teacher, "teacher"), (student, "student")):
+            path = directory / f"{name}.pth"
+            load_weights(model, torch.load(path, mmap=True, weights_only=True) if fabric.is_global_zero else None)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    state = {"student": student, "teacher": Teacher(fabric, teacher), "caches": Caches()}
+    state |= {"optimizer": optimizer, "scheduler": scheduler}
+    return state | {"loss": plan.loss, "vocab_size": plan.vocab_size}
+
+
+def steps_of(plan: MemoryPlan, number: int) -> Iterator[StepBatch]:
+    """That many windows of a process, of made-up tokens."""
+    micro_batches = plan.global_batch_size // plan.samples // plan.processes
+    tokens = plan.samples * plan.sequence_length * micro_batches * plan.processes
+    for step in range(number):
+        batches = [micro_batch(plan) for _ in range(micro_batches)]
+        yield StepBatch(0, step, np.arange(plan.global_batch_size), tokens, tokens, tokens, batches)
+
+
+OPTIONS = ("train", "teacher", "precision", "devices", "num_nodes", "hybrid_sharding")
+
+
+def model(layers: int, width: int, vocab_size: int) -> Config:
+    return Config(
+        name=f"{layers} layers",
+        n_layer=layers,
+        n_embd=width,
+        n_head=width // 64,
+        intermediate_size=width * 11 // 4,
+        vocab_size=vocab_size,
+        padded_vocab_size=vocab_size,
+        block_size=2048,
+        bias=False,
+        norm_class_name="RMSNorm",
+        mlp_class_name="LLaMAMLP",
+        rotary_percentage=1.0,
+        parallel_residual=False,
+    )
+
+
+def make_plan(student: Config, teacher: Config, **changes) -> MemoryPlan:
+    defaults = dict(
+        student_tied=False,
+        teacher_tied=False,
+        vocab_size=student.padded_vocab_size,
+        loss=DistillationLoss(compile=False),
+        device="cpu",
+        devices=1,
+        num_nodes=1,
+        hybrid_sharding=False,
+        precision="32-true",
+        teacher_dtype=torch.float32,
+        optimizer_states=2.0,
+        optimizer_is_fused=True,
+        global_batch_size=4,
+        micro_batch_size=4,
+        micro_batch_tokens=None,
+        sequence_length=1024,
+    )
+    return MemoryPlan(student, teacher, **{**defaults, **changes})
+
+
+LLAMA_8B, LLAMA_70B = Config.from_name("Llama-3.1-8B"), Config.from_name("Llama-3.1-70B")
+
+
+ON_GPUS = make_plan(
+    LLAMA_8B,
+    LLAMA_70B,
+    device="cuda",
+    devices=8,
+    precision="bf16-mixed",
+    teacher_dtype=torch.bfloat16,
+    loss=DistillationLoss(),
+    global_batch_size=64,
+    micro_batch_size=2,
+    sequence_length=512,
+)

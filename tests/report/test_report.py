@@ -1,0 +1,318 @@
+"""What the report shows, by its numbers: of files, of runs, of one process and of two."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers.pages import log, made_up, made_up_examples
+from helpers.ranks import in_processes
+from helpers.runs import alice, distil, gpt, metrics
+from litgpt.args import LogArgs
+from litgpt.tokenizer import Tokenizer
+
+import litgpt_akl.training.distil
+from litgpt_akl.commands.report_akl import report_akl
+from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.messages import UserError
+from litgpt_akl.report.figures import COLOURS, NOISY, draw_panels, one_line, printable
+from litgpt_akl.report.history import POINTS, History, read_history, running_mean, thin, unique_names
+from litgpt_akl.report.page import Shown, draw_distributions, make_page
+from litgpt_akl.report.runs import read_examples
+from litgpt_akl.training.logging import make_loggers
+from litgpt_akl.training.reporting import TOKENS
+
+OPTIONS = {"train": {"max_steps": 6}, "eval": {"interval": 3, "max_new_tokens": 6}}
+
+
+@pytest.fixture(scope="module")
+def run(teacher_dir, student_dir, alice_json, tmp_path_factory) -> Path:
+    """A short run's directory."""
+    out_dir = tmp_path_factory.mktemp("report") / "run"
+    distil(student_dir, teacher_dir, alice_json, out_dir, **OPTIONS)
+    return out_dir
+
+
+def test_thinning_keeps_the_ends_and_what_stands_out():
+    generator = np.random.default_rng(0)
+    y = generator.normal(size=34_567)
+    y[[20_000, 20_001]] = -50, 70
+    x = np.arange(len(y)) * 3
+    thin_x, thin_y = thin(x, y)
+    assert len(thin_x) <= POINTS and (np.diff(thin_x) > 0).all()
+    assert np.array_equal(thin_y, y[thin_x // 3])
+    assert (thin_x[0], thin_x[-1], thin_y.min(), thin_y.max()) == (0, x[-1], -50, 70)
+    assert thin(x[:POINTS], y[:POINTS])[0] is not thin_x and len(thin(x[:POINTS], y[:POINTS])[0]) == POINTS
+
+
+def test_the_running_mean_is_that_of_its_window():
+    line = np.linspace(3.0, 5.0, 1000)
+    np.testing.assert_allclose(running_mean(line), line)
+    values = np.random.default_rng(1).normal(size=1000)
+    found = running_mean(values)
+    assert found[0] == values[0] and found[500] == pytest.approx(values[490:511].mean())
+    assert found[3] == pytest.approx(values[:7].mean())
+
+
+def test_the_log_is_read_whatever_is_in_it(tmp_path):
+    log(tmp_path, "step,loss,val_loss\n7,1,\n", version=2)
+    log(tmp_path, "step,loss,val_loss,val_ppl\n0,,2.5,12\n1,2.25,,\n2,nan,,\n2,,inf,9\n3,1.5", version=10)
+    history = read_history(tmp_path)
+    assert history.training["step"].tolist() == [1, 2] and history.training["loss"][0] == 2.25
+    assert math.isnan(history.training["loss"][1])
+    assert history.validation["step"].tolist() == [0, 2] and history.validation["ppl"].tolist() == [12, 9]
+    page = make_page([Shown(history)])
+    assert "Validation" in page and "12.00" in page
+
+
+def test_a_run_shows_what_it_has_logged(run):
+    rows = metrics(run)
+    history = read_history(run)
+    for name, columns, prefix in (("training", history.training, ""), ("validation", history.validation, "val_")):
+        own = [row for row in rows if f"{prefix}loss" in row]
+        assert len(own) == {"training": 6, "validation": 3}[name]
+        for column in ("loss", "cross_entropy", "agreement", "step"):
+            key = column if column == "step" else prefix + column
+            assert columns[column].tolist() == [row[key] for row in own]
+    drawings = {drawing.title: drawing for drawing in draw_panels([history])}
+    assert len(drawings) == 12
+    lines = {r.name: r.data_source.data for r in drawings["Cross-entropy"].figure.renderers if r.name}
+    training = [row for row in rows if "loss" in row]
+    assert lines["teacher"]["x"].tolist() == [row["step"] for row in training]
+    np.testing.assert_allclose(lines["student"]["y"], [row["cross_entropy"] for row in training], rtol=1e-6)
+    validated = [row["val_cross_entropy"] for row in rows if "val_loss" in row]
+    np.testing.assert_allclose(lines["student, validation"]["y"], validated, rtol=1e-6)
+    band = next(r for r in drawings["Weight of forward KL, h"].figure.renderers if not r.name).data_source.data
+    spread = [math.sqrt(row["h_squared"] - row["h"] ** 2) for row in training]
+    np.testing.assert_allclose(band["high"] - band["low"], 2 * np.array(spread), rtol=1e-4)
+    assert [key.label for key in drawings["Gradient norm"].keys] == ["gradient norm"]
+    assert drawings["Gradient norm"].figure.y_scale.__class__.__name__ == "LogScale"
+
+
+@pytest.mark.parametrize(("low", "high", "expected"), [(4.0, 130.0, [5, 10, 20, 50, 100]), (0.9, 8.0, [1, 2, 5])])
+def test_a_narrow_logarithmic_axis_has_labels_from_end_to_end(tmp_path, low, high, expected):
+    log(tmp_path, f"step,gradient_norm\n1,{high}\n2,{low}\n")
+    (drawing,) = draw_panels([read_history(tmp_path)])
+    assert [tick for tick in drawing.figure.yaxis.ticker.ticks if low <= tick <= high] == expected
+
+
+@pytest.mark.parametrize(
+    ("share", "text"), [(1.0, "rkl"), (0.0, "cross-entropy"), (0.3, "0.3 rkl + 0.7 cross-entropy")]
+)
+def test_the_page_says_what_is_minimised(tmp_path, share, text):
+    log(tmp_path, "step,loss\n1,2.5\n")
+    recipe = {"distill": {"divergence": "rkl", "kd_ratio": share}}
+    (tmp_path / "hyperparameters.yaml").write_text(yaml.safe_dump(recipe))
+    assert f"<dd>{text} (--distill.kd_ratio {share:g})</dd>" in make_page([Shown(read_history(tmp_path))])
+
+
+def test_the_page_names_the_run_and_its_validations(run, student_dir, teacher_dir, alice_json):
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for text in (
+        str(student_dir),
+        str(teacher_dir),
+        str(alice_json),
+        "0.5 akl + 0.5 cross-entropy",
+        "step 0",
+        "step 6",
+        "refreshed",
+    ):
+        assert text in page
+    last = [row for row in metrics(run) if "val_loss" in row][-1]
+    assert f"<td>{last['val_cross_entropy']:.3f}</td>" in page and f"<td>{last['val_gap_closed']:.1%}</td>" in page
+
+
+def test_examples_are_the_models_own(run, teacher_dir, student_dir, alice_json):
+    """Against plain forwards of LitGPT's GPT: the student is the trained one, and at first the one it was."""
+    examples, tokenizer, data = read_examples(run), Tokenizer(student_dir), alice(alice_json)
+    data.connect(tokenizer=tokenizer, batch_size=1)
+    data.setup()
+    expected = {}
+    models = {"p": gpt(teacher_dir), "latest": gpt(run / "final"), "first": gpt(student_dir)}
+    for sample in [data.test_dataset[number] for number in range(3)]:
+        ids = sample["input_ids"]
+        with torch.no_grad():
+            dense = {name: torch.softmax(model(ids[None])[0].double(), dim=-1) for name, model in models.items()}
+        for place in range(len(ids) - 1):
+            expected[dense["p"][place].max().item()] = {name: rows[place] for name, rows in dense.items()}
+    assert (examples["first"]["step"], examples["latest"]["step"]) == (0, 6)
+    assert [len(examples[name]["positions"]) for name in ("first", "latest")] == [6, 6]
+    for name in ("first", "latest"):
+        for position in examples[name]["positions"]:
+            dense = expected[min(expected, key=lambda highest: abs(highest - position["p"][0]))]
+            p, order = dense["p"].sort(descending=True)
+            q = dense[name][order]
+            np.testing.assert_allclose(position["p"], p[:TOKENS], atol=1e-6)
+            np.testing.assert_allclose(position["q"], q[:TOKENS], atol=1e-6)
+            assert position["p_others"] == pytest.approx(1 - sum(position["p"]))
+            assert position["q_others"] == pytest.approx(1 - sum(position["q"]))
+            head = int((p.cumsum(0) < 0.5).sum()) + 1
+            assert position["head"] == head and position["head_mass"] == pytest.approx(float(p[:head].sum()), abs=1e-6)
+            assert position["head_gap"] == pytest.approx(float((p - q)[:head].abs().sum()), abs=1e-5)
+            assert position["tail_gap"] == pytest.approx(float((p - q)[head:].abs().sum()), abs=1e-5)
+            assert position["others"] == 1024 - TOKENS
+
+
+def test_answers_are_greedy_and_the_teachers_are_asked_once(run, student_dir, teacher_dir):
+    examples, tokenizer = read_examples(run), Tokenizer(student_dir)
+    assert examples["first"]["teacher_answers"] == examples["latest"]["teacher_answers"]
+    for role, model in (("teacher_answers", gpt(teacher_dir)), ("answers", gpt(run / "final"))):
+        for prompt, answer in zip(examples["latest"]["prompts"], examples["latest"][role], strict=True):
+            start = ids = tokenizer.encode(prompt)
+            with torch.no_grad():
+                for _ in range(6):
+                    ids = torch.cat((ids, model(ids[None])[0, -1].argmax()[None]))
+            assert tokenizer.decode(ids[len(start) :]).startswith(answer) and answer
+
+
+def test_two_processes_remember_what_one_does(run, teacher_dir, student_dir, alice_json, tmp_path):
+    work = partial(distil, student_dir, teacher_dir, alice_json, tmp_path / "two", devices=2, **OPTIONS)
+    in_processes(2, work)
+    one, two = read_examples(run)["latest"], read_examples(tmp_path / "two")["latest"]
+    assert (one["prompts"], one["teacher_answers"]) == (two["prompts"], two["teacher_answers"])
+    for mine, other in zip(one["positions"], two["positions"], strict=True):
+        assert mine["context"] == other["context"] and mine["next"] == other["next"]
+        np.testing.assert_allclose(mine["q"], other["q"], atol=1e-4)
+    assert (tmp_path / "two" / "report.html").is_file()
+
+
+def test_a_remembered_teacher_does_not_answer(teacher_dir, student_dir, alice_json, tmp_path):
+    cached = OPTIONS | {"teacher": TeacherArgs(cache_dir=str(tmp_path / "cache"))}
+    for name in ("fills", "reads"):
+        distil(student_dir, teacher_dir, alice_json, tmp_path / name, **cached)
+    filled, read = (read_examples(tmp_path / name)["latest"] for name in ("fills", "reads"))
+    assert len(filled["teacher_answers"]) == 3 and read["teacher_answers"] is None
+    assert "only its LM head is loaded" in (tmp_path / "reads" / "report.html").read_text(encoding="utf-8")
+    assert read["answers"] == filled["answers"] and read["positions"] == filled["positions"]
+
+
+def test_what_cannot_be_written_does_not_end_the_run(
+    teacher_dir, student_dir, alice_json, tmp_path, monkeypatch, capsys
+):
+    """In its middle; after the last step it is an error (test_last_step.py)."""
+    validate, taken = litgpt_akl.training.distil.validate, [tmp_path / "report.html"]
+
+    def validate_where_names_are_taken(fabric, run, state, *arguments):
+        for path in taken:
+            if state["step_count"] == 1:
+                (path / "something").mkdir(parents=True)
+            else:
+                shutil.rmtree(path)
+        return validate(fabric, run, state, *arguments)
+
+    monkeypatch.setattr(litgpt_akl.training.distil, "validate", validate_where_names_are_taken)
+    options = {"train": {"max_steps": 2}, "eval": {"initial_validation": False, "interval": 1}}
+    distil(student_dir, teacher_dir, alice_json, tmp_path, **options)
+    told = capsys.readouterr().out
+    assert told.count("report.html was not refreshed (IsADirectoryError") == 1
+    assert (tmp_path / "final" / "lit_model.pth").is_file() and all(path.is_file() for path in taken)
+
+
+def test_a_new_run_forgets_the_one_before(teacher_dir, student_dir, alice_json, tmp_path):
+    (tmp_path / "examples.json").write_text(json.dumps({"first": {"step": 3}, "latest": {"step": 3}}))
+    options = {"train": {"max_steps": 1}, "eval": {"initial_validation": False, "final_validation": True}}
+    distil(student_dir, teacher_dir, alice_json, tmp_path, **options)
+    examples = read_examples(tmp_path)
+    assert examples["first"]["step"] == 1 and examples["latest"]["answers"] == []
+    assert "max_new_tokens is null" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_logger_has_a_csv_file_beside_it(tmp_path):
+    options = {"name": "x", "resume": False, "log_interval": 1, "log": LogArgs()}
+    assert [logger.__class__.__name__ for logger in make_loggers("csv", tmp_path, **options)] == ["MetricsLogger"]
+    pytest.importorskip("tensorboard")
+    names = [logger.__class__.__name__ for logger in make_loggers("tensorboard", tmp_path, **options)]
+    assert names == ["TensorBoardLogger", "MetricsLogger"]
+
+
+def test_several_runs_have_a_colour_each(run):
+    other = History("other", training={name: column + 1 for name, column in read_history(run).training.items()})
+    other.validation = {"step": np.empty(0)}
+    drawing = draw_panels([read_history(run), other])[2]
+    assert drawing.title == "Cross-entropy"
+    colours = {key.label: (key.colour, key.dash) for key in drawing.keys}
+    assert colours["run: student"] == (COLOURS[0], "solid") and colours["run: teacher"] == (COLOURS[0], "dashed")
+    assert colours["other: student"] == (COLOURS[1], "solid") and "other: student, validation" not in colours
+    assert unique_names([Path("/a/x/run"), Path("/a/y/run"), Path("/a/y/last")]) == ["x/run", "y/run", "y/last"]
+
+
+def test_runs_keep_their_colours_in_distributions():
+    first, second = (Shown(made_up(name, 20), made_up_examples()) for name in ("a", "b"))
+    alone, both = draw_distributions([first])[0], draw_distributions([first, second])[0]
+    assert [(key.label, key.colour) for key in alone.keys] == [
+        ("teacher", COLOURS[1]),  # as in the figure of the cross-entropies
+        ("student, step 0", COLOURS[2]),
+        ("student, step 9", COLOURS[0]),
+    ]
+    assert [(key.label, key.colour) for key in both.keys] == [
+        ("teacher", COLOURS[-1]),
+        ("a", COLOURS[0]),
+        ("b", COLOURS[1]),
+    ]
+
+
+def test_noise_stands_behind_its_mean():
+    steps = np.arange(1.0, 5001)
+    noisy = History("noisy", training={"step": steps, "loss": np.sin(steps)}, validation={"step": np.empty(0)})
+    behind, mean = draw_panels([noisy])[0].figure.renderers
+    assert len(behind.data_source.data["x"]) <= POINTS and behind.data_source.data["y"].max() > 0.999
+    assert len(mean.data_source.data["x"]) == POINTS // 2 and abs(mean.data_source.data["y"][250]) < 0.05
+    few = {name: column[: NOISY - 1] for name, column in noisy.training.items()}
+    (line,) = draw_panels([History("few", training=few, validation={"step": np.empty(0)})])[0].figure.renderers
+    assert len(line.data_source.data["x"]) == NOISY - 1
+
+
+def contrast(one: str, other: str) -> float:
+    def luminance(colour: str) -> float:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_are_seen_on_light_and_on_dark():
+    assert min(contrast(colour, ground) for colour in COLOURS for ground in ("#ffffff", "#171b21")) >= 3
+
+
+def test_any_text_can_be_shown():
+    assert printable("a\x1b[31m\x00\u202eb\r\n\tc\ud800") == "a\ufffd[31m\ufffd\ufffdb\n\tc\ufffd"
+    assert one_line(" a b\n", 10) == "\u2423a\u2423b\u21b5" and one_line("abcdef", 4) == "abc\u2026"
+
+
+def command(*words, cwd) -> subprocess.CompletedProcess:
+    words = [sys.executable, "-m", "litgpt_akl", "report_akl", *map(str, words)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=240, cwd=cwd)
+
+
+def test_the_command_lays_runs_over_each_other(run, tmp_path):
+    done = command(run, run.parent / "run" / ".." / "run", run / "..", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {run.parent} holds no metrics")
+    log(tmp_path / "other", "step,loss\n1,2\n2,1\n")
+    done = command(run, tmp_path / "other", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path / 'report.html'}: run, other\n"
+    assert "other: loss" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_command_says_what_is_wrong(tmp_path):
+    log(tmp_path / "broken", "a,b\nx,y\n")
+    log(tmp_path / "fine", "step,loss\n1,2\n")
+    (tmp_path / "out").mkdir()
+    for runs, out, message in (
+        ([tmp_path / "no"], "x.html", "no is not a directory. Give the --out_dir of a run"),
+        ([tmp_path], "x.html", "holds no metrics"),
+        ([tmp_path / "broken"], "x.html", r"metrics.csv \(.* bytes\) cannot be read"),
+        ([tmp_path / "fine"], "out", "out is a directory. Give the name of a file"),
+        ([tmp_path / "fine"], "none/x.html", "x.html cannot be written"),
+    ):
+        with pytest.raises(UserError, match=message):
+            report_akl(runs, out=tmp_path / out)

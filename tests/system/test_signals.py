@@ -1,0 +1,114 @@
+"""Signals and faults of the real command: what it leaves, what it says, and with which status it ends."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.runs import distil, metrics
+
+from litgpt_akl.files.manifest import damage
+from litgpt_akl.messages import UserError
+
+
+@pytest.fixture
+def command(teacher_dir, student_dir, alice_json, tmp_path) -> list[str]:
+    return [
+        *(sys.executable, "-m", "litgpt", "finetune_akl", str(student_dir)),
+        *("--teacher_checkpoint_dir", str(teacher_dir), "--data", "JSON", "--data.json_path", str(alice_json)),
+        *("--data.mask_prompt", "true", "--data.prompt_style.class_path", "litgpt.prompts.Default"),
+        *("--data.num_workers", "1", "--distill.compile", "false", "--train.max_steps", "100000"),
+        *("--train.save_interval", "null", "--eval.interval", "100000", "--out_dir", str(tmp_path / "run")),
+    ]
+
+
+def wait_for_steps(process: subprocess.Popen, out_dir: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not any(path.stat().st_size > 2000 for path in out_dir.glob("logs/csv/version_*/metrics.csv")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_saves(command, tmp_path, number):
+    # as a terminal or a scheduler does it, the whole group is told
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for_steps(process, tmp_path / "run")
+    os.killpg(process.pid, number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "Traceback" not in errors
+    assert f"{number.name}: finishing this step and saving" in errors and "--resume auto goes on" in output
+    saved = list((tmp_path / "run").glob("step-*"))
+    assert len(saved) == 1 and damage(saved[0]) is None and not (tmp_path / "run" / "final").exists()
+    step = json.loads((saved[0] / "manifest.json").read_text())["step"]
+    assert [row["step"] for row in metrics(tmp_path / "run") if "loss" in row] == list(range(1, step + 1))
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(command, tmp_path):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+
+    out_dir = tmp_path / "run"
+    at_most = ["--train.max_steps", "2", "--train.save_interval", "1"]
+    subprocess.run([*command, *at_most], check=True, capture_output=True, timeout=120)
+    before = sorted(path.name for path in out_dir.glob("step-*"))
+    more = [*command, "--train.save_interval", "1", "--resume", "auto", "--accept_changes", "true"]
+    result = subprocess.run(more, capture_output=True, text=True, timeout=120, preexec_fn=limit)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "step-000003 cannot be written (File too large)" in result.stderr
+    assert sorted(path.name for path in out_dir.iterdir() if "step" in path.name) == before
+    assert all(damage(out_dir / name) is None for name in before)
+
+
+def test_max_time_saves_and_a_second_run_goes_on(teacher_dir, student_dir, alice_json, tmp_path):
+    distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 40, "max_time": 1e-6})
+    assert damage(tmp_path / "step-000001") is None
+    rest = distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 40}, resume="auto")
+    whole = distil(student_dir, teacher_dir, alice_json, tmp_path / "whole", train={"max_steps": 40})
+    assert all(torch.equal(rest[name], weight) for name, weight in whole.items())
+
+
+BROKEN = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e20}}
+
+
+@pytest.mark.parametrize(("choice", "steps"), [("stop", 1), ("skip", 3)])
+def test_a_loss_that_is_not_finite_lists_its_samples(
+    teacher_dir, student_dir, alice_json, tmp_path, choice, steps, capsys
+):
+    options = {"train": {"max_steps": 10, "max_norm": None, "lr_warmup_steps": 0}, "optimizer": BROKEN}
+    with pytest.raises(UserError, match=r"Step \d: the loss is .*the step was not taken.*listed in"):
+        distil(student_dir, teacher_dir, alice_json, tmp_path, on_nonfinite=choice, **options)
+    reports = sorted(tmp_path.glob("nonfinite-step-*.json"))
+    assert len(reports) == steps and capsys.readouterr().out.count("the step was dropped") == steps - 1
+    report = json.loads(reports[0].read_text())
+    assert len(report["samples"]) == 8 and report["step"] == 2
+    assert "train.json, line " in report["samples"][0]["place"]
+    assert not (tmp_path / "final").exists()
+
+
+def test_a_dropped_step_changes_nothing_but_the_schedule(teacher_dir, student_dir, alice_json, tmp_path, monkeypatch):
+    import litgpt_akl.training.train as train
+
+    taken = train.distillation_loss
+    calls = []
+
+    def loss(*arguments):
+        calls.append(None)
+        result = taken(*arguments)
+        # two micro-batches a step, the second of the second step is not finite
+        return result._replace(loss=result.loss * float("nan")) if len(calls) == 4 else result
+
+    monkeypatch.setattr(train, "distillation_loss", loss)
+    options = {"train": {"max_steps": 3, "save_interval": 1}, "eval": {"initial_validation": False}}
+    distil(student_dir, teacher_dir, alice_json, tmp_path, on_nonfinite="skip", **options)
+    weights = [torch.load(tmp_path / f"step-00000{n}" / "lit_model.pth", weights_only=True) for n in (1, 2, 3)]
+    assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
+    assert not torch.equal(weights[1]["lm_head.weight"], weights[2]["lm_head.weight"])

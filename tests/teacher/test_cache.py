@@ -1,0 +1,166 @@
+"""Training with a remembered teacher: the same numbers as with a live one, whoever filled the cache, and when."""
+
+import re
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import fsspec
+import materials
+import pytest
+import torch
+from helpers.cache_runs import RATE, TRAIN, assert_equal, chunks, fill, run
+from helpers.memory_runs import watched
+from helpers.ranks import in_processes
+from helpers.runs import distil, metrics
+from litgpt.model import GPT
+from litgpt.prompts import Default
+
+from litgpt_akl.config.args import LoRAArgs, TeacherArgs
+from litgpt_akl.data.streaming import StreamingSFT
+from litgpt_akl.messages import UserError
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_remembered_teacher_is_the_live_one_bit_for_bit(
+    student_dir, teacher_dir, lone, short, tmp_path, precision, workers
+):
+    short.num_workers = workers
+    cache, options = tmp_path / "cache", {"train": {"epochs": 1}, "teacher_precision": precision}
+    live = run(student_dir, teacher_dir, short, tmp_path / "live", **options)
+    filling = run(student_dir, teacher_dir, short, tmp_path / "filling", cache, **options)
+    remembered = run(student_dir, lone, short, tmp_path / "remembered", cache, mode="read", **options)
+    assert_equal(live, filling)
+    assert_equal(live, remembered)
+    assert metrics(tmp_path / "live")[-1]["val_loss"] == metrics(tmp_path / "remembered")[-1]["val_loss"]
+
+
+def test_other_students_losses_and_orders_read_what_one_run_has_left(
+    student_dir, untied_student_dir, teacher_dir, lone, short, tmp_path
+):
+    cache = tmp_path / "cache"
+    run(student_dir, teacher_dir, short, tmp_path / "first", cache)
+    before = {path.name: path.stat().st_mtime_ns for path in chunks(cache)}
+    others = {"seed": 7, "distill": {"divergence": "rkl"}, "train": {"micro_batch_size": 3, "global_batch_size": 9}}
+    found = run(untied_student_dir, lone, short, tmp_path / "second", cache, **others)
+    live = run(untied_student_dir, teacher_dir, short, tmp_path / "live", **others)
+    # in other micro-batches the teacher's own products are rounded otherwise
+    assert_equal(live, found, within=1e-5)
+    adapted = {"lora": LoRAArgs(r=4, dropout=0.0)}
+    found = run(student_dir, lone, short, tmp_path / "adapted", cache, **adapted)
+    assert_equal(run(student_dir, teacher_dir, short, tmp_path / "live-adapted", **adapted), found, within=1e-5)
+    assert {path.name: path.stat().st_mtime_ns for path in chunks(cache)} == before
+
+
+def test_jobs_fill_parts_without_a_student(student_dir, teacher_dir, lone, short, tmp_path, capsys):
+    live = run(student_dir, teacher_dir, short, tmp_path / "live", train={"epochs": 1})
+    parts = [tmp_path / "first", tmp_path / "second"]
+    for number, part in enumerate(parts, start=1):
+        fill(teacher_dir, teacher_dir, short, tmp_path / "none", part, part=f"{number}/2")
+    with pytest.raises(UserError, match="lacks 22 training samples and 7 validation"):
+        run(student_dir, lone, short, tmp_path / "early", parts[1], mode="read", train={"epochs": 1})
+    shutil.copytree(parts[1], parts[0], dirs_exist_ok=True)
+    assert_equal(live, run(student_dir, lone, short, tmp_path / "run", parts[0], mode="read", train={"epochs": 1}))
+    fill(student_dir, lone, short, tmp_path / "none", parts[0])
+    assert "there is nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_base_of_a_lora_student_is_remembered_too(student_dir, short, tmp_path, processes, capfd):
+    options = {"lora": LoRAArgs(r=4, dropout=0.1), "devices": processes, "optimizer": RATE}
+    caching = TeacherArgs(use_base=True, cache_dir=str(tmp_path / "cache"))
+    teachers = {"live": TeacherArgs(use_base=True), "filling": caching, "remembered": caching}
+    for name, teacher in teachers.items():
+        changes = {"teacher": teacher, "train": TRAIN | {"epochs": 1}, **options}
+        in_processes(processes, partial(distil, **changes), student_dir, None, short, tmp_path / name)
+    live, *others = (torch.load(tmp_path / name / "final" / "lit_model.pth") for name in teachers)
+    for weights in others:
+        assert_equal(live, weights)
+    assert "all there" in capfd.readouterr().out
+
+
+LARGE = replace(materials.TEACHER_CONFIG, n_layer=6, n_embd=768, head_size=64, n_head=12, intermediate_size=2048)
+
+
+def measure(growth: Path, *arguments, **options) -> None:
+    with watched() as result:
+        run(*arguments, **options)
+    growth.write_text(str(result["growth"]))
+
+
+def test_a_remembered_teacher_is_not_in_memory(student_dir, short, tmp_path):
+    source, cache = tmp_path / "large", tmp_path / "cache"
+    materials.write_checkpoint(source, LARGE, GPT(LARGE).state_dict(), tied=False)
+    body = (source / "lit_model.pth").stat().st_size - 2 * 4 * LARGE.padded_vocab_size * LARGE.n_embd
+    found = {}
+    for name in ("live", "filling", "remembered"):
+        directory = None if name == "live" else cache
+        arguments = tmp_path / name, student_dir, source, short, tmp_path / "run" / name, directory
+        in_processes(1, partial(measure, train={"epochs": 1}), *arguments, fresh=True)
+        found[name] = int(arguments[0].read_text())
+        if name == "filling":
+            (source / "lit_model.pth").unlink()
+    assert found["live"] - found["remembered"] > 0.9 * body
+
+
+@pytest.mark.parametrize(("writers", "readers"), [(1, 2), (2, 1), (3, 2)])
+def test_any_number_of_processes_reads_what_another_has_written(
+    student_dir, teacher_dir, lone, short, tmp_path, writers, readers
+):
+    cache, out_dirs = tmp_path / "cache", [tmp_path / name for name in ("live", "written", "read")]
+    live = run(student_dir, teacher_dir, short, out_dirs[0])
+    for processes, teacher, out_dir in ((writers, teacher_dir, out_dirs[1]), (readers, lone, out_dirs[2])):
+        in_processes(processes, partial(run, devices=processes), student_dir, teacher, short, out_dir, cache)
+        found = torch.load(out_dir / "final" / "lit_model.pth", weights_only=True)
+        assert_equal(live, found, within=1e-6)
+
+
+def test_streamed_records_in_micro_batches_of_tokens(student_dir, teacher_dir, lone, short, tmp_path):
+    train, val = (short.json_path / f"{name}.json" for name in ("train", "val"))
+    data = StreamingSFT(str(train), mask_prompt=True, val_path=str(val), prompt_style=Default(), micro_batch_tokens=300)
+    data.num_workers, data.cache_dir = 2, tmp_path / "prepared"
+    live, filling, remembered = (
+        run(student_dir, teacher, data, tmp_path / name, cache, train={"epochs": 1})
+        for name, teacher, cache in (
+            ("live", teacher_dir, None),
+            ("filling", teacher_dir, tmp_path / "cache"),
+            ("remembered", lone, tmp_path / "cache"),
+        )
+    )
+    assert_equal(live, filling)
+    assert_equal(live, remembered)
+
+
+def test_a_remote_cache_is_only_read(student_dir, teacher_dir, lone, short, tmp_path):
+    live = run(student_dir, teacher_dir, short, tmp_path / "live", train={"epochs": 1})
+    fill(student_dir, teacher_dir, short, tmp_path / "none", tmp_path / "cache")
+    remote = fsspec.filesystem("memory")
+    remote.put(str(tmp_path / "cache"), "/bucket/", recursive=True)
+    options = {"mode": "read", "train": {"epochs": 1}}
+    assert_equal(live, run(student_dir, lone, short, tmp_path / "run", "memory://bucket/cache", **options))
+    remote.rm(remote.ls("/bucket/cache/training", detail=False)[0])
+    with pytest.raises(UserError, match="lacks 40 training samples"):
+        run(student_dir, lone, short, tmp_path / "lacking", "memory://bucket/cache", **options)
+    with pytest.raises(UserError, match="memory://bucket/cache is remote, and is only read"):
+        run(student_dir, lone, short, tmp_path / "lacking", "memory://bucket/cache")
+
+
+FORWARD_KL = {"bf16": 1e-4, "fp8": 1e-2}
+"""At most, in nats per token."""
+
+
+@pytest.mark.parametrize("dtype", FORWARD_KL)
+def test_narrow_hidden_states_cost_what_is_said(student_dir, teacher_dir, lone, short, tmp_path, capsys, dtype):
+    cache, options = tmp_path / "cache", {"dtype": dtype, "train": {"epochs": 1}}
+    fill(student_dir, teacher_dir, short, tmp_path / "none", cache, **options)
+    said = re.search(r"forward KL of the teacher to it (\d\.\d+) nats per token", capsys.readouterr().out)
+    assert 0 <= float(said[1]) < FORWARD_KL[dtype]
+    run(student_dir, teacher_dir, short, tmp_path / "live", train={"epochs": 1})
+    run(student_dir, lone, short, tmp_path / "found", cache, mode="read", **options)
+    losses = [[row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in ("live", "found")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0] != losses[1]
+    bytes_of_token = {"bf16": 256, "fp8": 132}[dtype]
+    assert f"{bytes_of_token} bytes a response token" in capsys.readouterr().out
+    assert sum(path.stat().st_size for path in chunks(cache)) == pytest.approx(2505 * bytes_of_token, rel=0.02)
