@@ -123,7 +123,7 @@ def _positions(
     positions = []
     batches = list(in_order(dataset, records, *run.micro_batch, memory=cache))
     for batch, hidden in teacher.answers(batches, cache):
-        chosen = torch.tensor(_spread(batch.counts), device=fabric.device)
+        chosen = torch.tensor(_spread(batch.counts), dtype=torch.int64, device=fabric.device)
         places = batch.positions[chosen]
         with student.lm_head.output_of_head(partial(_both_logits, teacher.model, hidden[chosen], places)):
             teacher_logits, student_logits = student(batch.input_ids)
