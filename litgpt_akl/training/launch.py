@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType, TracebackType
+from typing import Any
 
 import lightning as L
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from torch import distributed
 
+from litgpt_akl.files.changes import check_mapped_files
 from litgpt_akl.messages import UserError, reason
 from litgpt_akl.models.parallel import all_reduce_max, rank, world_size
 
@@ -91,11 +93,11 @@ def ending_together(main: Callable, way_on: str = WAY_ON) -> Callable:
     @functools.wraps(main)
     def run(*args, **kwargs):
         if world_size() == 1:
-            return main(*args, **kwargs)
+            return _blaming_changed_data(main, *args, **kwargs)
         ended, asking = threading.Event(), threading.Lock()
         _watch_others(ended, asking, way_on)
         try:
-            return main(*args, **kwargs)
+            return _blaming_changed_data(main, *args, **kwargs)
         except Exception as error:
             if not is_loss_of_another(error):
                 _tell(f"process {rank()}: {type(error).__name__}: {reason(error)}")
@@ -110,6 +112,17 @@ def ending_together(main: Callable, way_on: str = WAY_ON) -> Callable:
                 asking.release()
 
     return run
+
+
+def _blaming_changed_data(main: Callable, *args, **kwargs) -> Any:
+    """Call ``main``; if it fails after somebody has changed the data that it reads, that is what the user is told."""
+    try:
+        return main(*args, **kwargs)
+    except Exception as error:
+        # the end of a page of data that were cut reads as zeros, from which any failure may follow
+        if not isinstance(error, UserError) and not is_loss_of_another(error):
+            check_mapped_files()
+        raise
 
 
 def is_loss_of_another(error: Exception) -> bool:
