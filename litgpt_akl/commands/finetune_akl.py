@@ -36,12 +36,11 @@ from litgpt_akl.models.parallel import make_strategy
 from litgpt_akl.teacher.chunk_file import DTYPES
 from litgpt_akl.teacher.identity import stored_type
 from litgpt_akl.teacher.space import describe_plan
-from litgpt_akl.training.distil import main
-from litgpt_akl.training.fill import fill
 from litgpt_akl.training.logging import SpeakingFabric, make_loggers, silence_known_noise
-from litgpt_akl.training.optimizer_trial import check_optimizer
+from litgpt_akl.training.main import fill, main
+from litgpt_akl.training.optimizer import check_optimizer, make_optimizer
 from litgpt_akl.training.out_dir import check_places
-from litgpt_akl.training.run import Run, make_optimizer
+from litgpt_akl.training.run import Run
 
 NOT_IN_RECIPE = ("access_token", "dry_run", "overwrite")
 """Options that a repeated run is not to have."""

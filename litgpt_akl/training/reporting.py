@@ -1,15 +1,21 @@
-"""The report of a run while it goes on: examples of what both models say, and the page."""
+"""What a run says while it goes on: its announcement, validations, examples of what both models say, and the page."""
 
+import math
+import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
+from litgpt.args import EvalArgs
+from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
+from litgpt.utils import num_parameters, select_sft_generate_example
 from torch import Tensor
 
-from litgpt_akl.data.dataset import TokenizedDataset
+from litgpt_akl.data.dataset import ArrowDataset, TokenizedDataset
 from litgpt_akl.data.steps import in_order, together
 from litgpt_akl.files.manifest import EXAMPLES, PAGE
 from litgpt_akl.loss.adaptive import in_head
@@ -18,11 +24,13 @@ from litgpt_akl.messages import reason
 from litgpt_akl.models.generation import generate, longest_prompt, stop_sequences, without_end
 from litgpt_akl.models.gpt import Head
 from litgpt_akl.models.lora import without_adapters
+from litgpt_akl.models.padding import describe_padding
 from litgpt_akl.models.parallel import broadcast_object, reshard
 from litgpt_akl.report.runs import take_examples, write_examples
 from litgpt_akl.teacher.teacher import HeadOnly
-from litgpt_akl.training.logging import flushed_metrics
+from litgpt_akl.training.logging import Progress, flushed_metrics
 from litgpt_akl.training.run import Run, validation_records
+from litgpt_akl.training.validate import validate
 
 RECORDS = 3
 """Of the validation data, from its first on."""
@@ -34,13 +42,114 @@ CONTEXT = 20
 """Tokens shown before a position."""
 
 
-def remember(
+def announce(fabric: L.Fabric, run: Run, state: dict) -> None:
+    """A few lines that say what is about to happen."""
+    for role, directory in run.pair.directories.items():
+        model = state["student"] if role == "student" else state["teacher"].model
+        layers, parameters = model.config.n_layer, num_parameters(model) / 1e6
+        kept = "its LM head" if isinstance(model, HeadOnly) else f"{layers} layers"
+        fabric.print(f"{role.capitalize()}: {directory}, {kept}, {parameters:,.1f} M parameters")
+    if padding := describe_padding(run.pair.student_config, state["student"].config.padded_vocab_size):
+        fabric.print(f"{padding} The student is trained and written without them.")
+    if run.lora.r is not None:
+        trained, shares = num_parameters(state["student"], requires_grad=True) / 1e6, run.plan.shares_base
+        fabric.print(
+            f"LoRA: rank {run.lora.r} on {', '.join(run.lora.targets)}, {trained:,.2f} M parameters are trained"
+            f"{'; the teacher is the base, held in memory once' if shares else ''}"
+        )
+    validation = state["validation_dataset"]
+    for name, dataset in (("Training", state["dataset"]), ("Validation", validation)):
+        fabric.print(f"{name}: {len(dataset):,} samples, {dataset.tokens:,} tokens")
+    if len(validation) == 0:
+        fabric.print("There are no validation samples: validation is off.")
+    kind = fabric.device.type
+    fused = "compiled by torch.compile" if state["loss"].compiles_on(kind) else "eager"
+    fabric.print(
+        f"Loss: {run.distill.divergence}, kd_ratio {run.distill.kd_ratio}, {run.pair.vocab_size:,} ids,"
+        f" {state['loss'].tokens_per_block(run.pair.vocab_size, kind)} tokens a block, element-wise part {fused}"
+    )
+    if run.distill.kd_ratio == 0:
+        fabric.print("With kd_ratio 0 the loss is cross-entropy alone: the divergence is measured, and teaches nothing")
+    if run.resume is not None:
+        fabric.print(f"Resuming from {run.resume}, step {state['step_count']}")
+
+
+def report(
     fabric: L.Fabric,
     run: Run,
     state: dict,
-    dataset: TokenizedDataset,
-    tell: Callable[[str], None],
-    complain: Callable[[str], None],
+    progress: Progress | None = None,
+    complain: Callable[[str], None] | None = None,
+) -> None:
+    """Validate, log, print and refresh the page; during training also print an example of the student's responses.
+
+    What cannot be written is handed to ``complain``, or printed.
+    """
+    tell = progress.write if progress else fabric.print
+    complain = complain or tell
+    if len(state["validation_dataset"]) > 0:
+        metrics = validate(fabric, run, state)
+        state["caches"].flush()
+        if metrics is None:
+            return
+        fabric.log_dict(metrics, step=state["step_count"])
+        tell(f"Step {state['step_count']}: {describe(metrics)}")
+        if progress is not None and run.eval.max_new_tokens is not None:
+            print_example(fabric, run, state, tell)
+        keep_examples(fabric, run, state, tell, complain)
+    refresh_page(fabric, run, state, tell, complain)
+
+
+def describe(metrics: dict[str, float]) -> str:
+    """One line for people."""
+    closed = metrics["val_gap_closed"]
+    return (
+        f"cross-entropy {metrics['val_cross_entropy']:.3f} (teacher {metrics['val_teacher_cross_entropy']:.3f},"
+        f" gap closed {'n/a' if math.isnan(closed) else f'{closed:.0%}'}), perplexity {metrics['val_ppl']:.2f},"
+        f" divergence {metrics['val_divergence']:.3f}, forward KL {metrics['val_forward_kl']:.3f},"
+        f" reverse KL {metrics['val_reverse_kl']:.3f}, agreement {metrics['val_agreement']:.1%}"
+    )
+
+
+def print_example(fabric: L.Fabric, run: Run, state: dict, tell: Callable[[str], None]) -> None:
+    """Print the prompt that was asked for and the student's response to it, if the student can read the prompt.
+
+    All processes must ask together; the step seeds what is drawn.
+    """
+    student, tokenizer = state["student"], run.pair.tokenizer
+    prompt = example_prompt(run.data, state["validation_dataset"], tokenizer, run.eval)
+    if prompt is None or len(prompt) > longest_prompt(student.config):
+        return
+    stop = stop_sequences(tokenizer, None)
+    # every process draws the same: a sharded model only runs in all of them together
+    (response,) = generate(
+        fabric,
+        student,
+        [prompt],
+        max_new_tokens=run.eval.max_new_tokens,
+        stop=stop,
+        vocab_size=run.pair.vocab_size,
+        seeds=[(state["step_count"],)],
+        temperature=0.8,
+    )
+    tell(f"{tokenizer.decode(torch.tensor([*prompt.tolist(), *without_end(response, stop)]))}\n")
+
+
+def example_prompt(data: DataModule, dataset: TokenizedDataset, tokenizer: Tokenizer, eval: EvalArgs) -> Tensor | None:
+    """The ids of the prompt that ``eval.evaluate_example`` means; None if the data module shows none of its prompts."""
+    wish = str(eval.evaluate_example)
+    if isinstance(dataset, ArrowDataset):
+        number = random.randrange(len(dataset)) if wish == "random" else int(wish) if wish.isdigit() else 0
+        return dataset.prompt(min(number, len(dataset) - 1))
+    if not hasattr(data, "test_dataset"):
+        return None
+    # the command line hands a number over as text
+    eval = replace(eval, evaluate_example=int(wish) if wish.isdigit() else wish)
+    return tokenizer.encode(data.prompt_style.apply(select_sft_generate_example(eval, data)))
+
+
+def keep_examples(
+    fabric: L.Fabric, run: Run, state: dict, tell: Callable[[str], None], complain: Callable[[str], None]
 ) -> None:
     """Keep what teacher and student say now as the latest snapshot, and as the first one if there is none.
 
@@ -49,11 +158,11 @@ def remember(
     Args:
         fabric: The run's.
         run: It has the directory.
-        state: With the models.
-        store: The validation data.
+        state: With the models and the validation data.
         tell: Is told what became of the examples so far.
         complain: Is told if the disk does not take the new ones.
     """
+    dataset = state["validation_dataset"]
     before = broadcast_object(
         take_examples(run.out_dir, state["has_examples"], tell) if fabric.is_global_zero else None
     )

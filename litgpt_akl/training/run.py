@@ -1,5 +1,6 @@
-"""One run of the command: what it was asked for, and which samples, day and export follow from that."""
+"""One run of the command: what it was asked for, and which steps, samples and day follow from that."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -8,22 +9,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
-import torch
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
-from litgpt.utils import instantiate_torch_optimizer
 
 from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
-from litgpt_akl.config.recipe import differences
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import Memory, MicroBatch, StepBatches, StepSampler, in_order, load
 from litgpt_akl.data.workers import Fetched
 from litgpt_akl.files.manifest import Damaged, read_manifest
 from litgpt_akl.memory.memory_plan import MemoryPlan
-from litgpt_akl.messages import UserError
 from litgpt_akl.models import chat_template
 from litgpt_akl.models.pair import Pair
-from litgpt_akl.models.weights import fingerprint, is_of, weights_files
 from litgpt_akl.teacher.identity import read_identity
 
 
@@ -83,7 +79,7 @@ class Run:
     optimizer: str | dict
     seed: int
     resume: bool | Literal["auto"] | Path | None
-    """What was asked for, and in :func:`~litgpt_akl.training.state.make_state` the directory that it means."""
+    """What was asked for, and in :func:`~litgpt_akl.training.setup.make_state` the directory that it means."""
     accept_changes: bool
     overwrite: bool
     save_minutes: float | None
@@ -99,31 +95,22 @@ class Run:
         return self.train.micro_batch_size, getattr(self.data, "micro_batch_tokens", None)
 
 
-HOW_IT_WORKS = {"fused", "foreach", "capturable", "differentiable"}
-"""Options of an optimizer that PyTorch can fuse, which do not go with each other."""
+def total_steps(train: TrainArgs, samples: int) -> int:
+    """Optimizer steps of the whole run."""
+    limits = [train.max_steps]
+    if train.epochs is not None:
+        limits.append(train.epochs * math.ceil(samples / train.global_batch_size))
+    return min(limit for limit in limits if limit is not None)
 
 
-def make_optimizer(optimizer: str | dict, student: torch.nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-    """LitGPT's way from a name or a config to an optimizer; raises UserError if there is none such.
-
-    Args:
-        optimizer: a name, or class_path and init_args.
-        student: has the parameters.
-        fused: whether one that PyTorch has fused is fused, unless its config says how it is to work: on a CPU a fused
-            AdamW takes a fifth of the time. For where it cannot be, see ``optimizer_trial.check_optimizer``.
-    """
-    told = isinstance(optimizer, dict) and not HOW_IT_WORKS.isdisjoint(optimizer["init_args"])
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if isinstance(optimizer, dict):
-        # LitGPT writes into them
-        optimizer = {**optimizer, "init_args": {**optimizer["init_args"]}}
-    try:
-        return instantiate_torch_optimizer(optimizer, trained, **({"fused": True} if fused and not told else {}))
-    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"--optimizer {optimizer!r} cannot be made: {error}.\nGive a class of torch.optim, such as AdamW, or its"
-            " class_path and init_args."
-        ) from error
+def warmup_steps(train: TrainArgs, samples: int) -> int:
+    """Optimizer steps with a rising learning rate; if nothing is set, a tenth of the run and at most 100."""
+    steps = total_steps(train, samples)
+    if train.lr_warmup_fraction is not None:
+        return min(steps, math.ceil(train.lr_warmup_fraction * samples / train.global_batch_size))
+    if train.lr_warmup_steps is not None:
+        return min(steps, train.lr_warmup_steps)
+    return min(100, steps // 10)
 
 
 def step_sampler(run: Run, dataset: TokenizedDataset) -> StepSampler:
@@ -153,40 +140,6 @@ def validation_batches(
 def load_step_batches(run: Run, step_batches: StepBatches, numbers: Sequence[int]) -> Fetched:
     """The windows of those numbers, fetched ahead; to be stopped in the end."""
     return load(step_batches, numbers, getattr(run.data, "num_workers", 0))
-
-
-def identity(run: Run, dataset: TokenizedDataset, teacher_weights: str | None = None) -> dict[str, Any]:
-    """What is trained on what, as a checkpoint keeps it; ``teacher_weights`` is told where they need not be there."""
-    student, teacher = run.pair.student_dir, run.pair.teacher_dir
-    models = {"student": fingerprint(student)}
-    if teacher_weights or weights_files(teacher):
-        models["teacher"] = teacher_weights or fingerprint(teacher)
-    data = {"samples": len(dataset), "fingerprint": dataset.fingerprint}
-    if date := getattr(run.data, "date", None):
-        data["date"] = date
-    return {"data": data, "models": models}
-
-
-def changes_since(run: Run, recipe: str, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """What changes a run's result, between one that was saved and this one.
-
-    Args:
-        run: This one.
-        recipe: The saved one's, as YAML.
-        saved: Its :func:`identity`, and maybe more.
-        current: This run's.
-    """
-    changes = differences(recipe, run.recipe)
-    for role, weights in current["models"].items():
-        recorded = saved["models"].get(role, weights)
-        if recorded != weights and not is_of(recorded, run.pair.directories[role]):
-            changes.append(f"the {role} has other weights")
-    if saved["data"] != current["data"]:
-        samples = [f"{data['samples']:,}" for data in (saved["data"], current["data"])]
-        dates = [data.get("date") for data in (saved["data"], current["data"])]
-        written = f", prompts of {dates[0] or 'an unknown day'} -> {dates[1]}" if dates[0] != dates[1] else ""
-        changes.append(f"other training samples ({samples[0]} -> {samples[1]}{written})")
-    return changes
 
 
 def longest_sample(run: Run) -> int:

@@ -1,33 +1,24 @@
-"""Validation: how a student's distribution stands to its teacher's on held-out records, and an example answer."""
+"""Validation: how a student's distribution stands to its teacher's on held-out records."""
 
 import math
-import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import lightning as L
 import torch
-from litgpt.args import EvalArgs
-from litgpt.data import DataModule
 from litgpt.model import GPT
-from litgpt.tokenizer import Tokenizer
-from litgpt.utils import select_sft_generate_example
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_calibration_error
 
-from litgpt_akl.data.dataset import ArrowDataset, TokenizedDataset
+from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import in_order
 from litgpt_akl.loss.head_loss import DistillationLoss
 from litgpt_akl.loss.scoring import STATISTICS
 from litgpt_akl.messages import progress_bar
-from litgpt_akl.models.generation import generate, longest_prompt, stop_sequences, without_end
 from litgpt_akl.models.gpt import distillation_loss
-from litgpt_akl.models.pair import Pair
 from litgpt_akl.models.parallel import all_gather_object, reshard
 from litgpt_akl.teacher.teacher import Teacher
-from litgpt_akl.training.launch import StopSignals
 from litgpt_akl.training.run import Run, validation_batches
 
 BINS = 15
@@ -38,7 +29,12 @@ CALIBRATION = ("confidence", "accuracy", "teacher_confidence", "teacher_accuracy
 
 
 class Measures(NamedTuple):
-    """Means over response tokens; see :func:`measure`."""
+    """Means over response tokens.
+
+    Of both models ``cross_entropy`` in nats per response token, ``perplexity``, ``accuracy`` of the top-1 id and its
+    ``calibration_error``. Of the student also its ``forward_kl``, ``reverse_kl`` and ``adaptive_kl`` in nats per
+    response token, the mean weight of forward KL ``h``, and ``agreement`` of the two top-1 ids.
+    """
 
     student: dict[str, float]
     teacher: dict[str, float]
@@ -64,24 +60,18 @@ def measure(
         fabric: of the run.
         student: a GPT with a distillation head.
         teacher: likewise, from :func:`~litgpt_akl.models.gpt.load_frozen`.
-        loss: adaptive KL with the head that is meant.
-        store: of the samples.
+        loss: adaptive KL with the head of the distribution that is meant.
+        dataset: of the samples.
         numbers: of the samples in it.
         micro_batch: samples that are read together, and if not None, the tokens that count in their place.
-        vocab_size: ids that tokenizer and both heads have.
+        vocab_size: ids that tokenizer and both LM heads have.
         name: of the student, for the progress line.
-
-    Returns:
-        Of both models ``cross_entropy`` in nats per response token, ``perplexity``, ``accuracy`` of the top-1 id and
-        its ``calibration_error``; of the student also its ``forward_kl``, ``reverse_kl`` and ``adaptive_kl`` in nats
-        per response token, the mean weight of forward KL ``h``, and ``agreement`` of the two top-1 ids.
     """
     sums = torch.zeros(1 + len(STATISTICS), device=fabric.device, dtype=torch.float64)
     calibration = []
-    share = fabric.global_rank, fabric.world_size
     quiet = not fabric.is_global_zero
     bar = progress_bar(total=len(numbers), desc=f"{name}: reading", unit="record", disable=quiet)
-    for batch in in_order(dataset, numbers, *micro_batch, *share):
+    for batch in in_order(dataset, numbers, *micro_batch, fabric.global_rank, fabric.world_size):
         began = time.perf_counter()
         for moved, teacher_hidden in Teacher(fabric, teacher).answers([batch]):
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
@@ -95,11 +85,14 @@ def measure(
     reshard(student)
     tokens, *totals = fabric.all_reduce(sums, reduce_op="sum").tolist()
     means = {name: total / tokens for name, total in zip(STATISTICS, totals, strict=True)}
-    calibration = dict(
-        zip(CALIBRATION, torch.cat(all_gather_object(torch.cat(calibration, dim=1)), dim=1), strict=True)
-    )
-    of_models = {
-        role: {
+    return _measures(means, torch.cat(all_gather_object(torch.cat(calibration, dim=1)), dim=1), round(tokens))
+
+
+def _measures(means: dict[str, float], calibration: Tensor, response_tokens: int) -> Measures:
+    """What is told of both models, from the means of the ``STATISTICS`` and the ``CALIBRATION``, ``[4, n]``."""
+    calibration = dict(zip(CALIBRATION, calibration, strict=True))
+    student, teacher = (
+        {
             "cross_entropy": means[f"{prefix}cross_entropy"],
             "perplexity": math.exp(min(means[f"{prefix}cross_entropy"], 700.0)),
             "accuracy": means[f"{prefix}accuracy"],
@@ -110,16 +103,16 @@ def measure(
                 n_bins=BINS,
             ).item(),
         }
-        for role, prefix in (("student", ""), ("teacher", "teacher_"))
-    }
-    of_models["student"] |= {
+        for prefix in ("", "teacher_")
+    )
+    student |= {
         "forward_kl": means["forward_kl"],
         "reverse_kl": means["reverse_kl"],
         "adaptive_kl": means["divergence"],
         "h": means["h"],
         "agreement": means["agreement"],
     }
-    return Measures(of_models["student"], of_models["teacher"], round(tokens))
+    return Measures(student, teacher, response_tokens)
 
 
 def gap_closed(before: float, after: float, teacher: float) -> float:
@@ -128,9 +121,7 @@ def gap_closed(before: float, after: float, teacher: float) -> float:
 
 
 @torch.no_grad()
-def validate(
-    fabric: L.Fabric, run: Run, state: dict, dataset: TokenizedDataset, stop: StopSignals
-) -> dict[str, float] | None:
+def validate(fabric: L.Fabric, run: Run, state: dict) -> dict[str, float] | None:
     """Means over the response tokens of the first ``max_iters`` micro-batches' worth of records.
 
     Returns:
@@ -144,8 +135,8 @@ def validate(
     # loss, response tokens, statistics
     sums = torch.zeros(2 + len(STATISTICS), device=fabric.device, dtype=torch.float64)
     student.eval()
-    for batch in validation_batches(fabric, run, dataset, cache):
-        if stopped := stop.agreed(fabric) is not None:
+    for batch in validation_batches(fabric, run, state["validation_dataset"], cache):
+        if stopped := state["stop"].agreed(fabric) is not None:
             break
         for moved, teacher_hidden in teacher.answers([batch], cache):
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
@@ -174,51 +165,3 @@ def validate(
         "val_agreement": means["agreement"],
         "val_gap_closed": (start - cross_entropy) / gap if gap > 0 else math.nan,
     }
-
-
-def describe(metrics: dict[str, float]) -> str:
-    """One line for people."""
-    closed = metrics["val_gap_closed"]
-    return (
-        f"cross-entropy {metrics['val_cross_entropy']:.3f} (teacher {metrics['val_teacher_cross_entropy']:.3f},"
-        f" gap closed {'n/a' if math.isnan(closed) else f'{closed:.0%}'}), perplexity {metrics['val_ppl']:.2f},"
-        f" divergence {metrics['val_divergence']:.3f}, forward KL {metrics['val_forward_kl']:.3f},"
-        f" reverse KL {metrics['val_reverse_kl']:.3f}, agreement {metrics['val_agreement']:.1%}"
-    )
-
-
-def example_prompt(data: DataModule, dataset: TokenizedDataset, tokenizer: Tokenizer, eval: EvalArgs) -> Tensor | None:
-    """The ids of the prompt that ``eval.evaluate_example`` means; None if the data module shows none of its prompts."""
-    wish = str(eval.evaluate_example)
-    if isinstance(dataset, ArrowDataset):
-        number = random.randrange(len(dataset)) if wish == "random" else int(wish) if wish.isdigit() else 0
-        return dataset.prompt(min(number, len(dataset) - 1))
-    if not hasattr(data, "test_dataset"):
-        return None
-    # the command line hands a number over as text
-    eval = replace(eval, evaluate_example=int(wish) if wish.isdigit() else wish)
-    return tokenizer.encode(data.prompt_style.apply(select_sft_generate_example(eval, data)))
-
-
-def example_answer(
-    fabric: L.Fabric, model: torch.nn.Module, pair: Pair, input_ids: Tensor, max_new_tokens: int, step: int
-) -> str | None:
-    """A prompt ``[time]`` and the model's answer to it, or None if the model cannot read so long a prompt.
-
-    All processes must ask together; ``step`` seeds what is drawn.
-    """
-    if len(input_ids) > longest_prompt(model.config):
-        return None
-    stop = stop_sequences(pair.tokenizer, None)
-    # every process draws the same: a sharded model only runs in all of them together
-    (answer,) = generate(
-        fabric,
-        model,
-        [input_ids],
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        vocab_size=pair.vocab_size,
-        seeds=[(step,)],
-        temperature=0.8,
-    )
-    return pair.tokenizer.decode(torch.tensor([*input_ids.tolist(), *without_end(answer, stop)]))

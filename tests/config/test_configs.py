@@ -16,7 +16,8 @@ from litgpt_akl.cli.parser import Parser
 from litgpt_akl.commands.finetune_akl import setup
 from litgpt_akl.config.checks import check_training_args, choose_precision, optimizer_config
 from litgpt_akl.messages import UserError
-from litgpt_akl.training.train import make_scheduler, total_steps, warmup_steps
+from litgpt_akl.training.optimizer import make_scheduler
+from litgpt_akl.training.run import total_steps, warmup_steps
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 PATHS = ["student", "--teacher_checkpoint_dir", "teacher", "--out_dir", "out"]

@@ -11,7 +11,7 @@ from litgpt_akl.loss.head_loss import DistillationLoss, sums_in_float32
 from litgpt_akl.memory.estimate import peak, predict
 from litgpt_akl.memory.memory_plan import MemoryPlan
 from litgpt_akl.models.gpt import build_model, load_quantized
-from litgpt_akl.training.train import take_step
+from litgpt_akl.training.loop import take_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -22,7 +22,7 @@ from litgpt_akl.models.gpt import build_model, checkpoint_activations, empty_wei
 from litgpt_akl.models.parallel import load_weights, make_strategy, return_freed_memory
 from litgpt_akl.teacher.cache import Caches
 from litgpt_akl.teacher.teacher import Teacher
-from litgpt_akl.training.train import take_step
+from litgpt_akl.training.loop import take_step
 
 
 def anonymous() -> int:

@@ -21,7 +21,7 @@ from litgpt_akl.memory.memory_plan import GRADIENTS, LOSS, OPTIMIZER, PARTS, STU
 from litgpt_akl.memory.memory_report import GB, check_fit, describe_memory, ways_out, ways_out_together
 from litgpt_akl.memory.planning import find_models
 from litgpt_akl.messages import UserError
-from litgpt_akl.training.run import make_optimizer
+from litgpt_akl.training.optimizer import make_optimizer
 
 MEASURED = {
     "long sequences": make_plan(model(4, 256, 1024), model(4, 384, 1024)),

@@ -27,7 +27,7 @@ from litgpt_akl.models.gpt import build_model, empty_weights, hidden_states, set
 from litgpt_akl.models.parallel import gather_full, load_weights, make_strategy, reshard, unwrap
 from litgpt_akl.teacher.cache import Caches
 from litgpt_akl.teacher.teacher import Teacher
-from litgpt_akl.training.train import take_step
+from litgpt_akl.training.loop import take_step
 
 
 def are_offloaded(model: torch.nn.Module) -> set[bool]:

@@ -20,7 +20,7 @@ from litgpt.tokenizer import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from litgpt_akl.messages import UserError
-from litgpt_akl.training import distil as run_module
+from litgpt_akl.training import main as run_module
 
 HEAD, EMBEDDINGS = "lm_head.weight", "transformer.wte.weight"
 IDS = torch.arange(4, 132).view(1, 128)

@@ -18,7 +18,7 @@ from helpers.runs import alice, distil, gpt, metrics
 from litgpt.args import LogArgs
 from litgpt.tokenizer import Tokenizer
 
-import litgpt_akl.training.distil
+import litgpt_akl.training.reporting
 from litgpt_akl.commands.report_akl import report_akl
 from litgpt_akl.config.args import TeacherArgs
 from litgpt_akl.messages import UserError
@@ -197,7 +197,7 @@ def test_what_cannot_be_written_does_not_end_the_run(
     teacher_dir, student_dir, alice_json, tmp_path, monkeypatch, capsys
 ):
     """In its middle; after the last step it is an error (test_last_step.py)."""
-    validate, taken = litgpt_akl.training.distil.validate, [tmp_path / "report.html"]
+    validate, taken = litgpt_akl.training.reporting.validate, [tmp_path / "report.html"]
 
     def validate_where_names_are_taken(fabric, run, state, *arguments):
         for path in taken:
@@ -207,7 +207,7 @@ def test_what_cannot_be_written_does_not_end_the_run(
                 shutil.rmtree(path)
         return validate(fabric, run, state, *arguments)
 
-    monkeypatch.setattr(litgpt_akl.training.distil, "validate", validate_where_names_are_taken)
+    monkeypatch.setattr(litgpt_akl.training.reporting, "validate", validate_where_names_are_taken)
     options = {"train": {"max_steps": 2}, "eval": {"initial_validation": False, "interval": 1}}
     distil(student_dir, teacher_dir, alice_json, tmp_path, **options)
     told = capsys.readouterr().out

@@ -29,8 +29,8 @@ from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.files.manifest import MANIFEST, damage
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.weights import model_paths
-from litgpt_akl.training import beginning, state
-from litgpt_akl.training import distil as distil_module
+from litgpt_akl.training import main as main_module
+from litgpt_akl.training import setup
 
 NOTHING_ELSE = "Give the command again once nothing else writes there."
 
@@ -95,7 +95,7 @@ def test_a_student_whose_directory_changes_during_training_is_written_as_it_was(
             for path in model_paths(pair["student"]):
                 path.write_bytes(b"{}" if change == "edited" else b"")
 
-    calls_before(monkeypatch, distil_module, "announce", act)
+    calls_before(monkeypatch, main_module, "announce", act)
     distil(pair["student"], pair["teacher"], short, tmp_path / "out", **options)
     for name in ("final", "step-000001", "step-000002"):
         found, expected = contents(tmp_path / "out" / name), contents(tmp_path / "alone" / name)
@@ -112,7 +112,7 @@ def test_a_model_that_changes_while_it_is_read_is_refused(tmp_path, pair, short,
         for path in model_paths(directory):
             kept = path.read_bytes()
             with monkeypatch.context() as patch:
-                module, name = (beginning, "prepare_datasets") if moment == "data is prepared" else (state, "identity")
+                module, name = (setup, "prepare_datasets") if moment == "data is prepared" else (setup, "identity")
                 calls_before(patch, module, name, lambda path=path: CHANGES[change](path), after=True)
                 with pytest.raises(UserError) as refusal:
                     distil(pair["student"], pair["teacher"], short, tmp_path / "out")
@@ -125,7 +125,7 @@ def test_a_model_that_changes_while_it_is_read_is_refused(tmp_path, pair, short,
             path.write_bytes(kept)
     (pair["student"] / "chat_template.jinja").unlink(missing_ok=True)
     added = pair["student"] / "chat_template.jinja"
-    calls_before(monkeypatch, beginning, "prepare_datasets", lambda: added.write_text("{{ messages }}"))
+    calls_before(monkeypatch, setup, "prepare_datasets", lambda: added.write_text("{{ messages }}"))
     with pytest.raises(UserError, match="chat_template.jinja was added while"):
         distil(pair["student"], pair["teacher"], short, tmp_path / "out")
 
@@ -144,7 +144,7 @@ def test_a_checkpoint_that_changes_while_it_is_resumed_is_refused(
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte ^ 1]))
 
-    calls_before(monkeypatch, state, "load_training_state", flip)
+    calls_before(monkeypatch, setup, "load_training_state", flip)
     with pytest.raises(UserError, match="step-000001 was changed while this command was reading it"):
         distil(student_dir, teacher_dir, short, tmp_path / "out", resume=step, overwrite=True, **options)
 
@@ -324,15 +324,15 @@ import sys, os
 from pathlib import Path
 from helpers import runs
 from litgpt_akl import messages as errors
-from litgpt_akl.training import distil
+from litgpt_akl.training import main
 from litgpt_akl.cli.main import without_traceback
 from litgpt_akl.data import StreamingSFT
 from litgpt.prompts import Default
-real = distil.announce
+real = main.announce
 def announce(*arguments):
     real(*arguments)
     {act}
-distil.announce = announce
+main.announce = announce
 data = StreamingSFT({path!r}, cache_dir=Path({cache!r}), prompt_style=Default(), num_workers={workers}, num_proc=1)
 options = dict(train=dict(save_interval=1), eval=dict(initial_validation=False))
 without_traceback(runs.distil)(Path({student!r}), Path({teacher!r}), data, Path({out!r}), **options)

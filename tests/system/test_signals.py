@@ -95,9 +95,9 @@ def test_a_loss_that_is_not_finite_lists_its_samples(
 
 
 def test_a_dropped_step_changes_nothing_but_the_schedule(teacher_dir, student_dir, alice_json, tmp_path, monkeypatch):
-    import litgpt_akl.training.train as train
+    import litgpt_akl.training.loop as loop
 
-    taken = train.distillation_loss
+    taken = loop.distillation_loss
     calls = []
 
     def loss(*arguments):
@@ -106,7 +106,7 @@ def test_a_dropped_step_changes_nothing_but_the_schedule(teacher_dir, student_di
         # two micro-batches a step, the second of the second step is not finite
         return result._replace(loss=result.loss * float("nan")) if len(calls) == 4 else result
 
-    monkeypatch.setattr(train, "distillation_loss", loss)
+    monkeypatch.setattr(loop, "distillation_loss", loss)
     options = {"train": {"max_steps": 3, "save_interval": 1}, "eval": {"initial_validation": False}}
     distil(student_dir, teacher_dir, alice_json, tmp_path, on_nonfinite="skip", **options)
     weights = [torch.load(tmp_path / f"step-00000{n}" / "lit_model.pth", weights_only=True) for n in (1, 2, 3)]

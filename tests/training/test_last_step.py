@@ -12,8 +12,9 @@ import torch
 from helpers.ranks import in_processes
 from helpers.runs import distil
 
-import litgpt_akl.training.distil as module
-import litgpt_akl.training.train as train_module
+import litgpt_akl.training.loop as loop
+import litgpt_akl.training.main as main
+import litgpt_akl.training.reporting as reporting
 from litgpt_akl.commands.export_hf import export_hf
 from litgpt_akl.commands.report_akl import report_akl
 from litgpt_akl.files.manifest import damage, read_manifest
@@ -33,7 +34,7 @@ def after_validation(do: Callable[[Path], None]) -> Callable:
     """A validation that is followed by ``do(out_dir)`` after the last step."""
 
     def change(patch: pytest.MonkeyPatch, out_dir: Path) -> None:
-        validate = module.validate
+        validate = reporting.validate
 
         def validate_and_do(fabric, run, state, *arguments):
             found = validate(fabric, run, state, *arguments)
@@ -41,7 +42,7 @@ def after_validation(do: Callable[[Path], None]) -> Callable:
                 do(out_dir)
             return found
 
-        patch.setattr(module, "validate", validate_and_do)
+        patch.setattr(reporting, "validate", validate_and_do)
 
     return change
 
@@ -55,12 +56,12 @@ def taken_by_a_directory(name: str) -> Callable:
 
 
 def failing_export(patch: pytest.MonkeyPatch, out_dir: Path) -> None:
-    patch.setattr(module, "write_export", fail)
+    patch.setattr(main, "write_export", fail)
 
 
 def failing_examples(patch: pytest.MonkeyPatch, out_dir: Path) -> None:
-    remember = module.remember
-    patch.setattr(module, "remember", lambda *given: fail() if given[2]["step_count"] == STEPS else remember(*given))
+    keep = reporting.keep_examples
+    patch.setattr(reporting, "keep_examples", lambda *of: fail() if of[2]["step_count"] == STEPS else keep(*of))
 
 
 def failing_file_of_examples(patch: pytest.MonkeyPatch, out_dir: Path) -> None:
@@ -159,7 +160,7 @@ def with_clocks_apart(*arguments) -> None:
     """Process 0 has the fast one, and after a minute there is to be a checkpoint."""
     torch.set_num_threads(1)
     ticks = itertools.count(step=100 if rank() == 0 else 0)
-    train_module.time = SimpleNamespace(perf_counter=lambda: next(ticks))
+    loop.time = SimpleNamespace(perf_counter=lambda: next(ticks))
     distil(*arguments, devices=2, train={"max_steps": 3}, save_minutes=1.0)
 
 

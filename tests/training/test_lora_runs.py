@@ -26,7 +26,7 @@ from litgpt_akl.config.args import LoRAArgs, TeacherArgs
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.lora import adapters_of
 from litgpt_akl.models.parallel import return_freed_memory
-from litgpt_akl.training import distil as run_module
+from litgpt_akl.training import main as run_module
 from litgpt_akl.training.checkpoint import random_state
 
 

@@ -14,7 +14,7 @@ from litgpt.prompts import Default
 
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.models.parallel import rank
-from litgpt_akl.training import distil as distil_module
+from litgpt_akl.training import main as main_module
 
 BROKEN = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e20, "foreach": False}}
 
@@ -22,13 +22,13 @@ BROKEN = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e20, "foreach": 
 def fail_once(student: Path, teacher: Path, data, path: Path, out_dir: Path, devices: int) -> None:
     """A run whose second step is not finite; writes how often each process opens ``path`` from the first step on."""
     torch.set_num_threads(1)
-    fit, opened = distil_module.fit, []
+    fit, opened = main_module.fit, []
 
     def counting_fit(*arguments, **options):
         sys.addaudithook(lambda event, of: opened.append(of) if event == "open" and str(of[0]) == str(path) else None)
         return fit(*arguments, **options)
 
-    distil_module.fit = counting_fit
+    main_module.fit = counting_fit
     train = {"max_steps": 2, "global_batch_size": 16, "max_norm": None, "lr_warmup_steps": 0}
     eval = {"initial_validation": False, "final_validation": False}
     options = {"train": train, "eval": eval, "optimizer": BROKEN, "on_nonfinite": "skip"}

@@ -12,8 +12,7 @@ from torch import distributed
 from litgpt_akl.config.args import LoRAArgs
 from litgpt_akl.memory.memory_plan import try_optimizer
 from litgpt_akl.messages import UserError
-from litgpt_akl.training.optimizer_trial import check_optimizer
-from litgpt_akl.training.run import make_optimizer
+from litgpt_akl.training.optimizer import check_optimizer, make_optimizer
 
 STEPS = {"max_steps": 4, "global_batch_size": 7, "micro_batch_size": 2, "save_interval": 2, "max_norm": 0.5}
 UNSEEN = {"initial_validation": False, "final_validation": False}

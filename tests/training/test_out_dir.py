@@ -13,7 +13,7 @@ from helpers.pages import log
 from helpers.ranks import in_processes
 from helpers.runs import alice, distil
 
-import litgpt_akl.training.distil as module
+import litgpt_akl.training.main as main
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.export_hf import export_hf
 from litgpt_akl.commands.make_student import make_student
@@ -54,7 +54,7 @@ def run(teacher_dir, student_dir, alice_json, out_dir) -> Callable:
 @pytest.fixture
 def untrained(monkeypatch):
     """Nothing is loaded."""
-    monkeypatch.setattr(module, "make_state", lambda *arguments: pytest.fail("models were loaded"))
+    monkeypatch.setattr(main, "make_state", lambda *arguments: pytest.fail("models were loaded"))
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -87,13 +87,13 @@ def test_overwrite_replaces_what_a_run_wrote_and_nothing_else(run, out_dir, monk
     with pytest.raises(UserError, match="step-of-mine, which --resume auto would go on from.*\nMove"):
         run(overwrite=True)
     (out_dir / "step-of-mine").rename(out_dir / "my-step")
-    old, make_state = contents(out_dir / "final"), module.make_state
+    old, make_state = contents(out_dir / "final"), main.make_state
 
     def make_state_and_look(*arguments):
         assert contents(out_dir / "final") == old and not steps_in(out_dir)
         return make_state(*arguments)
 
-    monkeypatch.setattr(module, "make_state", make_state_and_look)
+    monkeypatch.setattr(main, "make_state", make_state_and_look)
     run(overwrite=True, optimizer=OTHER_RATE)
     assert "--overwrite true: removed step-000001, step-000002 in" in capsys.readouterr().out
     assert (out_dir / "notes.txt").read_text() == "mine" and (out_dir / "my-step").is_dir()
@@ -160,7 +160,7 @@ def test_a_longer_run_goes_on_from_the_last_checkpoint(run, out_dir, capsys):
 def test_a_run_that_was_overwriting_is_gone_on_with(run, out_dir, monkeypatch):
     """The student that is still there is not taken for its own."""
     anew = {"optimizer": OTHER_RATE}
-    monkeypatch.setattr(module, "write_student", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("litgpt_akl.training.loop.save_final", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(overwrite=True, **anew)
     assert steps_in(out_dir) == ["step-000001"]
@@ -323,7 +323,7 @@ def test_two_at_once_make_one_student(teacher_dir, tmp_path):
 
 def go_on_in_processes(*arguments) -> None:
     torch.set_num_threads(1)
-    module.make_state = lambda *arguments: pytest.fail("models were loaded")
+    main.make_state = lambda *arguments: pytest.fail("models were loaded")
     distil(*arguments, devices=2, train=TRAIN, eval=EVAL, resume="auto")
 
 

@@ -17,7 +17,7 @@ import yaml
 from helpers.ranks import in_processes
 from helpers.runs import distil
 
-import litgpt_akl.training.distil as module
+import litgpt_akl.training.reporting as reporting
 from litgpt_akl.commands.report_akl import report_akl
 from litgpt_akl.files.manifest import damage
 from litgpt_akl.files.reading import with_checksum, without_checksum
@@ -49,14 +49,14 @@ def run(teacher_dir, student_dir, alice_json, finished, tmp_path, monkeypatch, c
     """The run of ``finished`` once more, with something done before the validation of some steps."""
 
     def disturbed(changes: dict[int, Callable[[Path], None]], **options) -> tuple[Path, str]:
-        out_dir, validate = tmp_path / "run", module.validate
+        out_dir, validate = tmp_path / "run", reporting.validate
 
         def change_and_validate(fabric, run, state, *arguments):
             changes.get(state["step_count"], lambda directory: None)(out_dir)
             return validate(fabric, run, state, *arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, "validate", change_and_validate)
+            patch.setattr(reporting, "validate", change_and_validate)
             weights = distil(student_dir, teacher_dir, alice_json, out_dir, **OPTIONS, **options)
         undisturbed = torch.load(finished / "final" / "lit_model.pth", weights_only=True)
         assert weights.keys() == undisturbed.keys()
@@ -268,7 +268,7 @@ def test_a_run_without_any_log_ends_well(run):
 
 
 def distil_without_room(student: Path, teacher: Path, data: Path, out_dir: Path, limited: range) -> None:
-    validate = module.validate
+    validate = reporting.validate
 
     def limit_and_validate(fabric, run, state, *arguments):
         path = log_of(out_dir)
@@ -278,7 +278,7 @@ def distil_without_room(student: Path, teacher: Path, data: Path, out_dir: Path,
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         return validate(fabric, run, state, *arguments)
 
-    module.validate, said = limit_and_validate, io.StringIO()
+    reporting.validate, said = limit_and_validate, io.StringIO()
     # files that pytest keeps have the same limit
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
         distil(student, teacher, data, out_dir, **OPTIONS)

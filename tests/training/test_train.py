@@ -10,11 +10,12 @@ from helpers.runs import alice, distil, gpt, metrics, train_args
 from litgpt.args import TrainArgs
 from litgpt.tokenizer import Tokenizer
 
-import litgpt_akl.training.distil
+import litgpt_akl.training.loop
 from litgpt_akl.data.steps import StepSampler
 from litgpt_akl.loss.divergences import adaptive_kl
 from litgpt_akl.messages import UserError
-from litgpt_akl.training.train import make_scheduler, total_steps, warmup_steps
+from litgpt_akl.training.optimizer import make_scheduler
+from litgpt_akl.training.run import total_steps, warmup_steps
 
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}}
 
@@ -147,10 +148,10 @@ def test_max_time_ends_a_run_with_a_student(teacher_dir, student_dir, alice_json
 
 def test_validating_and_saving_are_no_part_of_a_step(teacher_dir, student_dir, alice_json, tmp_path, monkeypatch):
     """Half a second of waiting at each, between steps of some hundredths."""
-    report, save = litgpt_akl.training.distil.report, litgpt_akl.training.distil.save_training_state
-    monkeypatch.setattr(litgpt_akl.training.distil, "report", lambda *args: (time.sleep(0.5), report(*args)))
+    report, save = litgpt_akl.training.loop.report, litgpt_akl.training.loop.save_training_state
+    monkeypatch.setattr(litgpt_akl.training.loop, "report", lambda *args: (time.sleep(0.5), report(*args)))
     monkeypatch.setattr(
-        litgpt_akl.training.distil, "save_training_state", lambda *a, **k: (time.sleep(0.5), save(*a, **k))
+        litgpt_akl.training.loop, "save_training_state", lambda *a, **k: (time.sleep(0.5), save(*a, **k))
     )
     train = {"max_steps": 4, "save_interval": 1, "log_interval": 2}
     distil(student_dir, teacher_dir, alice_json, tmp_path, train=train, eval={"interval": 1})

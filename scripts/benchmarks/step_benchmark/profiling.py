@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from litgpt_akl.data import workers
 from litgpt_akl.loss import head_loss, scoring
 from litgpt_akl.teacher import teacher
-from litgpt_akl.training import train
+from litgpt_akl.training import loop
 from step_benchmark import variants
 from step_benchmark.job import THREADS, Job
 
@@ -41,7 +41,7 @@ RANGES = (
     (workers.Fetched, "__next__", LOADING),
     (head_loss, "_product", HEADS),
     (scoring.Scorer, "__call__", LOSS),
-    (train, "clip_gradients", NORM),
+    (loop, "clip_gradients", NORM),
     (variants, "linear", HEADS),
     (variants, "cross_entropy", LOSS),
     (variants, "collate", LOADING),
@@ -121,7 +121,7 @@ def main() -> None:
     for owner, name, range_name in RANGES:
         replace(owner, name, ranged(range_name))
     replace(variants, "logits", teacher_ranged)
-    replace(train, "take_step", recorder.watching)
+    replace(loop, "take_step", recorder.watching)
     replace(variants, "take_floor_step", recorder.watching)
     with tempfile.TemporaryDirectory() as directory:
         variants.RUNNERS[arguments.name](job, Path(directory), arguments.cache)

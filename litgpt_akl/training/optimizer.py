@@ -1,20 +1,75 @@
-"""Steps of an optimizer on small parameters, whole and shared out, to see whether and how a run can use it.
+"""The optimizer of a run and its learning rate; and a trial on small parameters of whether and how a run can use it.
 
 FSDP2 hands an optimizer DTensors, and not every operation has a rule for them. Which have one depends on PyTorch's
 release and on the optimizer's options, and the optimizer may be anybody's: only a trial tells.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from litgpt.utils import instantiate_torch_optimizer
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from litgpt_akl.messages import UserError, reason
-from litgpt_akl.training.run import make_optimizer
-from litgpt_akl.training.train import make_scheduler
+
+HOW_IT_WORKS = {"fused", "foreach", "capturable", "differentiable"}
+"""Options of an optimizer that PyTorch can fuse, which do not go with each other."""
+
+
+def make_optimizer(optimizer: str | dict, student: torch.nn.Module, fused: bool = True) -> torch.optim.Optimizer:
+    """LitGPT's way from a name or a config to an optimizer; raises UserError if there is none such.
+
+    Args:
+        optimizer: a name, or class_path and init_args.
+        student: has the parameters.
+        fused: whether one that PyTorch has fused is fused, unless its config says how it is to work: on a CPU a fused
+            AdamW takes a fifth of the time. For where it cannot be, see :func:`check_optimizer`.
+    """
+    told = isinstance(optimizer, dict) and not HOW_IT_WORKS.isdisjoint(optimizer["init_args"])
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    if isinstance(optimizer, dict):
+        # LitGPT writes into them
+        optimizer = {**optimizer, "init_args": {**optimizer["init_args"]}}
+    try:
+        return instantiate_torch_optimizer(optimizer, trained, **({"fused": True} if fused and not told else {}))
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"--optimizer {optimizer!r} cannot be made: {error}.\nGive a class of torch.optim, such as AdamW, or its"
+            " class_path and init_args."
+        ) from error
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, warmup: int, steps: int, min_lr: float) -> LambdaLR:
+    """Linear warm-up to each group's learning rate, then a cosine down to ``min_lr`` at the last step.
+
+    Raises:
+        UserError: ``min_lr`` lies above a learning rate.
+    """
+
+    def schedule(highest: float) -> Callable[[int], float]:
+        floor = min_lr / highest if highest > 0 else 0.0
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            done = min(1.0, (step - warmup) / max(1, steps - warmup))
+            return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+        return factor
+
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if min_lr > min(rates):
+        raise UserError(
+            f"--train.min_lr {min_lr} is above the optimizer's learning rate {min(rates)}.\n"
+            "Lower min_lr, or raise the optimizer's lr."
+        )
+    return LambdaLR(optimizer, [schedule(rate) for rate in rates])
+
 
 STEPS, RATE = 2, 0.01
 TOLERANCE = 1e-3

@@ -1,0 +1,230 @@
+"""The loop: step batch, teacher, student's loss, backward, step; and when to log, validate, save and stop."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import lightning as L
+import torch
+from litgpt.args import EvalArgs
+
+from litgpt_akl.data.steps import StepBatch
+from litgpt_akl.files.changes import check_mapped_files
+from litgpt_akl.files.directories import write_file
+from litgpt_akl.files.manifest import FINAL
+from litgpt_akl.loss.scoring import STATISTICS
+from litgpt_akl.messages import UserError, reason
+from litgpt_akl.models.gpt import distillation_loss
+from litgpt_akl.models.parallel import all_reduce_max_each, gather_full
+from litgpt_akl.training.checkpoint import save_student, save_training_state
+from litgpt_akl.training.logging import Progress, flushed_metrics
+from litgpt_akl.training.reporting import report
+from litgpt_akl.training.run import Run, export_options, load_step_batches, make_step_batches
+
+NONFINITE_LIMIT = 3
+"""Steps in a row that may be dropped for a loss or gradient that is not finite, before the run stops."""
+
+
+def fit(fabric: L.Fabric, run: Run, state: dict) -> None:
+    """Train from ``state``'s position to the last step, a stop signal, or the end of ``train.max_time`` seconds.
+
+    A stop signal and the end of ``max_time`` let the step at hand be finished, and save it. After the last step the
+    student is saved before anything else is done.
+
+    Raises:
+        UserError: a loss or gradient is not finite.
+    """
+    train, steps, stop = run.train, state["steps"], state["stop"]
+    with _step_batches(fabric, run, state) as step_batches, closing(_progress(fabric, state)) as progress:
+        start = state["saved_at"] = time.perf_counter()
+        # the run may have been stopped between a step and its validation
+        _validate_if_due(fabric, run, state, progress)
+        for step_batch in step_batches:
+            if step_batch.epoch > state["epoch"]:
+                state["caches"].share(fabric)
+            result = take_step(fabric, state, step_batch, train.max_norm)
+            _count_step(state, step_batch, result)
+            progress.step(step_batch)
+            if not result.finite:
+                progress.write(_drop_step(fabric, run, state, step_batch, result))
+            step = state["step_count"]
+            if step == steps:
+                save_final(run, state)
+            if step % train.log_interval == 0 or step == steps:
+                progress.log(state, result.sums, result.loss, result.gradient_norm, step_batch.response_tokens)
+            _validate_if_due(fabric, run, state, progress)
+            now = time.perf_counter()
+            over = now - start >= (train.max_time or math.inf)
+            # the clock of process 0 decides for all
+            due = fabric.is_global_zero and now - state["saved_at"] >= 60 * (run.save_minutes or math.inf)
+            over, due, stopping = all_reduce_max_each(fabric, [over, due, over or stop.received is not None])
+            _save_if_due(fabric, run, state, progress, due, stopping)
+            if over:
+                progress.write(f"Step {step}: --train.max_time {train.max_time} s is over")
+            if stopping:
+                break
+
+
+@contextmanager
+def _step_batches(fabric: L.Fabric, run: Run, state: dict) -> Iterator[Iterator[StepBatch]]:
+    """This process's share of the steps that are left, fetched ahead, with on-policy samples in them."""
+    step_batches = make_step_batches(fabric, run, state["dataset"], state["caches"].training)
+    on_policy_samples = state["on_policy_samples"]
+    if on_policy_samples is not None:
+        step_batches = on_policy_samples.share_of(step_batches)
+    fetched = load_step_batches(run, step_batches, range(state["step_count"], state["steps"]))
+    try:
+        if on_policy_samples is None:
+            yield fetched
+        else:
+            yield (on_policy_samples.complete(step_batch, step_batches) for step_batch in fetched)
+    finally:
+        fetched.stop()
+    if on_policy_samples is not None:
+        fabric.print(f"On-policy: the student has answered {on_policy_samples.answered:,} prompts")
+
+
+def _progress(fabric: L.Fabric, state: dict) -> Progress:
+    return Progress(fabric, state["steps"], state["step_count"])
+
+
+@dataclass
+class StepResult:
+    """What an optimizer step came to."""
+
+    loss: float
+    """In nats per response token."""
+    sums: torch.Tensor
+    """Of the ``STATISTICS`` over the response tokens."""
+    gradient_norm: float
+    """Before clipping."""
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+
+def take_step(fabric: L.Fabric, state: dict, step_batch: StepBatch, max_norm: float | None) -> StepResult:
+    """One optimizer step, its sums divided once by the response tokens of the whole step.
+
+    If the loss or the gradient is not finite, weights and optimizer are left as they were; the learning rate's schedule
+    goes on.
+    """
+    student, teacher, optimizer = state["student"], state["teacher"], state["optimizer"]
+    sums = torch.zeros(1 + len(STATISTICS), device=fabric.device)
+    for batch, teacher_hidden in teacher.answers(step_batch.micro_batches, state["caches"].training):
+        targets = batch.input_ids, batch.positions, batch.labels, teacher_hidden
+        loss, weight = state["loss"], 1.0
+        if batch.is_own:
+            # what the student wrote is no label
+            loss, weight = replace(loss, kd_ratio=1.0), loss.kd_ratio
+        result = distillation_loss(student, teacher.model, loss, *targets, state["vocab_size"])
+        # sharding averages gradients over the processes
+        fabric.backward(result.loss * (weight * fabric.world_size / step_batch.response_tokens))
+        sums += torch.stack([result.loss.detach() * weight, *result.stats.values()])
+    norm = clip_gradients(student, max_norm or math.inf)
+    loss, *sums = fabric.all_reduce(sums, reduce_op="sum").unbind()
+    result = StepResult(loss.item() / step_batch.response_tokens, torch.stack(sums), norm)
+    if result.finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    state["learning_rate"] = optimizer.param_groups[0]["lr"]
+    state["scheduler"].step()
+    return result
+
+
+def clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
+    """Scale gradients down to ``max_norm`` together; returns the norm that they had, in float32 whatever they are."""
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norms = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32) for parameter in parameters]
+    norm = gather_full(torch.linalg.vector_norm(torch.stack(norms)))
+    if norm > max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm.item()
+
+
+def _count_step(state: dict, step_batch: StepBatch, result: StepResult) -> None:
+    """Count a step that was taken or dropped."""
+    state.update(epoch=step_batch.epoch, step_count=state["step_count"] + 1)
+    state["tokens"] += step_batch.tokens
+    state["nonfinite_in_a_row"] = 0 if result.finite else state["nonfinite_in_a_row"] + 1
+
+
+def _drop_step(fabric: L.Fabric, run: Run, state: dict, step_batch: StepBatch, result: StepResult) -> str:
+    """What to say of a step whose loss or gradient was not finite, once its samples are listed, if the run may go on.
+
+    Raises:
+        UserError: it may not.
+    """
+    listed, in_a_row = _list_samples(fabric, run, state, step_batch, result), state["nonfinite_in_a_row"]
+    what = f"Step {state['step_count']}: the loss is {result.loss}, the gradient norm {result.gradient_norm}"
+    if run.on_nonfinite == "skip" and in_a_row < NONFINITE_LIMIT:
+        return f"{what}; the step was dropped, {listed}"
+    so_far = f", the last of {in_a_row} in a row" if in_a_row > 1 else ""
+    raise UserError(
+        f"{what}; the step was not taken{so_far}; {listed}.\nLower the optimizer's lr, set --train.max_norm, mend"
+        " these samples, or use --on_nonfinite skip. The last checkpoint that was saved is as it was."
+    )
+
+
+def _list_samples(fabric: L.Fabric, run: Run, state: dict, step_batch: StepBatch, result: StepResult) -> str:
+    """Write in process 0 which samples made a step, and where they come from; returns where that is, in words."""
+    path = run.out_dir / f"nonfinite-step-{state['step_count']:06d}.json"
+    if fabric.is_global_zero:
+        place = state["dataset"].place
+        samples = [{"number": number, "place": place(number)} for number in step_batch.numbers.tolist()]
+        values = {"loss": str(result.loss), "gradient_norm": str(result.gradient_norm)}
+        content = {"step": state["step_count"], "epoch": step_batch.epoch, **values, "samples": samples}
+        try:
+            write_file(path, json.dumps(content, indent=1).encode("utf-8"))
+        except OSError as error:
+            return f"its samples cannot be listed in {path} ({reason(error)})"
+    return f"its samples are listed in {path}"
+
+
+def _validate_if_due(fabric: L.Fabric, run: Run, state: dict, progress: Progress) -> None:
+    if validation_due(state, run.eval):
+        with progress.paused():
+            report(fabric, run, state, progress)
+
+
+def validation_due(state: dict, eval: EvalArgs) -> bool:
+    """Whether the step that was taken last is to be followed by a validation that it has not had yet."""
+    step = state["step_count"]
+    return 0 < step < state["steps"] and step % eval.interval == 0 and state["last_validation"] != step
+
+
+def _save_if_due(fabric: L.Fabric, run: Run, state: dict, progress: Progress, due: bool, stopping: bool) -> None:
+    """Save a checkpoint by ``train.save_interval``, before a stop, or because it is ``due`` by the clock."""
+    step, interval = state["step_count"], run.train.save_interval
+    by_interval = interval is not None and step % interval == 0
+    # at the end there is the student
+    if by_interval or ((stopping or due) and step < state["steps"]):
+        with progress.paused():
+            directory = save_step(fabric, run, state, timed=not by_interval and not stopping)
+            progress.write(f"Step {step}: saved {directory}")
+        state["saved_at"] = time.perf_counter()
+
+
+def save_step(fabric: L.Fabric, run: Run, state: dict, timed: bool) -> Path:
+    """Write the ``step-...`` directory of the step that was taken last; ``timed`` if only the clock asks for it."""
+    # a run that resumes from here then reads what this one would have read
+    state["caches"].flush()
+    check_mapped_files()
+    directory = run.out_dir / f"step-{state['step_count']:06d}"
+    log = flushed_metrics(fabric) if fabric.is_global_zero else None
+    metrics = None if log is None else state["metrics_marker"].mark(log, run.out_dir)
+    options = {"keep_last": run.keep_last, "timed": timed, **export_options(run, state)}
+    save_training_state(directory, state, metrics=metrics, **options)
+    return directory
+
+
+def save_final(run: Run, state: dict) -> None:
+    """Write ``final/``, as the student is now."""
+    check_mapped_files()
+    save_student(run.out_dir / FINAL, state, steps=state["steps"], **export_options(run, state))
+    state["saved_student"] = state["step_count"]

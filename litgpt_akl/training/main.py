@@ -1,0 +1,188 @@
+"""What each process of a command runs: train a student from set-up to the last report, or fill a cache."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import lightning as L
+
+from litgpt_akl.data.dataset import TokenizedDataset
+from litgpt_akl.data.steps import MicroBatch
+from litgpt_akl.files.directories import explain_failure, make_writable, write_file
+from litgpt_akl.files.lock import locked
+from litgpt_akl.files.manifest import FINAL, FINAL_HF, RECIPE
+from litgpt_akl.messages import UserError, progress_bar, reason
+from litgpt_akl.models.export import write_export
+from litgpt_akl.models.parallel import wait_for_all
+from litgpt_akl.report.runs import forget
+from litgpt_akl.teacher.cache import Caches, TeacherCache
+from litgpt_akl.teacher.teacher import Teacher
+from litgpt_akl.training.accuracy import report_accuracy
+from litgpt_akl.training.launch import StopSignals, ending_together, is_loss_of_another, leave_if_stopped
+from litgpt_akl.training.logging import continue_metrics
+from litgpt_akl.training.loop import fit, save_final
+from litgpt_akl.training.reporting import announce, refresh_page, report
+from litgpt_akl.training.run import Run, load_step_batches, make_step_batches, step_sampler, validation_batches
+from litgpt_akl.training.setup import make_state, make_teacher, open_inputs
+
+WAY_ON = "The same command with --resume auto goes on from the last checkpoint."
+"""After a signal."""
+
+
+@ending_together
+def main(fabric: L.Fabric, run: Run) -> None:
+    """Load, train, validate and export, in each process of a run."""
+    with _out_dir_of(fabric, run):
+        inputs = open_inputs(fabric, run)
+        if inputs is not None:
+            train(fabric, run, *inputs)
+        else:
+            fabric.print(
+                f"{run.out_dir} is already finished: nothing is trained. Use it: litgpt chat {run.out_dir / FINAL}\n"
+                "To train anew give --overwrite true in place of --resume, or another --out_dir."
+            )
+
+
+@contextmanager
+def _out_dir_of(fabric: L.Fabric, run: Run) -> Iterator[None]:
+    """While entered, ``out_dir`` is this run's alone."""
+    if not fabric.is_global_zero:
+        yield
+        return
+    make_writable(run.out_dir)
+    with locked(run.out_dir):
+        yield
+
+
+def train(fabric: L.Fabric, run: Run, splits: tuple[TokenizedDataset, TokenizedDataset], caches: Caches) -> None:
+    """Train from the start or from a checkpoint, and save, export and report."""
+    state = make_state(fabric, run, splits, caches)
+    announce(fabric, run, state)
+    report_accuracy(fabric, run, state["teacher"].model, splits[0], caches)
+    if fabric.is_global_zero:
+        with explain_failure(run.out_dir):
+            write_file(run.out_dir / RECIPE, run.recipe.encode("utf-8"))
+        if run.resume is None:
+            forget(run.out_dir)
+        else:
+            continue_metrics(fabric, run.resume, state["step_count"])
+    with StopSignals(quiet=not fabric.is_global_zero) as stop:
+        state["stop"] = stop
+        if run.eval.initial_validation and state["step_count"] == 0:
+            report(fabric, run, state)
+            leave_if_stopped(fabric, stop, WAY_ON)
+        failures: list[str] = []
+        with _noted_if_saved(state, failures, "The last step's end"):
+            fit(fabric, run, state)
+        if state["saved_student"] != state["step_count"]:
+            # --train.max_time is over, or all steps had been taken before
+            leave_if_stopped(fabric, stop, WAY_ON)
+            save_final(run, state)
+        _report_on_student(fabric, run, state, failures)
+        leave_if_stopped(fabric, stop, f"The student is in {run.out_dir / FINAL}, and whole.")
+    # in every process the student is there when this returns
+    wait_for_all()
+    fabric.print(f"The student is in {run.out_dir / FINAL}: litgpt chat {run.out_dir / FINAL}")
+    if run.export_hf:
+        fabric.print(f"For Transformers, vLLM and llama.cpp it is in {run.out_dir / FINAL_HF}")
+
+
+def _report_on_student(fabric: L.Fabric, run: Run, state: dict, failures: list[str]) -> None:
+    """What is made of a student that is saved: export, last validation, examples, page; each of them is tried.
+
+    Raises:
+        UserError: names all ``failures``, those from before included.
+    """
+    final = run.out_dir / FINAL
+    with _noted_if_saved(state, failures, f"{run.out_dir / FINAL_HF}"):
+        if run.export_hf and fabric.is_global_zero:
+            write_export(final, run.out_dir / FINAL_HF)
+        elif (run.out_dir / FINAL_HF).exists():
+            fabric.print(f"{run.out_dir / FINAL_HF} is not of this student: litgpt export_hf {final} NEW_DIR")
+    with _noted_if_saved(state, failures, "The last report"):
+        if run.eval.final_validation:
+            report(fabric, run, state, None, failures.append)
+        else:
+            refresh_page(fabric, run, state, fabric.print, failures.append)
+    with _noted_if_saved(state, failures, f"{run.teacher.cache_dir}"):
+        state["caches"].flush()
+    for logger in fabric.loggers:
+        with _noted_if_saved(state, failures, type(logger).__name__):
+            logger.finalize("success")
+    if failures:
+        raise UserError(
+            f"{final} is whole, but not all that follows it: {'; '.join(failures)}.\nWhat is missing can be made from"
+            f" what is there: litgpt evaluate_akl {final}, litgpt report_akl {run.out_dir}, litgpt export_hf {final}."
+        )
+
+
+@contextmanager
+def _noted_if_saved(state: dict, failures: list[str], what: str) -> Iterator[None]:
+    """Once the student is saved a failure ends nothing: it is added to ``failures``, as that of ``what``."""
+    try:
+        yield
+    except Exception as error:
+        if state["saved_student"] != state["step_count"] or is_loss_of_another(error):
+            raise
+        failures.append(f"{what}: {type(error).__name__}: {reason(error)}")
+
+
+@partial(ending_together, way_on="The others were ended; the same command fills what is missing.")
+def fill(fabric: L.Fabric, run: Run) -> None:
+    """Let the teacher read what a cache lacks, in each process of a run."""
+    splits, caches = open_inputs(fabric, run)
+    if run.plan.teacher_role == "remembered":
+        fabric.print(f"{caches.directory} is full: there is nothing to do.")
+        return
+    teacher = make_teacher(fabric, run, caches)
+    report_accuracy(fabric, run, teacher.model, splits[0], caches)
+    with StopSignals(quiet=not fabric.is_global_zero) as stop:
+        _fill_training(fabric, run, teacher, splits[0], caches, stop)
+        if stop.agreed(fabric) is None:
+            _fill_validation(fabric, run, teacher, splits[1], caches, stop)
+        caches.flush()
+        leave_if_stopped(fabric, stop, "What was computed is kept; the same command goes on from there.")
+    first, parts = run.teacher.part()
+    what = "all samples" if parts == 1 else f"part {first + 1} of {parts}"
+    fabric.print(f"{caches.directory} has {what}: use it with --teacher.cache_dir {caches.directory}")
+
+
+def _fill_training(
+    fabric: L.Fabric, run: Run, teacher: Teacher, dataset: TokenizedDataset, caches: Caches, stop: StopSignals
+) -> None:
+    """In the micro-batches of a run's first epoch, so that a run with these options finds its own numbers."""
+    plan, (first, parts) = step_sampler(run, dataset), run.teacher.part()
+    steps = [
+        step for step in range(first, plan.steps_per_epoch, parts) if len(caches.training.absent(plan.step(0, step)))
+    ]
+    step_batches = load_step_batches(run, make_step_batches(fabric, run, dataset, caches.training), steps)
+    batches = (step_batch.micro_batches for step_batch in step_batches)
+    try:
+        _ask(fabric, teacher, batches, len(steps), caches.training, stop, "filling the cache")
+    finally:
+        step_batches.stop()
+
+
+def _fill_validation(
+    fabric: L.Fabric, run: Run, teacher: Teacher, dataset: TokenizedDataset, caches: Caches, stop: StopSignals
+) -> None:
+    if len(dataset) and run.teacher.part()[0] == 0:
+        batches = [[batch] for batch in validation_batches(fabric, run, dataset, caches.validation)]
+        _ask(fabric, teacher, batches, len(batches), caches.validation, stop, "validation samples")
+
+
+def _ask(
+    fabric: L.Fabric,
+    teacher: Teacher,
+    step_batches: Sequence[list[MicroBatch]] | Iterator[list[MicroBatch]],
+    number: int,
+    cache: TeacherCache,
+    stop: StopSignals,
+    what: str,
+) -> None:
+    bar = progress_bar(step_batches, total=number, desc=what, unit="step", disable=not fabric.is_global_zero)
+    for batches in bar:
+        for _ in teacher.answers(batches, cache):
+            pass
+        if stop.agreed(fabric) is not None:
+            break
