@@ -1,6 +1,5 @@
 """`litgpt finetune_akl`: its signature is the whole configuration."""
 
-import inspect
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -26,12 +25,13 @@ from litgpt_akl.config.checks import (
     without_student,
 )
 from litgpt_akl.config.recipe import check_masked, given, recipe_as_yaml
+from litgpt_akl.memory.memory_plan import MemoryPlan
 from litgpt_akl.memory.memory_report import report_memory
 from litgpt_akl.memory.planning import device_bytes, find_models, make_plan, models_of
 from litgpt_akl.messages import say
 from litgpt_akl.models.export import check_export
 from litgpt_akl.models.gpt import check_quantization
-from litgpt_akl.models.pair import check_pair
+from litgpt_akl.models.pair import Pair, check_pair
 from litgpt_akl.models.parallel import make_strategy
 from litgpt_akl.teacher.chunk_file import DTYPES
 from litgpt_akl.teacher.identity import stored_type
@@ -40,7 +40,7 @@ from litgpt_akl.training.logging import SpeakingFabric, make_loggers, silence_kn
 from litgpt_akl.training.main import fill, main
 from litgpt_akl.training.optimizer import check_optimizer, make_optimizer
 from litgpt_akl.training.out_dir import check_places
-from litgpt_akl.training.run import Run
+from litgpt_akl.training.run import OPTIONS, Options, Run
 
 NOT_IN_RECIPE = ("access_token", "dry_run", "overwrite")
 """Options that a repeated run is not to have."""
@@ -140,104 +140,124 @@ def setup(
             has; on a CPU what is free, within a container's limit, shared out among the processes). With ``dry_run`` it
             stands for GPUs that are not here.
     """
-    optimizer = optimizer_config(optimizer)
-    arguments = {name: value for name, value in locals().items() if name not in NOT_IN_RECIPE}
+    options = Options(**locals())
+    options.optimizer = optimizer_config(optimizer)
+    arguments = {name: value for name, value in vars(options).items() if name not in NOT_IN_RECIPE}
     check_masked(arguments)
     recipe = recipe_as_yaml(arguments)
     silence_known_noise()
-    check_training_args(train, eval)
-    check_overwrite(overwrite, resume, teacher)
-    check_lora_args(teacher_checkpoint_dir, teacher, lora, train)
-    changes = {"resume": resume, "accept_changes": accept_changes}
-    check_no_effect(data, teacher, distill, eval, log, logger_name=logger_name, **changes)
-    cuda = torch.cuda.is_available() or (dry_run and device_memory is not None)
-    precision, devices = choose_precision(precision, cuda), parse_devices(devices)
-    check_run_args(devices, num_nodes, hybrid_sharding, keep_last, save_minutes)
+    fused = check_options(options)
+    pair = None if dry_run else find_pair(options)
+    plan = plan_memory(options, pair, fused)
+    if pair is None:
+        tell_memory(options, plan)
+        return
+    if options.data is None:
+        options.data = Alpaca()
+    launch(Run(**vars(options), pair=pair, plan=plan, recipe=recipe))
+
+
+def check_options(options: Options) -> bool:
+    """See that options go together, before any model is looked for; chooses precision and devices.
+
+    Returns:
+        Whether the optimizer is to be fused.
+
+    Raises:
+        UserError: names an option and the way out.
+    """
+    distill, train, teacher, lora = options.distill, options.train, options.teacher, options.lora
+    check_training_args(train, options.eval)
+    check_overwrite(options.overwrite, options.resume, teacher)
+    check_lora_args(options.teacher_checkpoint_dir, teacher, lora, train)
+    changes = {"resume": options.resume, "accept_changes": options.accept_changes}
+    groups = options.data, teacher, distill, options.eval, options.log
+    check_no_effect(*groups, logger_name=options.logger_name, **changes)
+    options.precision = choose_precision(options.precision, options.cuda)
+    options.devices = parse_devices(options.devices)
+    machine = options.devices, options.num_nodes
+    check_run_args(*machine, options.hybrid_sharding, options.keep_last, options.save_minutes)
     fused = check_optimizer(
-        optimizer,
+        options.optimizer,
         min_lr=train.min_lr,
         vectors=lora.r is None,
-        dtype=torch.bfloat16 if precision == "bf16-true" else torch.float32,
-        devices=devices,
-        num_nodes=num_nodes,
-        cuda=cuda,
+        dtype=torch.bfloat16 if options.precision == "bf16-true" else torch.float32,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        cuda=options.cuda,
     )
+    processes = options.devices * options.num_nodes
     if teacher.quantize is not None:
-        check_quantization(teacher.quantize, devices * num_nodes, needed=not dry_run)
-    check_cpu_offload(teacher, devices * num_nodes, cuda)
-    teacher_dir = checkpoint_dir if teacher.use_base else teacher_checkpoint_dir
-    check_on_policy(distill, data, teacher)
-    weights_needed = teacher.cache_dir is None or distill.on_policy > 0
-    pair = None if dry_run else check_pair(checkpoint_dir, teacher_dir, access_token, weights_needed)
-    if pair and export_hf:
+        check_quantization(teacher.quantize, processes, needed=not options.dry_run)
+    check_cpu_offload(teacher, processes, options.cuda)
+    check_on_policy(distill, options.data, teacher)
+    return fused
+
+
+def find_pair(options: Options) -> Pair:
+    """Both models, downloaded if need be, and the run's directory beside them.
+
+    Raises:
+        UserError: they are not there or do not go together, or the run would write into what it reads.
+    """
+    weights_needed = options.teacher.cache_dir is None or options.distill.on_policy > 0
+    pair = check_pair(options.checkpoint_dir, options.teacher_dir, options.access_token, weights_needed)
+    if options.export_hf:
         check_export(pair.student_dir, pair.student_config)
-    out_dir = init_out_dir(out_dir)
-    if pair:
-        check_places(out_dir, teacher, pair)
-    models = models_of(pair) if pair else find_models(checkpoint_dir, teacher_dir)
-    plan = make_plan(
-        models,
-        partial(make_optimizer, optimizer, fused=fused),
-        distill,
-        train,
-        data,
-        lora,
-        teacher,
-        precision=precision,
-        cuda=cuda,
-        devices=devices,
-        num_nodes=num_nodes,
-        hybrid_sharding=hybrid_sharding,
-        activation_checkpointing=activation_checkpointing,
+    options.out_dir = init_out_dir(options.out_dir)
+    check_places(options.out_dir, options.teacher, pair)
+    return pair
+
+
+def plan_memory(options: Options, pair: Pair | None, fused: bool) -> MemoryPlan:
+    """The memory of a run; of a dry run, which has no pair, from what can be known of the models' names."""
+    return make_plan(
+        models_of(pair) if pair else find_models(options.checkpoint_dir, options.teacher_dir),
+        partial(make_optimizer, options.optimizer, fused=fused),
+        options.distill,
+        options.train,
+        options.data,
+        options.lora,
+        options.teacher,
+        precision=options.precision,
+        cuda=options.cuda,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        hybrid_sharding=options.hybrid_sharding,
+        activation_checkpointing=options.activation_checkpointing,
     )
-    if pair is None:
-        if teacher.cache_dir is not None:
-            dtype = DTYPES[stored_type(teacher.cache_dtype, plan.teacher_dtype)]
-            say(describe_plan(teacher.cache_dir, dtype, plan, train.epochs))
-        report_memory(plan, device_bytes(device_memory, cuda, devices), inspect.signature(setup).parameters)
-        return
-    run = Run(
-        pair=pair,
-        plan=plan,
-        device_memory=device_memory,
-        options=list(inspect.signature(setup).parameters),
-        data=Alpaca() if data is None else data,
-        distill=distill,
-        lora=lora,
-        teacher=teacher,
-        activation_checkpointing=activation_checkpointing,
-        compile=compile,
-        train=train,
-        eval=eval,
-        optimizer=optimizer,
-        seed=seed,
-        resume=resume,
-        accept_changes=accept_changes,
-        overwrite=overwrite,
-        save_minutes=save_minutes,
-        keep_last=keep_last,
-        export_hf=export_hf,
-        on_nonfinite=on_nonfinite,
-        out_dir=out_dir,
-        recipe=recipe,
-    )
-    strategy = make_strategy(devices, num_nodes, hybrid_sharding, teacher.cpu_offload)
-    if teacher.cache_mode == "fill":
-        unused = without_student(given(recipe, setup))
+
+
+def tell_memory(options: Options, plan: MemoryPlan) -> None:
+    """Print what a dry run would take of disk and memory; raises UserError if it does not fit."""
+    teacher = options.teacher
+    if teacher.cache_dir is not None:
+        dtype = DTYPES[stored_type(teacher.cache_dtype, plan.teacher_dtype)]
+        say(describe_plan(teacher.cache_dir, dtype, plan, options.train.epochs))
+    report_memory(plan, device_bytes(options.device_memory, options.cuda, options.devices), OPTIONS)
+
+
+def launch(run: Run) -> None:
+    """Start the processes of a run that trains, or of one that fills a cache."""
+    fills, loggers = run.teacher.cache_mode == "fill", []
+    if fills:
+        unused = without_student(given(run.recipe, setup))
         if unused is not None:
             rank_zero_only(print)(unused)
-        fabric = SpeakingFabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
-        fabric.launch(fill, run)
-        return
-    loggers = make_loggers(
-        logger_name,
-        run.out_dir,
-        name=f"distill-{pair.student_config.name}",
-        resume=bool(resume),
-        log_interval=train.log_interval,
-        log=log,
-    )
+    else:
+        loggers = make_loggers(
+            run.logger_name,
+            run.out_dir,
+            name=f"distill-{run.pair.student_config.name}",
+            resume=bool(run.resume),
+            log_interval=run.train.log_interval,
+            log=run.log,
+        )
     fabric = SpeakingFabric(
-        devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision, loggers=loggers
+        devices=run.devices,
+        num_nodes=run.num_nodes,
+        strategy=make_strategy(run.devices, run.num_nodes, run.hybrid_sharding, run.teacher.cpu_offload),
+        precision=run.precision,
+        loggers=loggers,
     )
-    fabric.launch(main, run)
+    fabric.launch(fill if fills else main, run)

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
-from litgpt.args import EvalArgs, TrainArgs
+import torch
+from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import DataModule
 
 from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
@@ -58,36 +59,66 @@ def _date_of(entries: Any) -> str | None:
 
 
 @dataclass
-class Run:
-    """One call of the command, checked."""
+class Options:
+    """The options of ``litgpt finetune_akl``, under the names that its signature has and its docstring explains."""
 
-    pair: Pair
-    plan: MemoryPlan
-    """Its memory, with samples as long as they may be."""
-    device_memory: float | None
-    """GB, as told."""
-    options: list[str]
-    """Names of the command's options."""
-    data: DataModule
-    distill: DistillArgs
-    lora: LoRAArgs
-    teacher: TeacherArgs
+    checkpoint_dir: Path
+    teacher_checkpoint_dir: Path | None
+    out_dir: Path
+    precision: str | None
+    devices: int | str
+    num_nodes: int
+    hybrid_sharding: bool
     activation_checkpointing: bool
     compile: bool
-    train: TrainArgs
-    eval: EvalArgs
-    optimizer: str | dict
-    seed: int
     resume: bool | Literal["auto"] | Path | None
-    """What was asked for, and in :func:`~litgpt_akl.training.setup.make_state` the directory that it means."""
     accept_changes: bool
     overwrite: bool
     save_minutes: float | None
     keep_last: int | None
     export_hf: bool
     on_nonfinite: Literal["stop", "skip"]
-    out_dir: Path
+    data: DataModule | None
+    teacher: TeacherArgs
+    lora: LoRAArgs
+    distill: DistillArgs
+    train: TrainArgs
+    eval: EvalArgs
+    log: LogArgs
+    optimizer: str | dict
+    logger_name: str
+    seed: int
+    access_token: str | None
+    dry_run: bool
+    device_memory: float | None
+
+    @property
+    def cuda(self) -> bool:
+        """Whether the devices are GPUs, which in a dry run need not be there."""
+        return torch.cuda.is_available() or (self.dry_run and self.device_memory is not None)
+
+    @property
+    def teacher_dir(self) -> Path | None:
+        """Where the teacher is, as it was given."""
+        return self.checkpoint_dir if self.teacher.use_base else self.teacher_checkpoint_dir
+
+
+OPTIONS = tuple(field.name for field in fields(Options))
+
+
+@dataclass
+class Run(Options):
+    """One call of the command, checked.
+
+    ``precision``, ``devices``, ``data`` and ``optimizer`` are chosen. In the processes that train, ``resume`` is the
+    directory that was asked for, or None.
+    """
+
+    pair: Pair
+    plan: MemoryPlan
+    """Its memory, with samples as long as they may be."""
     recipe: str
+    """The options as YAML."""
 
     @property
     def micro_batch(self) -> tuple[int, int | None]:

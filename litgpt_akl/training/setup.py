@@ -46,6 +46,7 @@ from litgpt_akl.training.on_policy import OnPolicySamples, check_prompts
 from litgpt_akl.training.optimizer import make_optimizer, make_scheduler
 from litgpt_akl.training.out_dir import is_finished, open_out_dir
 from litgpt_akl.training.run import (
+    OPTIONS,
     Day,
     Run,
     choose_day,
@@ -93,7 +94,7 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[tuple[TokenizedDataset, Tok
     caches = Caches() if run.teacher.cache_dir is None else _open_cache(fabric, run, splits)
     if fabric.is_global_zero:
         limit = device_bytes(run.device_memory, run.plan.device == "cuda", run.plan.devices)
-        report_memory(run.plan, limit, run.options)
+        report_memory(run.plan, limit, OPTIONS)
     # no other process goes on if that is too much
     fabric.barrier()
     fabric.seed_everything(run.seed, verbose=False)

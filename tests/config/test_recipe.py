@@ -1,5 +1,6 @@
 """A run's configuration as YAML: the command's parser makes the same arguments of it, and the same run."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from litgpt_akl.commands.finetune_akl import setup
 from litgpt_akl.config.args import DistillArgs
 from litgpt_akl.config.checks import optimizer_config
 from litgpt_akl.config.recipe import recipe_as_yaml
+from litgpt_akl.training.run import OPTIONS
 
 MODELS = ["student", "--teacher_checkpoint_dir", "teacher"]
 pytestmark = pytest.mark.filterwarnings("ignore:The `json_path` points to a single file")
@@ -155,6 +157,10 @@ def test_a_command_line_comes_back_as_it_was(parser, records, words):
     arguments = arguments_of(parser, [*MODELS, *words])
     again = repeated(parser, arguments, records.parent, *(["--data.access_token", TOKEN] if "LIMA" in words else []))
     assert contents(again) == contents(arguments)
+
+
+def test_a_run_has_the_options_of_its_command():
+    assert list(OPTIONS) == list(inspect.signature(setup).parameters)
 
 
 def test_numbers_in_an_optimizers_options_stay_numbers(parser, tmp_path):
