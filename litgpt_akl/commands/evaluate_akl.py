@@ -31,10 +31,10 @@ from litgpt_akl.models.generation import longest_prompt, stop_sequences
 from litgpt_akl.models.gpt import load_frozen
 from litgpt_akl.models.pair import Pair, check_pair
 from litgpt_akl.models.parallel import make_strategy
-from litgpt_akl.training.answers import Answers, Asker, as_lines, find_questions, rate
 from litgpt_akl.training.launch import ending_together
 from litgpt_akl.training.logging import SpeakingFabric, silence_known_noise
 from litgpt_akl.training.out_dir import check_apart
+from litgpt_akl.training.responses import Responses, ResponseSampler, as_lines, find_questions, rate
 from litgpt_akl.training.run import choose_day
 from litgpt_akl.training.validate import gap_closed, measure
 
@@ -232,14 +232,14 @@ def _check_results(evaluation: Evaluation) -> None:
 
 def _evaluate(fabric: L.Fabric, evaluation: Evaluation) -> None:
     dataset, numbers = _open_records(fabric, evaluation)
-    asker, left_out = _prepare_questions(fabric, evaluation, dataset, numbers)
-    found, answers = _read_and_ask(fabric, evaluation, dataset, numbers, asker)
+    sampler, left_out = _prepare_questions(fabric, evaluation, dataset, numbers)
+    found, responses = _read_and_ask(fabric, evaluation, dataset, numbers, sampler)
     if "before" in found:
         before, after, teacher = found["before"], found["student"], found["teacher"]
         after["gap_closed"] = gap_closed(*(of["cross_entropy"] for of in (before, after, teacher)))
         after["kl_closed"] = gap_closed(before["forward_kl"], after["forward_kl"], 0.0)
     if fabric.is_global_zero:
-        counts = {"records": len(numbers), "prompts": 0 if asker is None else len(asker.questions)}
+        counts = {"records": len(numbers), "prompts": 0 if sampler is None else len(sampler.questions)}
         counts |= {"prompts_left_out": left_out, "date": getattr(evaluation.data, "date", None)}
         versions = {name: version(name) for name in ("litgpt-akl", "litgpt", "torch", "rouge-score", "torchmetrics")}
         content = found | {"data": counts, "settings": evaluation.settings, "versions": versions}
@@ -247,8 +247,8 @@ def _evaluate(fabric: L.Fabric, evaluation: Evaluation) -> None:
             write_file(evaluation.out_dir / RESULTS, json.dumps(nan_as_null(content), indent=1).encode())
             # those of an evaluation before are not of this one
             (evaluation.out_dir / ANSWERS).unlink(missing_ok=True)
-            if asker is not None:
-                write_file(evaluation.out_dir / ANSWERS, as_lines(asker.questions, answers).encode())
+            if sampler is not None:
+                write_file(evaluation.out_dir / ANSWERS, as_lines(sampler.questions, responses).encode())
         print(f"\n{counts['records']:,} records, {counts['prompts']:,} prompts; means over response tokens\n")
         print(table(found))
         say(f"\nWritten to {evaluation.out_dir}")
@@ -278,8 +278,8 @@ def _open_records(fabric: L.Fabric, evaluation: Evaluation) -> tuple[TokenizedDa
 
 def _prepare_questions(
     fabric: L.Fabric, evaluation: Evaluation, dataset: TokenizedDataset, numbers: Sequence[int]
-) -> tuple[Asker | None, int]:
-    """Who asks, None if no answers are wanted; and how many prompts are left out because a model cannot answer them.
+) -> tuple[ResponseSampler | None, int]:
+    """What draws responses, None if none are wanted; and how many prompts are left out since a model cannot read them.
 
     Raises:
         UserError: no prompt is left, or a sample has none.
@@ -304,21 +304,25 @@ def _prepare_questions(
             )
         fabric.print(f"{left_out:,} of {len(found):,} prompts are left out of the answers: they are {why}")
     options = pair.tokenizer, stop, pair.vocab_size, args, evaluation.micro_batch_tokens
-    return Asker(fabric, questions[: args.max_prompts], *options), left_out
+    return ResponseSampler(fabric, questions[: args.max_prompts], *options), left_out
 
 
 def _read_and_ask(
-    fabric: L.Fabric, evaluation: Evaluation, dataset: TokenizedDataset, numbers: Sequence[int], asker: Asker | None
-) -> tuple[dict[str, dict[str, float]], dict[str, list[Answers]]]:
-    """What is measured of each model, and its answers, by role; one student at a time is in memory."""
+    fabric: L.Fabric,
+    evaluation: Evaluation,
+    dataset: TokenizedDataset,
+    numbers: Sequence[int],
+    sampler: ResponseSampler | None,
+) -> tuple[dict[str, dict[str, float]], dict[str, list[Responses]]]:
+    """What is measured of each model, and its responses, by role; one student at a time is in memory."""
     micro_batch = evaluation.batch_size, evaluation.micro_batch_tokens
     options = {"micro_batch": micro_batch, "vocab_size": evaluation.pairs["student"].vocab_size}
     found: dict[str, dict[str, float]] = {}
-    answers: dict[str, list[Answers]] = {}
+    responses: dict[str, list[Responses]] = {}
 
     def ask(role: str, model: GPT) -> None:
-        answers[role] = asker.ask(model, role)
-        found[role] |= rate(asker.questions, answers[role])
+        responses[role] = sampler.sample(model, role)
+        found[role] |= rate(sampler.questions, responses[role])
 
     pair = evaluation.pairs["student"]
     teacher = load_frozen(fabric, pair.teacher_dir, pair.teacher_config, evaluation.dtype)
@@ -328,9 +332,9 @@ def _read_and_ask(
         pair.check_unchanged("student")
         measures = measure(fabric, student, teacher, evaluation.loss, dataset, numbers, name=role, **options)
         found |= {role: measures.student, "teacher": found.get("teacher", measures.teacher)}
-        if asker is not None:
+        if sampler is not None:
             ask(role, student)
         del student
-    if asker is not None and evaluation.generation.teacher:
+    if sampler is not None and evaluation.generation.teacher:
         ask("teacher", teacher)
-    return found, answers
+    return found, responses

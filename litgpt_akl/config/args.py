@@ -87,8 +87,8 @@ class DistillArgs:
             raise UserError(f"--distill.on_policy_temperature must not be negative, got {self.on_policy_temperature}.")
         if self.on_policy > 0 and self.kd_ratio == 0:
             raise UserError(
-                f"--distill.on_policy {self.on_policy} with --distill.kd_ratio 0: the student's own answers are judged"
-                " by the divergence alone. Raise kd_ratio, or leave on_policy out."
+                f"--distill.on_policy {self.on_policy} with --distill.kd_ratio 0: the student's responses are judged by"
+                " the divergence alone. Raise kd_ratio, or leave on_policy out."
             )
         for field in fields(self):
             changed = getattr(self, field.name) != field.default
@@ -168,7 +168,7 @@ class TeacherArgs:
     use_base: bool = False
     """Whether the teacher is the student as it was before training: with --lora.r, in place of a teacher's directory"""
     cache_dir: str | None = None
-    """A folder that remembers the teacher's final hidden states at response tokens. What is there is not computed
+    """A folder that keeps the teacher's final hidden states at response tokens. What is there is not computed
     again, in later epochs and later runs; once all of it is, the teacher is not loaded. May be a URL, with cache_mode
     read"""
     cache_mode: Literal["auto", "fill", "read"] = "auto"

@@ -1,4 +1,4 @@
-"""Data: stores of samples, the plan of which samples make which step, and the windows that training reads."""
+"""Data: datasets of tokenized samples, which samples make which step, and the step batches that training reads."""
 
 from litgpt_akl.data.streaming import StreamingSFT
 

@@ -29,7 +29,7 @@ POOL = 512
 
 @dataclass
 class StepSampler:
-    """The steps of every epoch over a store of samples."""
+    """The steps of every epoch over a dataset."""
 
     samples: int
     global_batch_size: int
@@ -37,7 +37,7 @@ class StepSampler:
     lengths: Callable[[np.ndarray], np.ndarray]
     """Tokens of each of the samples whose numbers are given."""
     chunk_ends: np.ndarray | None = None
-    """``[chunks]``: where each chunk ends, of a store that is fetched chunk by chunk; its samples stay together."""
+    """``[chunks]``: where each chunk ends, of a dataset that is fetched chunk by chunk; its samples stay together."""
 
     def __post_init__(self) -> None:
         ends = [self.samples] if self.chunk_ends is None else self.chunk_ends
@@ -124,17 +124,17 @@ PART = 100_000
 """Samples whose lengths are asked for together."""
 
 
-class Memory(Protocol):
-    """Remembers what a teacher has said of samples."""
+class HiddenStateCache(Protocol):
+    """Holds the teacher's final hidden states of samples."""
 
     bytes_of_token_in_memory: int
     """Of a hidden state once it is read."""
 
     def read(self, keys: np.ndarray) -> Tensor | None:
-        """The final hidden states ``[n, D]`` of samples, one sample after the other, if all are remembered.
+        """The final hidden states ``[n, D]`` of samples, one sample after the other, if all are cached.
 
         Args:
-            keys: ``[samples, 2]``: the number of each in its store, and its digest.
+            keys: ``[samples, 2]``: the number of each in its dataset, and its digest.
         """
 
 
@@ -149,11 +149,11 @@ class MicroBatch:
     labels: Tensor
     """``[n]``: those next tokens."""
     keys: np.ndarray | None = None
-    """``[batch, 2]``: number and digest of each sample, if there is a memory."""
+    """``[batch, 2]``: number and digest of each sample, if there is a cache."""
     teacher_hidden: Tensor | None = None
-    """``[n, D]``: the teacher's final hidden states at the positions, if they are remembered."""
-    is_own: bool = False
-    """Whether the student itself has answered."""
+    """``[n, D]``: the teacher's final hidden states at the positions, if they are cached."""
+    is_on_policy: bool = False
+    """Whether the student wrote the responses."""
 
     @property
     def counts(self) -> list[int]:
@@ -170,7 +170,7 @@ class MicroBatch:
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
         tensors = (self.input_ids, self.positions, self.labels)
         hidden = None if self.teacher_hidden is None else change(self.teacher_hidden)
-        return MicroBatch(*map(change, tensors), self.keys, hidden, self.is_own)
+        return MicroBatch(*map(change, tensors), self.keys, hidden, self.is_on_policy)
 
 
 @dataclass
@@ -191,7 +191,7 @@ class StepBatch:
     micro_batches: list[MicroBatch]
     """Of this rank; every rank has as many, of which the last may be empty."""
     prompts: dict[int, Tensor] = field(default_factory=dict)
-    """Of all ranks: the ids of prompts that the student is to answer itself, ``[time]``, by the samples' numbers. Their
+    """Of all ranks: the ids of prompts that the student is to respond to, ``[time]``, by the samples' numbers. Their
     recorded responses are not in the micro-batches, and not among the tokens."""
 
     def pin_memory(self) -> "StepBatch":
@@ -200,24 +200,24 @@ class StepBatch:
 
 @dataclass
 class StepBatches(Dataset):
-    """Windows by their number, counted from the start of the run: a pure function, so that nothing is ever replayed."""
+    """Step batches by their number, counted from the start of the run: a pure function, so that nothing is replayed."""
 
     dataset: TokenizedDataset
-    plan: StepSampler
+    sampler: StepSampler
     micro_batch_size: int
     micro_batch_tokens: int | None = None
     """If given, how many tokens a micro-batch may have, padding counted, in place of ``micro_batch_size``."""
     rank: int = 0
     world_size: int = 1
-    memory: Memory | None = None
+    cache: HiddenStateCache | None = None
     on_policy: float = 0.0
-    """Share of the samples whose prompt the student answers itself."""
+    """Share of the samples whose response the student writes."""
     longest_prompt: int = 0
-    """Tokens of the longest prompt that it can answer; a sample with a longer one, or none, is taken as recorded."""
+    """Tokens of the longest prompt that it can respond to; a sample without such a prompt is taken as recorded."""
 
     def __getitem__(self, number: int) -> StepBatch:
-        epoch, step = divmod(number, self.plan.steps_per_epoch)
-        numbers = self.plan.step(epoch, step)
+        epoch, step = divmod(number, self.sampler.steps_per_epoch)
+        numbers = self.sampler.step(epoch, step)
         prompts = self._draw_prompts(epoch, step, numbers)
         recorded = numbers[~np.isin(numbers, list(prompts))]
         lengths = self.dataset.lengths(recorded)
@@ -229,15 +229,15 @@ class StepBatches(Dataset):
             response_tokens=int(self.dataset.response_tokens(recorded).sum()),
             tokens=int(lengths.sum()),
             padded_tokens=padded(lengths, cuts),
-            micro_batches=list(_share(self.dataset, recorded, cuts, self.rank, self.world_size, self.memory)),
+            micro_batches=list(_share(self.dataset, recorded, cuts, self.rank, self.world_size, self.cache)),
             prompts=prompts,
         )
 
     def _draw_prompts(self, epoch: int, step: int, numbers: np.ndarray) -> dict[int, Tensor]:
         if self.on_policy == 0:
             return {}
-        # a key of four numbers, so that the draws are not those of the plan
-        random = np.random.default_rng((self.plan.seed, epoch, step, 0))
+        # a key of four numbers, so that the draws are not those of the step sampler
+        random = np.random.default_rng((self.sampler.seed, epoch, step, 0))
         drawn = numbers[random.random(len(numbers)) < self.on_policy]
         lengths = self.dataset.prompt_lengths(drawn)
         fits = (lengths > 0) & (lengths <= self.longest_prompt)
@@ -287,21 +287,26 @@ def turns(cuts: list[slice], rank: int, world_size: int) -> Iterator[slice]:
 
 
 def _share(
-    dataset: TokenizedDataset, numbers: np.ndarray, cuts: list[slice], rank: int, world_size: int, memory: Memory | None
+    dataset: TokenizedDataset,
+    numbers: np.ndarray,
+    cuts: list[slice],
+    rank: int,
+    world_size: int,
+    cache: HiddenStateCache | None,
 ) -> Iterator[MicroBatch]:
     for part in turns(cuts, rank, world_size):
         own = numbers[part]
         samples = dataset.read(own) if len(own) else []
         batch = collate(samples)
-        if memory is not None:
+        if cache is not None:
             pairs = [(number, digest(sample)) for number, sample in zip(own, samples, strict=True)]
             batch.keys = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-            batch.teacher_hidden = memory.read(batch.keys)
+            batch.teacher_hidden = cache.read(batch.keys)
         yield batch
 
 
 def collate(samples: list[dict[str, Tensor]]) -> MicroBatch:
-    """Pads samples of a store to the longest and finds the positions that count; one padding token stands for none."""
+    """Pads samples to the longest and finds the positions that count; one padding token stands for none."""
     if not samples:
         none = torch.empty(0, dtype=torch.int64)
         return MicroBatch(torch.zeros(1, 1, dtype=torch.int64), none, none)
@@ -324,20 +329,20 @@ def in_order(
     micro_batch_tokens: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-    memory: Memory | None = None,
+    cache: HiddenStateCache | None = None,
 ) -> Iterator[MicroBatch]:
     """A rank's micro-batches of given samples, those of like length together; for validation."""
     numbers = np.asarray(numbers)
     lengths = dataset.lengths(numbers)
     order = np.argsort(lengths, kind="stable")
     cuts = cut(lengths[order], micro_batch_size, micro_batch_tokens)
-    yield from _share(dataset, numbers[order], cuts, rank, world_size, memory)
+    yield from _share(dataset, numbers[order], cuts, rank, world_size, cache)
 
 
 def load(step_batches: StepBatches, numbers: Sequence[int], num_workers: int) -> Fetched:
-    """Windows of a run by their numbers, fetched ahead by ``num_workers`` processes.
+    """Step batches of a run by their numbers, fetched ahead by ``num_workers`` processes.
 
-    They are fewer processes and fewer windows ahead where shared memory does not take more, which rank 0 prints.
+    Where shared memory does not take as many, fewer processes fetch fewer step batches, which rank 0 prints.
     """
     workers = min(num_workers, available_cores(), len(numbers))
     wished, free = steps_ahead(0, workers, math.inf), free_shared_memory()
@@ -360,19 +365,19 @@ def most_bytes(step_batches: StepBatches, measure: bool = True) -> int:
 
     Without ``measure``, which reads the lengths of all samples, it is as if the longest sample came all the time.
     """
-    dataset, samples = step_batches.dataset, min(step_batches.plan.global_batch_size, len(step_batches.dataset))
+    dataset, samples = step_batches.dataset, min(step_batches.sampler.global_batch_size, len(step_batches.dataset))
     lengths = counts = np.full(samples, dataset.longest)
     if measure:
         lengths, counts = (_largest(of, len(dataset), samples) for of in (dataset.lengths, dataset.response_tokens))
     tokens = padded(lengths, cut(lengths, step_batches.micro_batch_size, step_batches.micro_batch_tokens))
-    hidden = 0 if step_batches.memory is None else step_batches.memory.bytes_of_token_in_memory
+    hidden = 0 if step_batches.cache is None else step_batches.cache.bytes_of_token_in_memory
     # ids are of 8 bytes, each response token has a position and a label, and each rank has all prompts
     prompts = step_batches.world_size * int(lengths.sum()) if step_batches.on_policy > 0 else 0
     return 8 * (tokens + prompts) + int(counts.sum()) * (16 + hidden)
 
 
 def _largest(of: Callable[[np.ndarray], np.ndarray], samples: int, most: int) -> np.ndarray:
-    """The largest values over all samples of a store, rising."""
+    """The largest values over all samples of a dataset, rising."""
     found = np.empty(0, dtype=np.int64)
     for start in range(0, samples, PART):
         found = np.sort(np.concatenate([found, of(np.arange(start, min(start + PART, samples)))]))[-most:]

@@ -39,11 +39,11 @@ NONE = -1
 
 
 class TeacherCache:
-    """What a teacher has said of the samples of a store, by their numbers.
+    """A teacher's hidden states of the samples of a dataset, by their numbers.
 
     Args:
         directory: a folder of chunks, or the URL of one, which is only read.
-        samples: how many the store has.
+        samples: how many the dataset has.
         dtype: of the hidden states on disk.
         width: numbers in a hidden state.
         writable: whether records may be added, and damaged chunks deleted.
@@ -218,11 +218,11 @@ class TeacherCache:
 HEAD = "head-"
 """How the name of the file with the teacher's LM head begins; its checksum follows."""
 PROBES = 16
-"""Samples of each store that are compared with a cache before a run begins."""
+"""Samples of each dataset that are compared with a cache before a run begins."""
 
 
 class Caches(NamedTuple):
-    """Where hidden states are remembered; nowhere, if there is no cache."""
+    """The teacher caches of a run; none, if it has no cache."""
 
     training: TeacherCache | None = None
     validation: TeacherCache | None = None
@@ -249,7 +249,7 @@ class Caches(NamedTuple):
 def open_caches(
     directory: str, identity: Identity, splits: tuple[TokenizedDataset, TokenizedDataset], writable: bool
 ) -> Caches:
-    """The cache in ``directory``, if it is of ``identity`` and of the stores' samples; begun if it may be.
+    """The cache in ``directory``, if it is of ``identity`` and of the datasets' samples; begun if it may be.
 
     Raises:
         UserError: it is of something else, cannot be read or written, or is not there.

@@ -160,8 +160,8 @@ def describe_style(style: PromptStyle | None) -> str:
     return f"{type(style).__name__} {xxhash.xxh3_64_hexdigest(repr(probe(style)).encode())}"
 
 
-def needed_samples(plan: StepSampler, steps: int) -> np.ndarray:
+def needed_samples(sampler: StepSampler, steps: int) -> np.ndarray:
     """The numbers of the training samples that a run of so many steps comes to."""
-    if steps >= plan.steps_per_epoch:
-        return np.arange(plan.samples)
-    return np.sort(np.concatenate([plan.step(0, step) for step in range(steps)]))
+    if steps >= sampler.steps_per_epoch:
+        return np.arange(sampler.samples)
+    return np.sort(np.concatenate([sampler.step(0, step) for step in range(steps)]))

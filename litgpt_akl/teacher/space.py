@@ -27,7 +27,7 @@ def bytes_of_token(width: int, dtype: torch.dtype) -> int:
 
 
 def response_tokens(dataset: TokenizedDataset, numbers: np.ndarray) -> int:
-    """Of some of a store's samples."""
+    """Of some of a dataset's samples."""
     if len(numbers) == len(dataset):
         return dataset.all_response_tokens
     parts = (numbers[start : start + PART] for start in range(0, len(numbers), PART))

@@ -1,4 +1,4 @@
-"""The teacher as training meets it: asked, or remembered, which is all the same to the loss."""
+"""The teacher as training meets it: live or cached, which is all the same to the loss."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,7 +15,7 @@ from litgpt_akl.teacher.chunk_file import Record
 
 
 class HeadOnly(nn.Module):
-    """What is needed of a teacher whose hidden states are remembered."""
+    """What is needed of a teacher whose hidden states are cached."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -29,14 +29,14 @@ class Teacher:
     Args:
         fabric: of the run.
         model: a frozen GPT, or a :class:`HeadOnly`.
-        load: makes the whole model if something turns out not to be remembered; None if ``model`` is whole.
+        load: makes the whole model if something turns out not to be cached; None if ``model`` is whole.
     """
 
     def __init__(self, fabric: L.Fabric, model: nn.Module, load: Callable[[], nn.Module] | None = None) -> None:
         self.fabric, self.model, self._load = fabric, model, load
         self._stream: torch.cuda.Stream | None = None
 
-    def answers(
+    def hidden_states(
         self, batches: list[MicroBatch], cache: TeacherCache | None = None
     ) -> Iterator[tuple[MicroBatch, Tensor]]:
         """Micro-batches on the device, each with the teacher's final hidden states ``[n, D]`` at its positions.
@@ -52,20 +52,20 @@ class Teacher:
         # micro-batch has nothing to overlap with, and memory of another stream would serve the teacher only
         ahead = self.fabric.device.type == "cuda" and self.fabric.world_size == 1 and len(batches) > 1
         computed = []
-        for batch, answer in zip(batches, (self._ahead if ahead else self._in_turn)(batches, live), strict=True):
-            if cache is not None and batch.teacher_hidden is None and not batch.is_own:
-                computed.append((batch, answer[1]))
-            yield answer
+        for batch, found in zip(batches, (self._ahead if ahead else self._in_turn)(batches, live), strict=True):
+            if cache is not None and batch.teacher_hidden is None and not batch.is_on_policy:
+                computed.append((batch, found[1]))
+            yield found
         for batch, hidden in computed:
             parts = hidden.cpu().split(batch.counts)
             cache.add([Record(*map(int, key), part) for key, part in zip(batch.keys, parts, strict=True)])
 
     def _to_compute(self, batches: list[MicroBatch], cache: TeacherCache | None) -> list[bool]:
-        """Which of the micro-batches not every process remembers: a sharded teacher only runs in all together."""
+        """Which of the micro-batches not every process has cached: a sharded teacher only runs in all together."""
         if cache is None:
             return [True] * len(batches)
         for batch in batches:
-            if batch.teacher_hidden is None and not batch.is_own:
+            if batch.teacher_hidden is None and not batch.is_on_policy:
                 # fetched ahead, it may have been too early
                 batch.teacher_hidden = cache.read(batch.keys)
         return [
@@ -73,10 +73,10 @@ class Teacher:
         ]
 
     def _in_turn(self, batches: list[MicroBatch], live: list[bool]) -> Iterator[tuple[MicroBatch, Tensor]]:
-        return (self._answer(*pair) for pair in zip(batches, live, strict=True))
+        return (self._hidden_states(*pair) for pair in zip(batches, live, strict=True))
 
     def _ahead(self, batches: list[MicroBatch], live: list[bool]) -> Iterator[tuple[MicroBatch, Tensor]]:
-        """The same on a stream of its own, so that it goes on while the student works on the answer before."""
+        """The same on a stream of its own, so that it goes on while the student works on the micro-batch before."""
         # one for all steps: what is freed on a stream is used again on that stream only
         self._stream = stream = self._stream or torch.cuda.Stream()
         main = torch.cuda.current_stream()
@@ -85,14 +85,14 @@ class Teacher:
         waiting = []
         for pair in zip(batches, live, strict=True):
             with torch.cuda.stream(stream):
-                answer = self._answer(*pair)
-                waiting.append((answer, stream.record_event()))
+                found = self._hidden_states(*pair)
+                waiting.append((found, stream.record_event()))
             if len(waiting) > 1:
                 yield _handed_over(*waiting.pop(0), main)
         for last in waiting:
             yield _handed_over(*last, main)
 
-    def _answer(self, batch: MicroBatch, live: bool) -> tuple[MicroBatch, Tensor]:
+    def _hidden_states(self, batch: MicroBatch, live: bool) -> tuple[MicroBatch, Tensor]:
         moved = batch.to(self.fabric.device)
         if live:
             computed = hidden_states(self.model, moved.input_ids, moved.positions)
@@ -104,11 +104,11 @@ class Teacher:
 
 
 def _handed_over(
-    answer: tuple[MicroBatch, Tensor], done: torch.cuda.Event, stream: torch.cuda.Stream
+    found: tuple[MicroBatch, Tensor], done: torch.cuda.Event, stream: torch.cuda.Stream
 ) -> tuple[MicroBatch, Tensor]:
-    """An answer that may be read on ``stream``, and whose memory is not given away before that is done."""
+    """What may be read on ``stream``, and whose memory is not given away before that is done."""
     stream.wait_event(done)
-    batch, hidden = answer
+    batch, hidden = found
     for tensor in (batch.input_ids, batch.positions, batch.labels, hidden):
         tensor.record_stream(stream)
-    return answer
+    return found

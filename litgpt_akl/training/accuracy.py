@@ -1,4 +1,4 @@
-"""What a teacher loses when it is held, or remembered, in fewer bits."""
+"""What a teacher loses when it is held, or cached, in fewer bits."""
 
 import json
 import math

@@ -104,15 +104,16 @@ class Progress:
         if self.fabric.device.type == "cuda":
             # what the allocator holds, with what lies idle in the pools of its streams: this is what a GPU must have
             metrics["memory_reserved_gb"] = torch.cuda.max_memory_reserved(self.fabric.device) / 1e9
-        on_policy_samples, own = state["on_policy_samples"], ""
+        on_policy_samples, written = state["on_policy_samples"], ""
         if on_policy_samples is not None:
             metrics["own_answers_time"] = on_policy_samples.seconds / seconds
-            on_policy_samples.seconds, own = 0.0, f" own answers {metrics['own_answers_time']:.0%} of the time,"
+            on_policy_samples.seconds = 0.0
+            written = f" on-policy samples {metrics['own_answers_time']:.0%} of the time,"
         self._start_counting()
         self.fabric.log_dict(metrics, step=state["step_count"])
         self.bar.set_postfix_str(
             f"loss {loss:.3f}, divergence {metrics['divergence']:.3f}, h {metrics['h']:.2f},"
-            f" {metrics['tokens_per_second']:,.0f} tokens/s,{own} lr {metrics['learning_rate']:.1e},"
+            f" {metrics['tokens_per_second']:,.0f} tokens/s,{written} lr {metrics['learning_rate']:.1e},"
             f" {metrics['memory_gb']:.1f} GB",
             refresh=False,
         )

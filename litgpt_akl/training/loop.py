@@ -85,7 +85,7 @@ def _step_batches(fabric: L.Fabric, run: Run, state: dict) -> Iterator[Iterator[
     finally:
         fetched.stop()
     if on_policy_samples is not None:
-        fabric.print(f"On-policy: the student has answered {on_policy_samples.answered:,} prompts")
+        fabric.print(f"On-policy: the student has answered {on_policy_samples.count:,} prompts")
 
 
 def _progress(fabric: L.Fabric, state: dict) -> Progress:
@@ -116,10 +116,10 @@ def take_step(fabric: L.Fabric, state: dict, step_batch: StepBatch, max_norm: fl
     """
     student, teacher, optimizer = state["student"], state["teacher"], state["optimizer"]
     sums = torch.zeros(1 + len(STATISTICS), device=fabric.device)
-    for batch, teacher_hidden in teacher.answers(step_batch.micro_batches, state["caches"].training):
+    for batch, teacher_hidden in teacher.hidden_states(step_batch.micro_batches, state["caches"].training):
         targets = batch.input_ids, batch.positions, batch.labels, teacher_hidden
         loss, weight = state["loss"], 1.0
-        if batch.is_own:
+        if batch.is_on_policy:
             # what the student wrote is no label
             loss, weight = replace(loss, kd_ratio=1.0), loss.kd_ratio
         result = distillation_loss(student, teacher.model, loss, *targets, state["vocab_size"])

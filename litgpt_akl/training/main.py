@@ -151,14 +151,16 @@ def _fill_training(
     fabric: L.Fabric, run: Run, teacher: Teacher, dataset: TokenizedDataset, caches: Caches, stop: StopSignals
 ) -> None:
     """In the micro-batches of a run's first epoch, so that a run with these options finds its own numbers."""
-    plan, (first, parts) = step_sampler(run, dataset), run.teacher.part()
+    sampler, (first, parts) = step_sampler(run, dataset), run.teacher.part()
     steps = [
-        step for step in range(first, plan.steps_per_epoch, parts) if len(caches.training.absent(plan.step(0, step)))
+        step
+        for step in range(first, sampler.steps_per_epoch, parts)
+        if len(caches.training.absent(sampler.step(0, step)))
     ]
     step_batches = load_step_batches(run, make_step_batches(fabric, run, dataset, caches.training), steps)
     batches = (step_batch.micro_batches for step_batch in step_batches)
     try:
-        _ask(fabric, teacher, batches, len(steps), caches.training, stop, "filling the cache")
+        _add_to_cache(fabric, teacher, batches, len(steps), caches.training, stop, "filling the cache")
     finally:
         step_batches.stop()
 
@@ -168,10 +170,10 @@ def _fill_validation(
 ) -> None:
     if len(dataset) and run.teacher.part()[0] == 0:
         batches = [[batch] for batch in validation_batches(fabric, run, dataset, caches.validation)]
-        _ask(fabric, teacher, batches, len(batches), caches.validation, stop, "validation samples")
+        _add_to_cache(fabric, teacher, batches, len(batches), caches.validation, stop, "validation samples")
 
 
-def _ask(
+def _add_to_cache(
     fabric: L.Fabric,
     teacher: Teacher,
     step_batches: Sequence[list[MicroBatch]] | Iterator[list[MicroBatch]],
@@ -182,7 +184,7 @@ def _ask(
 ) -> None:
     bar = progress_bar(step_batches, total=number, desc=what, unit="step", disable=not fabric.is_global_zero)
     for batches in bar:
-        for _ in teacher.answers(batches, cache):
+        for _ in teacher.hidden_states(batches, cache):
             pass
         if stop.agreed(fabric) is not None:
             break

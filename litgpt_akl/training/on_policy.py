@@ -1,4 +1,4 @@
-"""Own answers: the student answers some of a step's prompts, and the teacher judges what it wrote.
+"""On-policy samples: the student responds to some of a step's prompts, and the teacher judges what it wrote.
 
 Source: Agarwal et al., "On-Policy Distillation of Language Models" (GKD), arXiv 2306.13649.
 """
@@ -22,11 +22,11 @@ from litgpt_akl.models.parallel import all_gather_object
 
 
 def limits_of_prompts(config: Config, longest: int) -> dict[str, int]:
-    """Tokens of the longest prompt that a student can answer, by what it is that sets each limit.
+    """Tokens of the longest prompt that a student can respond to, by what sets each limit.
 
     Args:
         config: of the student.
-        longest: tokens of prompt and answer together, at most.
+        longest: tokens of prompt and response together, at most.
     """
     limits = {f"the {longest:,} tokens of prompt and answer allow": min(longest, config.block_size) - 1}
     if config.sliding_window_size is not None:
@@ -36,7 +36,7 @@ def limits_of_prompts(config: Config, longest: int) -> dict[str, int]:
 
 
 def count_skipped(dataset: TokenizedDataset, limits: dict[str, int]) -> tuple[int, int, str]:
-    """How many prompts of a store are too long to answer, how many samples have none, and both in words."""
+    """How many prompts of a dataset are too long for the student, how many samples have none, and both in words."""
     reason, limit = min(limits.items(), key=lambda item: item[1])
     too_long = missing = 0
     for start in range(0, len(dataset), PART):
@@ -50,13 +50,13 @@ def count_skipped(dataset: TokenizedDataset, limits: dict[str, int]) -> tuple[in
 def check_prompts(
     dataset: TokenizedDataset, config: Config, distill: DistillArgs, *, longest: int, steps: int, steps_per_epoch: int
 ) -> str:
-    """What to say of the prompts that a student is to answer, if there are any.
+    """What to say of the prompts that a student is to respond to, if there are any.
 
     Args:
-        store: of the training samples.
+        dataset: of the training samples.
         config: of the student.
         distill: of the command.
-        longest: tokens of prompt and answer together, at most.
+        longest: tokens of prompt and response together, at most.
         steps: of the whole run.
         steps_per_epoch: of an epoch.
 
@@ -88,15 +88,15 @@ def check_prompts(
 
 
 class OnPolicySamples:
-    """Lets a student answer the prompts of windows.
+    """Lets a student write the responses of some of a step's samples.
 
     Args:
         fabric: of the run.
         student: as Fabric set it up.
         distill: of the command.
-        stop: what ends an answer, from :func:`~litgpt_akl.models.generation.stop_sequences`.
+        stop: what ends a response, from :func:`~litgpt_akl.models.generation.stop_sequences`.
         vocab_size: ids that the tokenizer has.
-        longest: tokens of prompt and answer together, at most.
+        longest: tokens of prompt and response together, at most.
         seed: of the run.
     """
 
@@ -114,46 +114,46 @@ class OnPolicySamples:
         self.fabric, self.student, self.distill, self.seed = fabric, student, distill, seed
         self._options = {"stop": stop, "vocab_size": vocab_size, "max_length": longest}
         self.seconds = 0.0
-        """That answering has taken; whoever reads it sets it back."""
-        self.answered = 0
-        """Prompts so far, of all processes."""
+        """That writing them has taken; whoever reads it sets it back."""
+        self.count = 0
+        """Samples so far, of all processes."""
 
     def share_of(self, step_batches: StepBatches) -> StepBatches:
-        """The same windows, but for the prompts that the student is to answer."""
+        """The same step batches, but for the prompts that the student is to respond to."""
         longest = min(limits_of_prompts(self.student.config, self._options["max_length"]).values())
         return replace(step_batches, on_policy=self.distill.on_policy, longest_prompt=longest)
 
     def complete(self, step_batch: StepBatch, step_batches: StepBatches) -> StepBatch:
-        """A window with its prompts answered: micro-batches of this rank's share, and the tokens of all.
+        """A step batch with the student's responses: micro-batches of this rank's share, and the tokens of all.
 
         All processes must ask together, with the same prompts.
 
         Args:
-            window: from ``step_batches``.
-            windows: how it was cut.
+            step_batch: from ``step_batches``.
+            step_batches: how it was cut.
         """
         if not step_batch.prompts:
             return step_batch
         began = time.perf_counter()
-        samples = self._answer(step_batch, step_batches.micro_batch_tokens)
-        self.answered += len(samples)
+        samples = self._write(step_batch, step_batches.micro_batch_tokens)
+        self.count += len(samples)
         lengths = np.array([len(sample["input_ids"]) for sample in samples])
         cuts = cut(lengths, step_batches.micro_batch_size, step_batches.micro_batch_tokens)
         shares = turns(cuts, step_batches.rank, step_batches.world_size)
-        own = [replace(collate(samples[part]), is_own=True) for part in shares]
-        answered = int(lengths.sum()) - sum(map(len, step_batch.prompts.values()))
+        own = [replace(collate(samples[part]), is_on_policy=True) for part in shares]
+        written = int(lengths.sum()) - sum(map(len, step_batch.prompts.values()))
         self.seconds += time.perf_counter() - began
         return replace(
             step_batch,
-            response_tokens=step_batch.response_tokens + answered,
+            response_tokens=step_batch.response_tokens + written,
             tokens=step_batch.tokens + int(lengths.sum()),
             padded_tokens=step_batch.padded_tokens + padded(lengths, cuts),
             micro_batches=step_batch.micro_batches + own,
             prompts={},
         )
 
-    def _answer(self, step_batch: StepBatch, most_tokens: int | None) -> list[dict[str, Tensor]]:
-        """Samples of prompts and answers, the shortest first, in every process."""
+    def _write(self, step_batch: StepBatch, most_tokens: int | None) -> list[dict[str, Tensor]]:
+        """Samples of prompts and the student's responses, the shortest first, in every process."""
         prompts, place = step_batch.prompts, (self.seed, step_batch.epoch, step_batch.step)
         rank, world_size = self.fabric.global_rank, self.fabric.world_size
         order = sorted(prompts, key=lambda number: (len(prompts[number]), number))
@@ -164,7 +164,7 @@ class OnPolicySamples:
         for turn in range(max(map(len, batches))):
             batch = [shares[rank][index] for index in batches[rank][turn]] if turn < len(batches[rank]) else []
             temperature = self.distill.on_policy_temperature
-            answers = generate(
+            responses = generate(
                 self.fabric,
                 self.student,
                 [prompts[number] for number in batch],
@@ -173,15 +173,15 @@ class OnPolicySamples:
                 temperature=temperature or 1.0,
                 **self._options,
             )
-            found.update(zip(batch, answers, strict=True))
-        answers = {number: answer for part in all_gather_object(found) for number, answer in part.items()}
-        samples = [_sample(prompts[number], answers[number]) for number in order]
+            found.update(zip(batch, responses, strict=True))
+        responses = {number: ids for part in all_gather_object(found) for number, ids in part.items()}
+        samples = [_sample(prompts[number], responses[number]) for number in order]
         return sorted(samples, key=lambda sample: len(sample["input_ids"]))
 
 
-def _sample(prompt: Tensor, answer: list[int]) -> dict[str, Tensor]:
-    """As a store has it: the prompt does not count."""
-    written = torch.tensor(answer)
+def _sample(prompt: Tensor, response: list[int]) -> dict[str, Tensor]:
+    """As a dataset has it: the prompt does not count."""
+    written = torch.tensor(response)
     return {
         "input_ids": torch.cat([prompt, written]),
         "labels": torch.cat([torch.full_like(prompt, IGNORE_INDEX), written]),

@@ -193,7 +193,7 @@ def _answers(
     if known and before["latest"]["prompts"] == answers["prompts"]:
         answers["teacher_answers"] = known
     elif isinstance(teacher, HeadOnly):
-        answers["note"] = "The teacher's answers are missing: only its LM head is loaded, the rest is remembered."
+        answers["note"] = "The teacher's answers are missing: only its LM head is loaded, the rest is cached."
     else:
         with without_adapters(teacher):
             answers["teacher_answers"] = _generate(fabric, run, teacher, prompts)
@@ -230,8 +230,8 @@ def _positions(
     student, teacher, cache = state["student"], state["teacher"], state["caches"].validation
     student.eval()
     positions = []
-    batches = list(in_order(dataset, records, *run.micro_batch, memory=cache))
-    for batch, hidden in teacher.answers(batches, cache):
+    batches = list(in_order(dataset, records, *run.micro_batch, cache=cache))
+    for batch, hidden in teacher.hidden_states(batches, cache):
         chosen = torch.tensor(_spread(batch.counts), dtype=torch.int64, device=fabric.device)
         places = batch.positions[chosen]
         with student.lm_head.output_of_head(partial(_both_logits, teacher.model, hidden[chosen], places)):

@@ -15,7 +15,7 @@ from litgpt.data import DataModule
 
 from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
 from litgpt_akl.data.dataset import TokenizedDataset
-from litgpt_akl.data.steps import Memory, MicroBatch, StepBatches, StepSampler, in_order, load
+from litgpt_akl.data.steps import HiddenStateCache, MicroBatch, StepBatches, StepSampler, in_order, load
 from litgpt_akl.data.workers import Fetched
 from litgpt_akl.files.manifest import Damaged, read_manifest
 from litgpt_akl.memory.memory_plan import MemoryPlan
@@ -149,10 +149,12 @@ def step_sampler(run: Run, dataset: TokenizedDataset) -> StepSampler:
     return StepSampler(len(dataset), run.train.global_batch_size, run.seed, dataset.lengths, dataset.chunk_ends)
 
 
-def make_step_batches(fabric: L.Fabric, run: Run, dataset: TokenizedDataset, memory: Memory | None) -> StepBatches:
+def make_step_batches(
+    fabric: L.Fabric, run: Run, dataset: TokenizedDataset, cache: HiddenStateCache | None
+) -> StepBatches:
     """This process's share of every step's samples, all of them as they were recorded."""
     share = fabric.global_rank, fabric.world_size
-    return StepBatches(dataset, step_sampler(run, dataset), *run.micro_batch, *share, memory)
+    return StepBatches(dataset, step_sampler(run, dataset), *run.micro_batch, *share, cache)
 
 
 def validation_records(run: Run, dataset: TokenizedDataset) -> range:
@@ -161,20 +163,20 @@ def validation_records(run: Run, dataset: TokenizedDataset) -> range:
 
 
 def validation_batches(
-    fabric: L.Fabric, run: Run, dataset: TokenizedDataset, memory: Memory | None
+    fabric: L.Fabric, run: Run, dataset: TokenizedDataset, cache: HiddenStateCache | None
 ) -> Iterator[MicroBatch]:
-    """This process's share of them."""
+    """This process's share of these samples."""
     share = fabric.global_rank, fabric.world_size
-    return in_order(dataset, validation_records(run, dataset), *run.micro_batch, *share, memory)
+    return in_order(dataset, validation_records(run, dataset), *run.micro_batch, *share, cache)
 
 
 def load_step_batches(run: Run, step_batches: StepBatches, numbers: Sequence[int]) -> Fetched:
-    """The windows of those numbers, fetched ahead; to be stopped in the end."""
+    """The step batches of those numbers, fetched ahead; to be stopped in the end."""
     return load(step_batches, numbers, getattr(run.data, "num_workers", 0))
 
 
 def longest_sample(run: Run) -> int:
-    """Tokens that a prompt with the student's own answer may have."""
+    """Tokens that a prompt with the student's response may have."""
     limits = (run.pair.context_length, run.train.max_seq_length, run.micro_batch[1])
     return min(limit for limit in limits if limit is not None)
 

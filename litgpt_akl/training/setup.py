@@ -89,8 +89,8 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[tuple[TokenizedDataset, Tok
     on_policy = run.distill.on_policy > 0 and run.teacher.cache_mode != "fill"
     if on_policy:
         fabric.print(_describe_prompts(run, splits[0]))
-    answered = longest_sample(run) if on_policy else 0
-    run.plan = replace(run.plan, sequence_length=max(splits[0].longest, answered))
+    written = longest_sample(run) if on_policy else 0
+    run.plan = replace(run.plan, sequence_length=max(splits[0].longest, written))
     caches = Caches() if run.teacher.cache_dir is None else _open_cache(fabric, run, splits)
     if fabric.is_global_zero:
         limit = device_bytes(run.device_memory, run.plan.device == "cuda", run.plan.devices)
@@ -140,7 +140,7 @@ def _open_cache(fabric: L.Fabric, run: Run, splits: tuple[TokenizedDataset, Toke
             f"--teacher.cache_mode read, but {caches.directory} lacks {lacking} that this run needs.\n"
             "Fill it with --teacher.cache_mode fill, or use auto."
         )
-    # no cache has what the student is about to answer
+    # no cache has what the student is about to write
     if not any(counts) and (run.distill.on_policy == 0 or run.teacher.cache_mode == "fill"):
         run.plan = replace(run.plan, teacher_role="remembered")
     if fabric.is_global_zero:
@@ -150,12 +150,12 @@ def _open_cache(fabric: L.Fabric, run: Run, splits: tuple[TokenizedDataset, Toke
 
 def _needed_samples(run: Run, splits: tuple[TokenizedDataset, TokenizedDataset]) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of the training and of the validation samples that a run comes to; a filling one, to all of them."""
-    plan, steps = step_sampler(run, splits[0]), total_steps(run.train, len(splits[0]))
+    sampler, steps = step_sampler(run, splits[0]), total_steps(run.train, len(splits[0]))
     validates = run.eval.initial_validation or run.eval.final_validation or run.eval.interval < steps
     validated = validation_records(run, splits[1]) if validates else range(0)
     if run.teacher.cache_mode == "fill":
-        steps = plan.steps_per_epoch
-    return needed_samples(plan, steps), np.array(validated, dtype=np.int64)
+        steps = sampler.steps_per_epoch
+    return needed_samples(sampler, steps), np.array(validated, dtype=np.int64)
 
 
 def _report_cache(
@@ -320,7 +320,7 @@ def _build_student(fabric: L.Fabric, run: Run, config: Config, tied: bool) -> to
 
 
 def make_on_policy_samples(fabric: L.Fabric, run: Run, student: torch.nn.Module) -> OnPolicySamples | None:
-    """What lets the student answer; None if all is taken as it was recorded."""
+    """What lets the student write responses; None if all are taken as recorded."""
     if run.distill.on_policy == 0:
         return None
     return OnPolicySamples(
@@ -335,7 +335,7 @@ def make_on_policy_samples(fabric: L.Fabric, run: Run, student: torch.nn.Module)
 
 
 def make_teacher(fabric: L.Fabric, run: Run, caches: Caches) -> Teacher:
-    """The teacher; of one whose hidden states are remembered only the LM head is loaded.
+    """The teacher; of one whose hidden states are cached only the LM head is loaded.
 
     Raises:
         UserError: its weights cannot be read or do not fit.
@@ -354,7 +354,7 @@ def make_teacher(fabric: L.Fabric, run: Run, caches: Caches) -> Teacher:
 
 
 def load_head(fabric: L.Fabric, run: Run, caches: Caches) -> HeadOnly | None:
-    """A remembered teacher's head, sharded; None if it cannot be read from the cache."""
+    """A cached teacher's LM head, sharded; None if it cannot be read from the cache."""
     weights = read_head(caches.directory) if fabric.is_global_zero else None
     if not fabric.broadcast(weights is not None):
         return None

@@ -73,7 +73,7 @@ def measure(
     bar = progress_bar(total=len(numbers), desc=f"{name}: reading", unit="record", disable=quiet)
     for batch in in_order(dataset, numbers, *micro_batch, fabric.global_rank, fabric.world_size):
         began = time.perf_counter()
-        for moved, teacher_hidden in Teacher(fabric, teacher).answers([batch]):
+        for moved, teacher_hidden in Teacher(fabric, teacher).hidden_states([batch]):
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
             result = distillation_loss(student, teacher, loss, *targets, vocab_size)
         sums += torch.cat([sums.new_tensor([result.tokens]), result.values.sum(dim=1)])
@@ -138,7 +138,7 @@ def validate(fabric: L.Fabric, run: Run, state: dict) -> dict[str, float] | None
     for batch in validation_batches(fabric, run, state["validation_dataset"], cache):
         if stopped := state["stop"].agreed(fabric) is not None:
             break
-        for moved, teacher_hidden in teacher.answers([batch], cache):
+        for moved, teacher_hidden in teacher.hidden_states([batch], cache):
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
             result = distillation_loss(student, teacher.model, state["loss"], *targets, state["vocab_size"])
             sums += torch.stack([result.loss, result.loss.new_tensor(result.tokens), *result.stats.values()])

@@ -21,7 +21,7 @@ from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.gpt import build_model
 from litgpt_akl.models.weights import open_weights, read_config
-from litgpt_akl.training.answers import Answers, Question, distinct_pairs, find_questions, rate
+from litgpt_akl.training.responses import Question, Responses, distinct_pairs, find_questions, rate
 
 
 def answers_in(out_dir: Path) -> list[dict]:
@@ -124,10 +124,10 @@ def test_rouge_is_that_of_the_library_on_the_answers_that_were_written(found):
 
 def test_the_best_of_several_references_counts():
     question = Question(0, torch.tensor([1]), ["nothing alike", "the cat was sitting there", "a dog"])
-    answers = [Answers(1, ["the cats sat there"], [4])]
+    responses = [Responses(1, ["the cats sat there"], [4])]
     best = RougeScorer(["rougeL"], use_stemmer=True).score("the cat was sitting there", "the cats sat there")
-    assert rate([question], answers)["rouge_l"] == 100 * best["rougeL"].fmeasure > 60
-    assert math.isnan(rate([question], answers)["rouge_l_std"])
+    assert rate([question], responses)["rouge_l"] == 100 * best["rougeL"].fmeasure > 60
+    assert math.isnan(rate([question], responses)["rouge_l_std"])
 
 
 def test_distinct_pairs():

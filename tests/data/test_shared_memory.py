@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.ranks import in_processes
-from test_step_batches import make_store, windows_of
+from test_step_batches import make_store, step_batches_of
 
 from litgpt_akl.data.dataset import digest
 from litgpt_akl.data.steps import StepBatches, load, most_bytes
@@ -31,7 +31,7 @@ def cached(directory: Path, dtype: torch.dtype = torch.float32, **options) -> St
         samples = enumerate(zip(dataset.read(range(len(dataset))), counts, strict=True))
         cache.add([Record(n, digest(sample), torch.full((count, WIDTH), float(n))) for n, (sample, count) in samples])
         cache.flush()
-    return windows_of(dataset, 12, memory=cache, **options)
+    return step_batches_of(dataset, 12, cache=cache, **options)
 
 
 def small_shared_memory(size: str) -> None:

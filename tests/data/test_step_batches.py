@@ -18,7 +18,7 @@ def make_store(samples: int, longest: int = 60) -> InMemoryDataset:
     return InMemoryDataset(input_ids.astype(np.int32), labels.astype(np.int32), ends, "sample {}".format)
 
 
-def windows_of(dataset: InMemoryDataset, global_batch_size: int, **options) -> StepBatches:
+def step_batches_of(dataset: InMemoryDataset, global_batch_size: int, **options) -> StepBatches:
     plan = StepSampler(len(dataset), global_batch_size, 3, dataset.lengths)
     return StepBatches(dataset, plan, **{"micro_batch_size": 4, **options})
 
@@ -37,7 +37,7 @@ def test_every_sample_once_per_epoch(monkeypatch, samples, global_batch_size, ra
     steps = -(-samples // global_batch_size)
     seen = {epoch: [] for epoch in range(2)}
     for rank in range(ranks):
-        step_batches = windows_of(dataset, global_batch_size, rank=rank, world_size=ranks)
+        step_batches = step_batches_of(dataset, global_batch_size, rank=rank, world_size=ranks)
         for step_batch in load(step_batches, range(2 * steps), workers):
             seen[step_batch.epoch] += samples_in(step_batch)
     assert all(sorted(numbers) == list(range(samples)) for numbers in seen.values())
@@ -45,12 +45,12 @@ def test_every_sample_once_per_epoch(monkeypatch, samples, global_batch_size, ra
 
 def test_the_samples_of_a_step_do_not_depend_on_how_it_is_cut_and_shared():
     dataset = make_store(100)
-    expected = [sorted(step_batch.numbers) for step_batch in load(windows_of(dataset, 16), range(14), 0)]
+    expected = [sorted(step_batch.numbers) for step_batch in load(step_batches_of(dataset, 16), range(14), 0)]
     counts = [int((dataset.response_tokens(np.array(numbers))).sum()) for numbers in expected]
     for options in ({"micro_batch_size": 1}, {"micro_batch_size": 16}, {"micro_batch_tokens": 70}):
         for ranks in (1, 2):
             shares = [
-                load(windows_of(dataset, 16, rank=rank, world_size=ranks, **options), range(14), 0)
+                load(step_batches_of(dataset, 16, rank=rank, world_size=ranks, **options), range(14), 0)
                 for rank in range(ranks)
             ]
             for numbers, count, step_batches in zip(expected, counts, zip(*shares, strict=True), strict=True):
@@ -63,7 +63,7 @@ def test_the_samples_of_a_step_do_not_depend_on_how_it_is_cut_and_shared():
 
 def test_a_micro_batch_pairs_each_response_token_with_the_position_before_it():
     dataset = make_store(40)
-    step_batch = windows_of(dataset, 10)[1]
+    step_batch = step_batches_of(dataset, 10)[1]
     assert [len(batch.input_ids) for batch in step_batch.micro_batches] == [4, 4, 2]
     found = []
     for batch in step_batch.micro_batches:
@@ -77,11 +77,11 @@ def test_a_micro_batch_pairs_each_response_token_with_the_position_before_it():
     assert step_batch.padded_tokens == sum(batch.input_ids.numel() for batch in step_batch.micro_batches)
 
 
-def test_windows_go_on_from_any_position():
+def test_step_batches_go_on_from_any_position():
     dataset = make_store(100)
-    whole = list(load(windows_of(dataset, 16), range(20), 0))
+    whole = list(load(step_batches_of(dataset, 16), range(20), 0))
     for workers in (0, 2):
-        for step_batch, other in zip(whole[9:], load(windows_of(dataset, 16), range(9, 20), workers), strict=True):
+        for step_batch, other in zip(whole[9:], load(step_batches_of(dataset, 16), range(9, 20), workers), strict=True):
             assert (step_batch.epoch, step_batch.step, step_batch.response_tokens) == (
                 other.epoch,
                 other.step,
@@ -95,7 +95,7 @@ def test_a_loader_leaves_trainings_random_numbers_alone():
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    list(load(windows_of(make_store(40), 10), range(4), 2))
+    list(load(step_batches_of(make_store(40), 10), range(4), 2))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -112,7 +112,7 @@ def test_cuts_by_padded_tokens():
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_every_rank_has_as_many_micro_batches(ranks):
     dataset = make_store(100)
-    shares = [windows_of(dataset, 14, rank=rank, world_size=ranks)[2] for rank in range(ranks)]
+    shares = [step_batches_of(dataset, 14, rank=rank, world_size=ranks)[2] for rank in range(ranks)]
     assert {len(step_batch.micro_batches) for step_batch in shares} == {-(-4 // ranks)}
     assert (
         len({(step_batch.tokens, step_batch.padded_tokens, step_batch.response_tokens) for step_batch in shares}) == 1
@@ -124,7 +124,7 @@ def test_every_rank_has_as_many_micro_batches(ranks):
 def test_little_is_padding():
     dataset = make_store(5000, longest=400)
     for options in ({"micro_batch_size": 8}, {"micro_batch_tokens": 3000}):
-        step_batches = windows_of(dataset, 16, **options)
+        step_batches = step_batches_of(dataset, 16, **options)
         loaded = list(load(step_batches, range(300), 0))
         assert (
             1 - sum(step_batch.tokens for step_batch in loaded) / sum(step_batch.padded_tokens for step_batch in loaded)

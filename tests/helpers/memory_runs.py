@@ -126,7 +126,7 @@ def make_state(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> di
 
 
 def steps_of(plan: MemoryPlan, number: int) -> Iterator[StepBatch]:
-    """That many windows of a process, of made-up tokens."""
+    """That many step batches of a process, of made-up tokens."""
     micro_batches = plan.global_batch_size // plan.samples // plan.processes
     tokens = plan.samples * plan.sequence_length * micro_batches * plan.processes
     for step in range(number):

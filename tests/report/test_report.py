@@ -172,7 +172,7 @@ def test_answers_are_greedy_and_the_teachers_are_asked_once(run, student_dir, te
             assert tokenizer.decode(ids[len(start) :]).startswith(answer) and answer
 
 
-def test_two_processes_remember_what_one_does(run, teacher_dir, student_dir, alice_json, tmp_path):
+def test_two_processes_keep_what_one_does(run, teacher_dir, student_dir, alice_json, tmp_path):
     work = partial(distil, student_dir, teacher_dir, alice_json, tmp_path / "two", devices=2, **OPTIONS)
     in_processes(2, work)
     one, two = read_examples(run)["latest"], read_examples(tmp_path / "two")["latest"]
@@ -183,7 +183,7 @@ def test_two_processes_remember_what_one_does(run, teacher_dir, student_dir, ali
     assert (tmp_path / "two" / "report.html").is_file()
 
 
-def test_a_remembered_teacher_does_not_answer(teacher_dir, student_dir, alice_json, tmp_path):
+def test_a_cached_teacher_writes_no_responses(teacher_dir, student_dir, alice_json, tmp_path):
     cached = OPTIONS | {"teacher": TeacherArgs(cache_dir=str(tmp_path / "cache"))}
     for name in ("fills", "reads"):
         distil(student_dir, teacher_dir, alice_json, tmp_path / name, **cached)

@@ -51,12 +51,12 @@ def streams(monkeypatch) -> list[Stream]:
 def test_a_teacher_has_one_stream_for_all_its_steps(streams, monkeypatch, micro_batches, expected):
     fabric = SimpleNamespace(device=torch.device("cuda"), world_size=1)
     teacher = Teacher(fabric, torch.nn.Linear(1, 1))
-    monkeypatch.setattr(teacher, "_answer", lambda batch, live: (batch, batch.input_ids.float()))
+    monkeypatch.setattr(teacher, "_hidden_states", lambda batch, live: (batch, batch.input_ids.float()))
     batches = [
         MicroBatch(torch.full((1, 2), number), torch.zeros(1), torch.zeros(1)) for number in range(micro_batches)
     ]
     for _ in range(40):
-        answers = list(teacher.answers(batches))
+        answers = list(teacher.hidden_states(batches))
         assert [int(hidden[0, 0]) for _, hidden in answers] == list(range(micro_batches))
     assert len(streams) == expected
 

@@ -1,4 +1,4 @@
-"""Training with a remembered teacher: the same numbers as with a live one, whoever filled the cache, and when."""
+"""Training with a cached teacher: the same numbers as with a live one, whoever filled the cache, and when."""
 
 import re
 import shutil
@@ -24,17 +24,17 @@ from litgpt_akl.messages import UserError
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_remembered_teacher_is_the_live_one_bit_for_bit(
+def test_a_cached_teacher_is_the_live_one_bit_for_bit(
     student_dir, teacher_dir, lone, short, tmp_path, precision, workers
 ):
     short.num_workers = workers
     cache, options = tmp_path / "cache", {"train": {"epochs": 1}, "teacher_precision": precision}
     live = run(student_dir, teacher_dir, short, tmp_path / "live", **options)
     filling = run(student_dir, teacher_dir, short, tmp_path / "filling", cache, **options)
-    remembered = run(student_dir, lone, short, tmp_path / "remembered", cache, mode="read", **options)
+    cached = run(student_dir, lone, short, tmp_path / "cached", cache, mode="read", **options)
     assert_equal(live, filling)
-    assert_equal(live, remembered)
-    assert metrics(tmp_path / "live")[-1]["val_loss"] == metrics(tmp_path / "remembered")[-1]["val_loss"]
+    assert_equal(live, cached)
+    assert metrics(tmp_path / "live")[-1]["val_loss"] == metrics(tmp_path / "cached")[-1]["val_loss"]
 
 
 def test_other_students_losses_and_orders_read_what_one_run_has_left(
@@ -68,10 +68,10 @@ def test_jobs_fill_parts_without_a_student(student_dir, teacher_dir, lone, short
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_base_of_a_lora_student_is_remembered_too(student_dir, short, tmp_path, processes, capfd):
+def test_the_base_of_a_lora_student_is_cached_too(student_dir, short, tmp_path, processes, capfd):
     options = {"lora": LoRAArgs(r=4, dropout=0.1), "devices": processes, "optimizer": RATE}
     caching = TeacherArgs(use_base=True, cache_dir=str(tmp_path / "cache"))
-    teachers = {"live": TeacherArgs(use_base=True), "filling": caching, "remembered": caching}
+    teachers = {"live": TeacherArgs(use_base=True), "filling": caching, "cached": caching}
     for name, teacher in teachers.items():
         changes = {"teacher": teacher, "train": TRAIN | {"epochs": 1}, **options}
         in_processes(processes, partial(distil, **changes), student_dir, None, short, tmp_path / name)
@@ -90,19 +90,19 @@ def measure(growth: Path, *arguments, **options) -> None:
     growth.write_text(str(result["growth"]))
 
 
-def test_a_remembered_teacher_is_not_in_memory(student_dir, short, tmp_path):
+def test_a_cached_teacher_is_not_in_memory(student_dir, short, tmp_path):
     source, cache = tmp_path / "large", tmp_path / "cache"
     materials.write_checkpoint(source, LARGE, GPT(LARGE).state_dict(), tied=False)
     body = (source / "lit_model.pth").stat().st_size - 2 * 4 * LARGE.padded_vocab_size * LARGE.n_embd
     found = {}
-    for name in ("live", "filling", "remembered"):
+    for name in ("live", "filling", "cached"):
         directory = None if name == "live" else cache
         arguments = tmp_path / name, student_dir, source, short, tmp_path / "run" / name, directory
         in_processes(1, partial(measure, train={"epochs": 1}), *arguments, fresh=True)
         found[name] = int(arguments[0].read_text())
         if name == "filling":
             (source / "lit_model.pth").unlink()
-    assert found["live"] - found["remembered"] > 0.9 * body
+    assert found["live"] - found["cached"] > 0.9 * body
 
 
 @pytest.mark.parametrize(("writers", "readers"), [(1, 2), (2, 1), (3, 2)])
@@ -121,16 +121,16 @@ def test_streamed_records_in_micro_batches_of_tokens(student_dir, teacher_dir, l
     train, val = (short.json_path / f"{name}.json" for name in ("train", "val"))
     data = StreamingSFT(str(train), mask_prompt=True, val_path=str(val), prompt_style=Default(), micro_batch_tokens=300)
     data.num_workers, data.cache_dir = 2, tmp_path / "prepared"
-    live, filling, remembered = (
+    live, filling, cached = (
         run(student_dir, teacher, data, tmp_path / name, cache, train={"epochs": 1})
         for name, teacher, cache in (
             ("live", teacher_dir, None),
             ("filling", teacher_dir, tmp_path / "cache"),
-            ("remembered", lone, tmp_path / "cache"),
+            ("cached", lone, tmp_path / "cache"),
         )
     )
     assert_equal(live, filling)
-    assert_equal(live, remembered)
+    assert_equal(live, cached)
 
 
 def test_a_remote_cache_is_only_read(student_dir, teacher_dir, lone, short, tmp_path):

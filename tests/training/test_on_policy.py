@@ -70,15 +70,15 @@ def answering(fabric: L.Fabric, directory: Path, **distill) -> OnPolicySamples:
 
 
 def rows(step_batch) -> dict[tuple[int, ...], tuple[list[int], bool]]:
-    """Labels of each row of a window, and whether they are own, by all that is known before them."""
+    """Labels of each row of a step batch, and whether they are on-policy, by all that is known before them."""
     found = {}
     for batch in step_batch.micro_batches:
         of_row = batch.positions // batch.input_ids.size(1)
         for row, ids in enumerate(batch.input_ids):
             places = batch.positions[of_row == row] % batch.input_ids.size(1)
             labels = batch.labels[of_row == row].tolist()
-            assert ids[places + 1].tolist() == labels or not batch.is_own
-            found[tuple(ids[: places[0] + 1].tolist())] = (labels, batch.is_own)
+            assert ids[places + 1].tolist() == labels or not batch.is_on_policy
+            found[tuple(ids[: places[0] + 1].tolist())] = (labels, batch.is_on_policy)
     return found
 
 
@@ -118,7 +118,7 @@ def test_a_share_of_the_prompts_is_answered_and_the_rest_is_as_recorded(fabric, 
         drawn, samples = drawn + len(step_batch.prompts), samples + len(recorded)
     # five standard deviations
     assert abs(drawn / samples - 0.3) < 5 * np.sqrt(0.3 * 0.7 / samples)
-    other = [list(sharing[number + step_batches.plan.steps_per_epoch].prompts) for number in range(40)]
+    other = [list(sharing[number + step_batches.sampler.steps_per_epoch].prompts) for number in range(40)]
     assert other != [list(sharing[number].prompts) for number in range(40)]
 
 
@@ -147,26 +147,26 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher_dir, alice_j
 def test_one_step_equals_autograd_on_the_own_answers(
     fabric, step_batches, student_dir, teacher_dir, alice_json, tmp_path
 ):
-    """The first step of SGD: kd_ratio times the divergence on own answers, the whole loss on recorded ones, one N."""
+    """The first step of SGD: kd_ratio times the divergence on what is on-policy, the whole loss on the rest, one N."""
     changes = {"train": {"max_steps": 1, "global_batch_size": 8, "max_norm": None}, "seed": 5, "optimizer": SGD}
     after = run(student_dir, teacher_dir, alice_json, tmp_path, **changes)
     on_policy_samples = answering(fabric, student_dir, **OWN)
     seeded = replace(
-        step_batches, plan=StepSampler(len(step_batches.dataset), 8, seed=5, lengths=step_batches.dataset.lengths)
+        step_batches, sampler=StepSampler(len(step_batches.dataset), 8, seed=5, lengths=step_batches.dataset.lengths)
     )
     found = rows(on_policy_samples.complete(on_policy_samples.share_of(seeded)[0], seeded))
-    assert {is_own for _, is_own in found.values()} == {True, False}
+    assert {is_on_policy for _, is_on_policy in found.values()} == {True, False}
     student, teacher = (whole_model(directory) for directory in (student_dir, teacher_dir))
     total, tokens = 0.0, 0
-    for prompt, (labels, is_own) in found.items():
+    for prompt, (labels, is_on_policy) in found.items():
         ids = torch.tensor([[*prompt, *labels[:-1]]])
         logits = student(ids)[0, len(prompt) - 1 :, :1024]
         with torch.no_grad():
             target = teacher(ids)[0, len(prompt) - 1 :, :1024]
         identity = torch.eye(1024)
-        loss = DistillationLoss(kd_ratio=1.0 if is_own else 0.7, compile=False)
+        loss = DistillationLoss(kd_ratio=1.0 if is_on_policy else 0.7, compile=False)
         value = loss(logits, identity, target, identity, torch.tensor(labels)).loss
-        total, tokens = total + (0.7 if is_own else 1.0) * value, tokens + len(labels)
+        total, tokens = total + (0.7 if is_on_policy else 1.0) * value, tokens + len(labels)
     (total / tokens).backward()
     assert metrics(tmp_path)[1]["loss"] == pytest.approx((total / tokens).item(), rel=1e-5)
     for name, parameter in student.named_parameters():
@@ -286,7 +286,7 @@ def test_what_can_be_answered_is_counted_by_reasons(step_batches, teacher_dir, w
     assert (words in text) == (fitting < len(dataset)) and (fitting == len(dataset) or words in text)
     # as many are drawn in an epoch
     drawing = replace(step_batches, on_policy=1.0, longest_prompt=limit)
-    assert sum(len(drawing[step].prompts) for step in range(step_batches.plan.steps_per_epoch)) == fitting
+    assert sum(len(drawing[step].prompts) for step in range(step_batches.sampler.steps_per_epoch)) == fitting
 
 
 def test_a_run_that_would_draw_nothing_is_refused(step_batches, teacher_dir):

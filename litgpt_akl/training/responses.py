@@ -1,7 +1,7 @@
-"""What a model answers to held-out prompts, and how near that is to the references.
+"""A model's responses to held-out prompts, and how near they are to the references.
 
 The protocol is that of the work on distilling language models that the paper follows (Gu et al., MiniLLM, arXiv
-2306.08543; Wu et al., arXiv 2404.02657): answers are drawn at temperature 1 from the whole distribution, no 6 tokens
+2306.08543; Wu et al., arXiv 2404.02657): responses are drawn at temperature 1 from the whole distribution, no 6 tokens
 come twice in a row, five decoding seeds, ROUGE-L with stemming, the best of several references, times 100.
 """
 
@@ -29,7 +29,7 @@ from litgpt_akl.models.parallel import all_gather_object
 
 @dataclass
 class Question:
-    """A prompt and what was answered to it by people."""
+    """A prompt and people's responses to it."""
 
     number: int
     """Of the first sample that asks it."""
@@ -64,23 +64,23 @@ def find_questions(
 
 
 @dataclass
-class Answers:
-    """A model's answers to questions, for one seed."""
+class Responses:
+    """A model's responses to questions, for one seed."""
 
     seed: int
     texts: list[str]
     lengths: list[int]
-    """In tokens, without what ends an answer."""
+    """In tokens, without what ends a response."""
 
 
-class Asker:
-    """Puts the same questions to models.
+class ResponseSampler:
+    """Draws the responses of models to the same questions.
 
     Args:
         fabric: of the run.
         questions: all of them, in every process.
         tokenizer: of the models.
-        stop: what ends an answer, from :func:`~litgpt_akl.models.generation.stop_sequences`.
+        stop: what ends a response, from :func:`~litgpt_akl.models.generation.stop_sequences`.
         vocab_size: ids that the tokenizer has.
         args: of the command.
         most_tokens: of prompts that are read together, padding counted; None for no such limit.
@@ -100,29 +100,29 @@ class Asker:
         self.stop, self.vocab_size, self.args = stop, vocab_size, args
         self._batches = together([question.prompt for question in questions], args.batch_size, most_tokens)
 
-    def ask(self, model: nn.Module, name: str) -> list[Answers]:
-        """A model's answers for each seed; all processes ask together, and each has all answers in the end."""
+    def sample(self, model: nn.Module, name: str) -> list[Responses]:
+        """A model's responses for each seed; all processes ask together, and each has all responses in the end."""
         # one is enough where nothing is drawn
         seeds = self.args.seeds[: 1 if self.args.temperature == 0 else None]
         total, quiet = len(seeds) * len(self.questions), not self.fabric.is_global_zero
         with progress_bar(total=total, desc=f"{name}: answering", unit="answer", disable=quiet) as bar:
             return [self._for_seed(model, seed, bar) for seed in seeds]
 
-    def _for_seed(self, model: nn.Module, seed: int, bar: tqdm) -> Answers:
+    def _for_seed(self, model: nn.Module, seed: int, bar: tqdm) -> Responses:
         world_size, found = self.fabric.world_size, {}
         for turn in range(0, len(self._batches), world_size):
             began, own = time.perf_counter(), turn + self.fabric.global_rank
             batch = self._batches[own] if own < len(self._batches) else []
-            answers = self._answer(model, [self.questions[place] for place in batch], seed)
-            found.update(zip(batch, answers, strict=True))
-            rate = sum(map(len, answers)) * world_size / (time.perf_counter() - began)
+            responses = self._generate(model, [self.questions[place] for place in batch], seed)
+            found.update(zip(batch, responses, strict=True))
+            rate = sum(map(len, responses)) * world_size / (time.perf_counter() - began)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
             bar.update(sum(map(len, self._batches[turn : turn + world_size])))
-        found = {place: answer for part in all_gather_object(found) for place, answer in part.items()}
+        found = {place: response for part in all_gather_object(found) for place, response in part.items()}
         ids = [without_end(found[place], self.stop) for place in range(len(self.questions))]
-        return Answers(seed, [self.tokenizer.decode(torch.tensor(answer)) for answer in ids], list(map(len, ids)))
+        return Responses(seed, [self.tokenizer.decode(torch.tensor(response)) for response in ids], list(map(len, ids)))
 
-    def _answer(self, model: nn.Module, questions: Sequence[Question], seed: int) -> list[list[int]]:
+    def _generate(self, model: nn.Module, questions: Sequence[Question], seed: int) -> list[list[int]]:
         args = self.args
         return generate(
             self.fabric,
@@ -137,25 +137,26 @@ class Asker:
         )
 
 
-def rate(questions: Sequence[Question], answers: Sequence[Answers]) -> dict[str, float]:
-    """How good a model's answers are, as means over seeds.
+def rate(questions: Sequence[Question], responses: Sequence[Responses]) -> dict[str, float]:
+    """How good a model's responses are, as means over seeds.
 
     Returns:
         ``rouge_l``: F-measure times 100 to the best reference, mean over questions, with its standard deviation over
         seeds ``rouge_l_std`` (NaN for one seed); ``distinct_2``: different pairs of neighbouring words among all pairs
-        of a seed's answers; ``answer_tokens``: mean length.
+        of a seed's responses; ``answer_tokens``: mean length.
     """
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     references = [question.references for question in questions]
     scores = [
-        100 * fmean(scorer.score_multi(r, text)["rougeL"].fmeasure for r, text in zip(references, a.texts, strict=True))
-        for a in answers
+        100
+        * fmean(scorer.score_multi(r, text)["rougeL"].fmeasure for r, text in zip(references, of.texts, strict=True))
+        for of in responses
     ]
     return {
         "rouge_l": fmean(scores),
         "rouge_l_std": stdev(scores) if len(scores) > 1 else float("nan"),
-        "distinct_2": fmean(distinct_pairs(a.texts) for a in answers),
-        "answer_tokens": fmean(fmean(a.lengths) for a in answers),
+        "distinct_2": fmean(distinct_pairs(of.texts) for of in responses),
+        "answer_tokens": fmean(fmean(of.lengths) for of in responses),
     }
 
 
@@ -165,10 +166,10 @@ def distinct_pairs(texts: Sequence[str]) -> float:
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-def as_lines(questions: Sequence[Question], answers: dict[str, list[Answers]]) -> str:
-    """A line of JSON for each question: its references, and each model's answers by seed."""
+def as_lines(questions: Sequence[Question], responses: dict[str, list[Responses]]) -> str:
+    """A line of JSON for each question: its references, and each model's responses by seed."""
     lines = []
     for place, question in enumerate(questions):
-        by_role = {role: {str(of.seed): of.texts[place] for of in every} for role, every in answers.items()}
+        by_role = {role: {str(of.seed): of.texts[place] for of in every} for role, every in responses.items()}
         lines.append(json.dumps({"number": question.number, "references": question.references, "answers": by_role}))
     return "\n".join(lines) + "\n"
