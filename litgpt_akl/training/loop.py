@@ -10,7 +10,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from litgpt.args import EvalArgs
 
 from litgpt_akl.data.steps import StepBatch
 from litgpt_akl.files.changes import check_mapped_files
@@ -39,7 +38,10 @@ def fit(fabric: L.Fabric, run: Run, state: dict) -> None:
         UserError: a loss or gradient is not finite.
     """
     train, steps, stop = run.train, state["steps"], state["stop"]
-    with _step_batches(fabric, run, state) as step_batches, closing(_progress(fabric, state)) as progress:
+    with (
+        _step_batches(fabric, run, state) as step_batches,
+        closing(Progress(fabric, steps, state["step_count"])) as progress,
+    ):
         start = state["saved_at"] = time.perf_counter()
         # the run may have been stopped between a step and its validation
         _validate_if_due(fabric, run, state, progress)
@@ -86,10 +88,6 @@ def _step_batches(fabric: L.Fabric, run: Run, state: dict) -> Iterator[Iterator[
         fetched.stop()
     if on_policy_samples is not None:
         fabric.print(f"On-policy: the student has answered {on_policy_samples.count:,} prompts")
-
-
-def _progress(fabric: L.Fabric, state: dict) -> Progress:
-    return Progress(fabric, state["steps"], state["step_count"])
 
 
 @dataclass
@@ -187,15 +185,11 @@ def _list_samples(fabric: L.Fabric, run: Run, state: dict, step_batch: StepBatch
 
 
 def _validate_if_due(fabric: L.Fabric, run: Run, state: dict, progress: Progress) -> None:
-    if validation_due(state, run.eval):
+    """Validate if the step that was taken last is to be followed by a validation, and has not had it yet."""
+    step = state["step_count"]
+    if 0 < step < state["steps"] and step % run.eval.interval == 0 and state["last_validation"] != step:
         with progress.paused():
             report(fabric, run, state, progress)
-
-
-def validation_due(state: dict, eval: EvalArgs) -> bool:
-    """Whether the step that was taken last is to be followed by a validation that it has not had yet."""
-    step = state["step_count"]
-    return 0 < step < state["steps"] and step % eval.interval == 0 and state["last_validation"] != step
 
 
 def _save_if_due(fabric: L.Fabric, run: Run, state: dict, progress: Progress, due: bool, stopping: bool) -> None:
