@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Sets everything up (a virtual environment in .venv, packages from pip) and runs the linter and the tests.
+# The slow tests run too with --all. Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh test

@@ -3,6 +3,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import materials
@@ -14,6 +15,44 @@ from litgpt.prompts import Default
 # the models here are so small that handing work to a second thread costs more than it saves
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+LEFT_OUT = pytest.StashKey[int]()
+"""Tests that this session leaves for ``--all``."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="also the tests that are marked slow")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LEFT_OUT] = 0
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.all:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.stash[LEFT_OUT] = len(slow)
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # a process of pytest-xdist has found the same tests as the others, and tells the process that reports
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.stash[LEFT_OUT]:
+        terminalreporter.write_line(
+            f"{config.stash[LEFT_OUT]} slow tests were left out: scripts/test.sh --all has them"
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

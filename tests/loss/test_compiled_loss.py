@@ -81,6 +81,7 @@ def measure(device: str, backwards: bool) -> None:
     print(json.dumps({"rows": rows, "hits": hits}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],

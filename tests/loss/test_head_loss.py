@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 import torch
 from helpers.formulas import formula
+from helpers.marks import with_all_slow_but
 from helpers.reference import divergence as reference
 
 from litgpt_akl.loss.divergences import adaptive_kl_weight
@@ -220,7 +221,7 @@ def test_gradients_are_handed_out_once():
 
 
 @pytest.mark.filterwarnings("error:torch.compile has compiled")
-@pytest.mark.parametrize("divergence", get_args(DivergenceName))
+@pytest.mark.parametrize("divergence", with_all_slow_but(("akl", "jsd"), get_args(DivergenceName)))
 @pytest.mark.parametrize(
     ("kd_ratio", "cases"),
     [

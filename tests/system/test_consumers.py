@@ -128,6 +128,7 @@ def wait_until_ready(server: subprocess.Popen, address: str, deadline: float, di
     pytest.fail((directory / "server.log").read_text()[-3000:])
 
 
+@pytest.mark.slow
 def test_serve(final, answer, tmp_path):
     with serving(final, tmp_path) as address:
         body = json.dumps({"prompt": QUESTION}).encode()

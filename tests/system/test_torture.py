@@ -11,6 +11,7 @@ import torture
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "torture.py"
 
 
+@pytest.mark.slow
 def test_runs_that_are_killed_end_as_if_nothing_had_happened(tmp_path):
     options = ["--kills", "4", "--kinds", "streaming", "--processes", "1", "2", "--work_dir", str(tmp_path)]
     result = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=400)
