@@ -109,6 +109,7 @@ def ways_in(environment: Path) -> dict[str, list]:
     }
 
 
+@pytest.mark.slow
 def test_wheel_offers_the_commands_on_every_way_in(environment, wheel, litgpt_help):
     before = files_of(environment)
     pip(environment, "install", wheel)
@@ -130,6 +131,7 @@ def test_wheel_offers_the_commands_on_every_way_in(environment, wheel, litgpt_he
     assert run(environment / "bin" / "litgpt", "--help").stdout == litgpt_help
 
 
+@pytest.mark.slow
 def test_launchers_reach_the_commands(environment, wheel):
     pip(environment, "install", wheel)
     torchrun = [environment / "bin" / "python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1]
@@ -151,6 +153,7 @@ def test_launchers_reach_the_commands(environment, wheel):
         assert "--teacher_checkpoint_dir" in completed.stdout, way
 
 
+@pytest.mark.slow
 def test_editable_install_offers_the_commands(environment, litgpt_help):
     before = files_of(environment)
     pip(environment, "install", "--no-build-isolation", "--editable", REPOSITORY)
@@ -174,7 +177,7 @@ def test_own_command_needs_no_startup_file(environment, wheel, litgpt_help):
 def test_litgpt_works_on_when_this_package_is_broken(environment, wheel, litgpt_help):
     pip(environment, "install", wheel)
     package = environment / SITE_PACKAGES / "litgpt_akl"
-    (package / "make_student.py").write_text("import a_module_that_is_not_there\n")
+    (package / "commands" / "make_student.py").write_text("import a_module_that_is_not_there\n")
     completed = run(environment / "bin" / "litgpt", "--help")
     assert (completed.returncode, completed.stdout) == (0, litgpt_help)
     reason = "The litgpt-akl commands are missing: ModuleNotFoundError: No module named 'a_module_that_is_not_there'\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import start
 
 from litgpt_akl.cli.terminal import prepare_terminal
 from litgpt_akl.files.manifest import damage
@@ -37,7 +38,7 @@ def wait_for_imports(process: subprocess.Popen) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what a process has imported is asked of /proc")
 @pytest.mark.parametrize("way_in", WAYS_IN)
-@pytest.mark.parametrize("delay", [0.0, 1.5])
+@pytest.mark.parametrize("delay", [0.0, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_ctrl_c_before_a_command_begins_says_one_line(tmp_path, way_in, delay):
     arguments = ["finetune_akl", "student", "--teacher_checkpoint_dir", "teacher", "--out_dir", str(tmp_path / "out")]
     process = subprocess.Popen(
@@ -75,31 +76,27 @@ def command(student_dir: Path, teacher_dir: Path, tmp_path_factory) -> list[str]
 @pytest.fixture(scope="module")
 def expected(command, tmp_path_factory) -> dict[str, torch.Tensor]:
     out_dir = tmp_path_factory.mktemp("plain") / "out"
-    finished = subprocess.run(
-        [*WAYS_IN["litgpt-akl"], *command, "--out_dir", out_dir], env=environment(), capture_output=True, timeout=200
-    )
-    assert finished.returncode == 0, finished.stderr
+    log = out_dir.with_suffix(".log")
+    assert start([*command, "--out_dir", str(out_dir)], log).wait(200) == 0, log.read_text()
     return torch.load(out_dir / "final" / "lit_model.pth", weights_only=True)
 
 
 @pytest.mark.parametrize("output", ["ascii", "latin-1", "closed pipe", "full disk"])
 def test_what_the_output_does_not_take_ends_no_run(command, expected, tmp_path, output):
-    arguments = [*WAYS_IN["litgpt"], *command, "--out_dir", str(tmp_path / "вывод")]
-    variables = environment(PYTHONIOENCODING=output) if output in ("ascii", "latin-1") else environment()
-    options = {"env": variables, "stderr": subprocess.PIPE, "timeout": 200}
+    arguments, said = [*command, "--out_dir", str(tmp_path / "вывод")], tmp_path / "output"
+    place: Path | int = said
     if output == "closed pipe":
-        reading, writing = os.pipe()
+        reading, place = os.pipe()
         os.close(reading)
-        finished = subprocess.run(arguments, stdout=writing, **options)
-        os.close(writing)
     elif output == "full disk":
-        with open("/dev/full", "wb") as full:
-            finished = subprocess.run(arguments, stdout=full, **options)
-    else:
-        finished = subprocess.run(arguments, stdout=subprocess.PIPE, **options)
-        assert rb"\u0432\u044b\u0432\u043e\u0434" in finished.stdout
-    errors = finished.stderr.decode(errors="replace")
-    assert finished.returncode == 0 and "Traceback" not in errors, errors
+        place = os.open("/dev/full", os.O_WRONLY)
+    encoding = output if output in ("ascii", "latin-1") else None
+    process = start(arguments, place, tmp_path / "errors", encoding=encoding)
+    if isinstance(place, int):
+        os.close(place)
+    status, errors = process.wait(200), (tmp_path / "errors").read_text(errors="replace")
+    assert status == 0 and "Traceback" not in errors, errors
+    assert encoding is None or rb"\u0432\u044b\u0432\u043e\u0434" in said.read_bytes()
     cannot = {"closed pipe": "Broken pipe", "full disk": "No space left on device"}.get(output)
     if cannot:
         assert errors.count(f"The standard output cannot be written ({cannot}): the command goes on without it.") == 1

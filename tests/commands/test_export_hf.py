@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +13,10 @@ import pytest
 import torch
 from helpers import runs
 from helpers.checkpoints import in_a_process
+from helpers.commands import complete
 from helpers.export_cases import CASES, CHAT_TEMPLATE, Case, edit_json, write_source
 from helpers.families import FAMILIES, write_family
+from helpers.marks import with_all_slow_but
 from litgpt import LLM
 from litgpt.model import GPT
 from litgpt.prompts import Default
@@ -33,7 +34,6 @@ from litgpt_akl.models.weights import open_weights, read_config
 IDS = torch.arange(4, 132).view(1, 128)
 TEXT = "Who stole the tarts?"
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
-LITGPT = Path(sys.executable).with_name("litgpt")
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def test_greedy_answer_is_that_of_litgpt(case, source, exported):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", with_all_slow_but(("Llama-3.2-1B", "Gemma-3-1b-it", "Qwen3-30B-A3B"), FAMILIES))
 def test_every_family_has_litgpts_logits(name, tied, tmp_path, capsys):
     write_family(name, tmp_path / "source", tied=tied)
     export_hf(tmp_path / "source", tmp_path / "exported")
@@ -158,7 +158,7 @@ def test_every_family_has_litgpts_logits(name, tied, tmp_path, capsys):
     assert difference(tmp_path / "source", tmp_path / "exported") < 1e-4
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", with_all_slow_but(("Llama-3.2-1B", "Gemma-3-1b-it", "Qwen3-30B-A3B"), FAMILIES))
 def test_what_is_exported_is_read_back(name, tmp_path):
     source, exported = tmp_path / "source", tmp_path / "exported"
     write_family(name, source, tied=False)
@@ -264,9 +264,7 @@ def test_a_run_whose_student_cannot_be_exported_does_not_start(untied_student_di
 
 def test_the_command(student_dir, tmp_path):
     """In a process of its own; a second time it refuses."""
-    command = [LITGPT, "export_hf", student_dir, "exported"]
-    options = dict(cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    first, second = (subprocess.run(command, **options) for _ in range(2))
+    first, second = (complete(["export_hf", student_dir, "exported"], directory=tmp_path) for _ in range(2))
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("exported: config.json, generation_config.json, model.safetensors, tokenizer.json")
     assert (second.returncode, second.stdout) == (1, "")

@@ -1,8 +1,6 @@
 """A run's configuration as YAML: the command's parser makes the same arguments of it, and the same run."""
 
 import inspect
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from enum import Enum
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.commands import complete
 from jsonargparse import capture_parser
 from lightning import LightningDataModule
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
@@ -48,20 +47,7 @@ def make_parser() -> Parser:
 
 def run_litgpt(*words: str | Path) -> str:
     """What the real command writes to standard output."""
-    environment = {
-        **os.environ,
-        "JSONARGPARSE_DEPRECATION_WARNINGS": "off",
-        # sums are formed in another order with another number of threads
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-    ended = subprocess.run(
-        [sys.executable, "-m", "litgpt", *map(str, words)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    ended = complete(words, JSONARGPARSE_DEPRECATION_WARNINGS="off")
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 

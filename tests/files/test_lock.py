@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torture
+from helpers import torture
+from helpers.commands import import_everything
 from helpers.locks import another_process
 
 from litgpt_akl.files import lock
@@ -154,7 +155,7 @@ def alone(tmp_path_factory):
     """
     base = tmp_path_factory.mktemp("alone")
     torture.write_material(base / "material")
-    torture.import_everything()
+    import_everything()
     known = {}
 
     def run(processes: int) -> tuple[list[str], Path, float]:

@@ -1,11 +1,12 @@
 """Command lines in copies of this process: what takes ten seconds to import is imported once."""
 
 import faulthandler
-import importlib
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -16,6 +17,8 @@ import torch
 
 POLL = 0.005
 """Seconds between two looks at a command."""
+LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+"""What a launcher that runs the tests may have set."""
 
 
 def import_everything() -> None:
@@ -45,7 +48,7 @@ class Command:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float = 240) -> int:
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
@@ -61,7 +64,7 @@ class Command:
 def start(
     words: list[str],
     log: Path | int,
-    errors: Path | None = None,
+    errors: Path | int | None = None,
     *,
     stdin: str = "",
     directory: Path | None = None,
@@ -78,9 +81,11 @@ def start(
     child = os.fork()
     if child == 0:
         os.setsid()
+        for name in [name for name in os.environ if name in LAUNCHERS or name.startswith("SLURM_")]:
+            del os.environ[name]
         os.environ.update(environment)
         os.chdir(directory or os.getcwd())
-        written = log if isinstance(log, int) else _open(log)
+        written = _open(log)
         _redirect(stdin, written, written if errors is None else _open(errors), encoding)
         run(words)
     return Command(child)
@@ -98,6 +103,8 @@ def run(words: list[str]) -> None:
     faulthandler.disable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     datasets.config.HF_DATASETS_CACHE = Path(os.environ.get("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE))
+    # what further processes of a run are started as
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec("litgpt.__main__")
     sys.argv = ["litgpt", *words]
     status = 1
     try:
@@ -111,13 +118,32 @@ def run(words: list[str]) -> None:
         try:
             sys.stdout.flush()
             sys.stderr.flush()
+        except OSError:
+            traceback.print_exc()
+            status = status or 120
         finally:
             # a copy of a process must not go on with what that process does
             os._exit(status)
 
 
-def _open(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+def complete(words: list[object], timeout: float = 240, **options) -> subprocess.CompletedProcess:
+    """Runs ``litgpt`` with those words and the options of :func:`start` to its end."""
+    words = [str(word) for word in words]
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        command = start(words, output.fileno(), errors.fileno(), **options)
+        try:
+            status = command.wait(timeout)
+        finally:
+            command.kill()
+        printed = []
+        for file in (output, errors):
+            file.seek(0)
+            printed.append(file.read().decode())
+    return subprocess.CompletedProcess(["litgpt", *words], status, *printed)
+
+
+def _open(place: Path | int) -> int:
+    return place if isinstance(place, int) else os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
 
 def _redirect(stdin: str, output: int, errors: int, encoding: str | None) -> None:
@@ -127,5 +153,5 @@ def _redirect(stdin: str, output: int, errors: int, encoding: str | None) -> Non
     for number, place in enumerate((reading, output, errors)):
         os.dup2(place, number)
     sys.stdin = os.fdopen(0, "r")
-    sys.stdout = os.fdopen(1, "w", buffering=1, encoding=encoding)
+    sys.stdout = os.fdopen(1, "w", encoding=encoding)
     sys.stderr = os.fdopen(2, "w", buffering=1, encoding=encoding, errors="backslashreplace")

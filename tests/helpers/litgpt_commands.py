@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from helpers.commands import start
+from helpers.commands import complete
 
 QUESTION = "Alice was beginning"
 
@@ -19,14 +19,9 @@ GREEDY = ("--top_k", "1", "--max_new_tokens", str(NEW_TOKENS), "--precision", "3
 
 def litgpt(*words: str | Path, directory: Path, stdin: str = "") -> str:
     """What a command prints; it must succeed."""
-    output, errors = directory / "output.txt", directory / "errors.txt"
-    command = start([str(word) for word in words], output, errors, stdin=stdin, directory=directory)
-    status = command.wait(240)
-    said = errors.read_text(), output.read_text()
-    errors.unlink()
-    output.unlink()
-    assert status == 0, said[0][-3000:]
-    return said[1]
+    finished = complete(words, stdin=stdin, directory=directory)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
 
 
 def training_options(alice_json: Path, learning_rate: float, max_steps: int) -> list[str]:

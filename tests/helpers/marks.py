@@ -7,4 +7,5 @@ import pytest
 
 def with_all_slow_but(few: Collection, cases: Iterable) -> list:
     """The cases of a test, of which all but a few are for ``scripts/test.sh --all``."""
-    return [case if case in few else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    values = {case: case if isinstance(case, tuple) else (case,) for case in cases}
+    return [pytest.param(*values[case], marks=[] if case in few else pytest.mark.slow) for case in values]

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers.commands import complete
 from helpers.pages import log, made_up, made_up_examples
 from helpers.ranks import in_processes
 from helpers.runs import alice, distil, gpt, metrics
@@ -289,8 +289,7 @@ def test_any_text_can_be_shown():
 
 
 def command(*words, cwd) -> subprocess.CompletedProcess:
-    words = [sys.executable, "-m", "litgpt_akl", "report_akl", *map(str, words)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=240, cwd=cwd)
+    return complete(["report_akl", *words], directory=cwd)
 
 
 def test_the_command_lays_runs_over_each_other(run, tmp_path):

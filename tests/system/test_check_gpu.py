@@ -22,6 +22,7 @@ def test_without_a_gpu_it_says_that_nothing_was_measured():
     assert "There is no GPU here: nothing was measured." in check()
 
 
+@pytest.mark.slow
 def test_its_rows_compare_runs(student_dir, teacher_dir, alice_json):
     pair = ("--student", student_dir, "--teacher", teacher_dir, "--data", alice_json / "train.json")
     short = ("--train.max_seq_length", "128", "--data.prompt_style.class_path", "litgpt.prompts.Default")

@@ -2,10 +2,8 @@
 
 import base64
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +11,7 @@ from threading import Thread
 
 import pytest
 import yaml
+from helpers.commands import complete
 from helpers.encoding_cases import talk
 from litgpt.args import LogArgs
 
@@ -160,9 +159,7 @@ def server(alice_records) -> Iterator[str]:
 
 
 def litgpt(*words: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "litgpt_akl", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return complete(words, COLUMNS="200")
 
 
 def read_everything(*places: Path) -> dict[str, bytes]:

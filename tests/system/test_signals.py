@@ -4,13 +4,12 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import Command, start
 from helpers.runs import distil, metrics
 
 from litgpt_akl.files.manifest import damage
@@ -20,7 +19,7 @@ from litgpt_akl.messages import UserError
 @pytest.fixture
 def command(teacher_dir, student_dir, alice_json, tmp_path) -> list[str]:
     return [
-        *(sys.executable, "-m", "litgpt", "finetune_akl", str(student_dir)),
+        *("finetune_akl", str(student_dir)),
         *("--teacher_checkpoint_dir", str(teacher_dir), "--data", "JSON", "--data.json_path", str(alice_json)),
         *("--data.mask_prompt", "true", "--data.prompt_style.class_path", "litgpt.prompts.Default"),
         *("--data.num_workers", "1", "--distill.compile", "false", "--train.max_steps", "100000"),
@@ -28,7 +27,7 @@ def command(teacher_dir, student_dir, alice_json, tmp_path) -> list[str]:
     ]
 
 
-def wait_for_steps(process: subprocess.Popen, out_dir: Path) -> None:
+def wait_for_steps(process: Command, out_dir: Path) -> None:
     deadline = time.monotonic() + 90
     while not any(path.stat().st_size > 2000 for path in out_dir.glob("logs/csv/version_*/metrics.csv")):
         assert time.monotonic() < deadline and process.poll() is None
@@ -37,13 +36,12 @@ def wait_for_steps(process: subprocess.Popen, out_dir: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_and_saves(command, tmp_path, number):
-    # as a terminal or a scheduler does it, the whole group is told
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = start(command, tmp_path / "output", tmp_path / "errors")
     wait_for_steps(process, tmp_path / "run")
+    # as a terminal or a scheduler does it, the whole group is told
     os.killpg(process.pid, number)
-    output, errors = process.communicate(timeout=60)
+    process.wait(60)
+    output, errors = (tmp_path / "output").read_text(), (tmp_path / "errors").read_text()
     assert process.returncode == 128 + number and "Traceback" not in errors
     assert f"{number.name}: finishing this step and saving" in errors and "--resume auto goes on" in output
     saved = list((tmp_path / "run").glob("step-*"))
@@ -53,26 +51,24 @@ def test_a_signal_ends_the_step_and_saves(command, tmp_path, number):
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(command, tmp_path):
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
-
     out_dir = tmp_path / "run"
     at_most = ["--train.max_steps", "2", "--train.save_interval", "1"]
-    subprocess.run([*command, *at_most], check=True, capture_output=True, timeout=120)
+    assert start([*command, *at_most], tmp_path / "log").wait(120) == 0, (tmp_path / "log").read_text()
     before = sorted(path.name for path in out_dir.glob("step-*"))
     more = [*command, "--train.save_interval", "1", "--resume", "auto", "--accept_changes", "true"]
-    result = subprocess.run(more, capture_output=True, text=True, timeout=120, preexec_fn=limit)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "step-000003 cannot be written (File too large)" in result.stderr
+    process = start(more, tmp_path / "output", tmp_path / "errors")
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+    assert process.wait(120) == 1 and "Traceback" not in (errors := (tmp_path / "errors").read_text())
+    assert "step-000003 cannot be written (File too large)" in errors
     assert sorted(path.name for path in out_dir.iterdir() if "step" in path.name) == before
     assert all(damage(out_dir / name) is None for name in before)
 
 
 def test_max_time_saves_and_a_second_run_goes_on(teacher_dir, student_dir, alice_json, tmp_path):
-    distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 40, "max_time": 1e-6})
+    distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 8, "max_time": 1e-6})
     assert damage(tmp_path / "step-000001") is None
-    rest = distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 40}, resume="auto")
-    whole = distil(student_dir, teacher_dir, alice_json, tmp_path / "whole", train={"max_steps": 40})
+    rest = distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 8}, resume="auto")
+    whole = distil(student_dir, teacher_dir, alice_json, tmp_path / "whole", train={"max_steps": 8})
     assert all(torch.equal(rest[name], weight) for name, weight in whole.items())
 
 

@@ -1,20 +1,20 @@
-"""The user-visible check of scripts/torture.py, in its smallest form."""
+"""Runs that are killed again and again, as few as `helpers.torture`, a command, can."""
 
+import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torture
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "torture.py"
+from helpers import torture
 
 
 @pytest.mark.slow
 def test_runs_that_are_killed_end_as_if_nothing_had_happened(tmp_path):
     options = ["--kills", "4", "--kinds", "streaming", "--processes", "1", "2", "--work_dir", str(tmp_path)]
-    result = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=400)
+    command = [sys.executable, "-m", "helpers.torture", *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line.split() for line in result.stdout.splitlines()[1:-1]]
     assert [row[:3] for row in rows] == [["streaming", "1", "2"], ["streaming", "2", "2"]]

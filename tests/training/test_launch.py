@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import LAUNCHERS, Command, start
 
 from litgpt_akl.models.parallel import rank
+from litgpt_akl.training import launch
 
 STEPS = ["--train.max_steps", "6", "--train.global_batch_size", "6", "--train.micro_batch_size", "2"]
 
@@ -32,21 +34,22 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def start(arguments: list[str], log: Path, launcher: tuple[str, ...] = ("litgpt",), **environment: str):
-    # nothing of a launcher that runs these tests
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
-    inherited = {name: os.environ[name] for name in os.environ if name not in names and not name.startswith("SLURM_")}
+def start_anew(arguments: list[str], log: Path, launcher: tuple[str, ...] = ("litgpt",)) -> subprocess.Popen:
+    """Not as a copy of this process."""
+    inherited = {
+        name: os.environ[name] for name in os.environ if name not in LAUNCHERS and not name.startswith("SLURM_")
+    }
     with log.open("w") as file:
         return subprocess.Popen(
             [sys.executable, "-m", *launcher, *arguments],
             stdout=file,
             stderr=file,
-            env={**inherited, "OMP_NUM_THREADS": "1", "JSONARGPARSE_DEPRECATION_WARNINGS": "off", **environment},
+            env={**inherited, "OMP_NUM_THREADS": "1", "JSONARGPARSE_DEPRECATION_WARNINGS": "off"},
             start_new_session=True,
         )
 
 
-def end(process: subprocess.Popen, log: Path, seconds: float) -> str:
+def end(process: Command | subprocess.Popen, log: Path, seconds: float) -> str:
     """What was printed; the process must end by itself within that time."""
     try:
         process.wait(seconds)
@@ -92,17 +95,24 @@ def slurm_variables(task: int, nodes: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "launcher", ["litgpt", "torchrun", "two nodes", "SLURM's variables", "SLURM's variables on two nodes"]
+    "launcher",
+    [
+        "litgpt",
+        pytest.param("torchrun", marks=pytest.mark.slow),
+        "two nodes",
+        "SLURM's variables",
+        "SLURM's variables on two nodes",
+    ],
 )
 def test_every_launcher(alone, student_dir, teacher_dir, alice_json, tmp_path, launcher):
     out_dir = tmp_path / "run"
     arguments = command(student_dir, teacher_dir, alice_json, out_dir)
     logs = [tmp_path / f"{number}.log" for number in range(2)]
     if launcher == "litgpt":
-        processes = [start([*arguments, "--devices", "2"], logs[0])]
+        processes = [start_anew([*arguments, "--devices", "2"], logs[0])]
     elif launcher == "torchrun":
         torchrun = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port(), "-m", "litgpt")
-        processes = [start([*arguments, "--devices", "2"], logs[0], torchrun)]
+        processes = [start_anew([*arguments, "--devices", "2"], logs[0], torchrun)]
     elif launcher.startswith("SLURM"):
         nodes, port = (2 if "two nodes" in launcher else 1), free_port()
         options = ["--devices", str(2 // nodes), "--num_nodes", str(nodes)]
@@ -160,6 +170,12 @@ def search_path() -> str:
     return os.pathsep.join(filter(None, sys.path))
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Process 0 of each run, a copy of this one, waits less for others to notice by themselves what has happened."""
+    monkeypatch.setattr(launch, "GRACE", 2.0)
+
+
 @pytest.fixture
 def long_run(student_dir, teacher_dir, alice_json, tmp_path):
     """Starts a run that would go on for hours in two processes; it is past its first steps."""
@@ -179,14 +195,14 @@ def long_run(student_dir, teacher_dir, alice_json, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for_steps(process: subprocess.Popen, out_dir: Path, log: Path) -> None:
+def wait_for_steps(process: Command, out_dir: Path, log: Path) -> None:
     deadline = time.monotonic() + 90
     while not any(path.stat().st_size > 1000 for path in out_dir.glob("logs/csv/version_*/metrics.csv")):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)
 
 
-def child(process: subprocess.Popen) -> int:
+def child(process: Command) -> int:
     """The other process of a run of two."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return int(children[0])

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.litgpt_commands import GREEDY, QUESTION, litgpt, training_options
 from helpers.lora_cases import IDS, TARGETS, adapted, litgpt_lora_model, litgpt_model, read, read_adapters
+from helpers.marks import with_all_slow_but
 from helpers.memory_runs import anonymous
 from helpers.ranks import in_processes
 from helpers.runs import assert_same, difference, distil, metrics
@@ -81,7 +82,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", with_all_slow_but(("untied", "the base as teacher"), RUNS))
 def test_many_processes_take_the_steps_of_one(request, run, alice_json, tmp_path):
     source, targets, teacher = RUNS[run]
     source, teacher = request.getfixturevalue(source), teacher and request.getfixturevalue(teacher)
@@ -116,7 +117,7 @@ def test_the_base_teaches_as_a_copy_of_it_would(states, student_dir, alice_json,
     assert states[-1]["teacher"].model is not states[-1]["student"]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_half_precision_follows_float32(student_dir, alice_json, tmp_path, precision, processes):
     steps = {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 2}

@@ -144,10 +144,26 @@ def difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) 
     return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_one_process_and_two_take_the_same_steps_and_resume_them(student_dir, teacher_dir, short, tmp_path, precision):
-    # in half precision those that keep numbers in another type than the parameters'
-    chosen = cases(ACCEPTED) if precision == "32-true" else [("NAdam", {}), ("ASGD", DECAY)]
+FEW = ("AdamW", "SGD")
+
+
+@pytest.mark.parametrize(
+    ("precision", "chosen"),
+    [
+        pytest.param("32-true", cases({name: ACCEPTED[name] for name in FEW}), id="two"),
+        pytest.param(
+            "32-true",
+            cases({name: options for name, options in ACCEPTED.items() if name not in FEW}),
+            id="others",
+            marks=pytest.mark.slow,
+        ),
+        # those that keep numbers in another type than the parameters'
+        pytest.param("bf16-true", [("NAdam", {}), ("ASGD", DECAY)], id="half precision"),
+    ],
+)
+def test_one_process_and_two_take_the_same_steps_and_resume_them(
+    student_dir, teacher_dir, short, tmp_path, precision, chosen
+):
     start = torch.load(student_dir / "lit_model.pth", weights_only=True)
     for processes in (1, 2):
         run = partial(run_all, precision=precision)

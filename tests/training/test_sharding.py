@@ -4,12 +4,14 @@ import json
 import math
 import random
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import lightning as L
 import materials
 import pytest
 import torch
+from helpers.marks import with_all_slow_but
 from helpers.memory_runs import watched
 from helpers.ranks import in_processes
 from helpers.runs import assert_same, difference, distil, metrics
@@ -28,7 +30,7 @@ def train(student, teacher, data, out_dir, train=UNEVEN, **changes):
     return distil(student, teacher, data, out_dir, train=train, optimizer=RATE, **changes)
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(scope="module")
 def one(request, student_dir, untied_student_dir, teacher_dir, alice_json, tmp_path_factory):
     """A student, and what one process makes of it."""
     student = student_dir if request.param == "tied" else untied_student_dir
@@ -51,7 +53,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("4 processes", "2 nodes of 2", "one record at a time", "compiled blocks")
+FEW = {
+    *(("tied", case) for case in CASES if case not in SLOW),
+    ("untied", "2 processes"),
+}
+
+
+@pytest.mark.parametrize(("one", "case"), with_all_slow_but(FEW, product(("tied", "untied"), CASES)), indirect=["one"])
 def test_many_processes_take_the_steps_of_one(one, case, teacher_dir, alice_json, tmp_path):
     student, weights, rows = one
     options = CASES[case]
@@ -71,6 +80,7 @@ def test_many_processes_take_the_steps_of_one(one, case, teacher_dir, alice_json
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("one", ["tied", pytest.param("untied", marks=pytest.mark.slow)], indirect=True)
 def test_the_shape_of_batches_does_not_matter_to_one_process(one, teacher_dir, alice_json, tmp_path):
     student, weights, _ = one
     for size in (1, 3, 7):
@@ -113,7 +123,7 @@ def test_uneven_data_never_blocks(student_dir, teacher_dir, alice_json, tmp_path
     assert all(math.isfinite(row["loss"]) for row in rows)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_half_precision_follows_float32(student_dir, teacher_dir, alice_json, tmp_path, precision, processes):
     steps = {"max_steps": 20, "global_batch_size": 8, "micro_batch_size": 2}

@@ -5,9 +5,10 @@ Each is started with `--resume auto`, killed by SIGKILL at random moments, every
 started again until it may finish; then another one begins, until there were enough kills. Weights, optimizer, random
 numbers and the loss of every step must equal those of an undisturbed run bit for bit, and nothing may be left over.
 
-    python scripts/torture.py --kills 200
-    python scripts/torture.py --kinds lora cache --processes 2 --kills 40 --seed 7
-    python scripts/torture.py --kills 100 -- STUDENT --teacher_checkpoint_dir TEACHER --data ... --train.max_steps 500
+    export PYTHONPATH=tests:scripts
+    python -m helpers.torture --kills 200
+    python -m helpers.torture --kinds lora cache --processes 2 --kills 40 --seed 7
+    python -m helpers.torture --kills 100 -- STUDENT --teacher_checkpoint_dir TEACHER --data ... --train.max_steps 500
 """
 
 import argparse
@@ -27,6 +28,8 @@ from typing import Any
 
 import materials
 import torch
+
+from helpers import commands
 
 POLL = 0.001
 """Seconds between two looks at the run."""
@@ -71,7 +74,7 @@ def write_material(directory: Path) -> None:
 def tiny_recipe(kind: str, processes: int, material: Path, own: Path, steps: int) -> list[str]:
     """Arguments for a run of seconds; what it keeps beside its ``--out_dir`` lies in ``own``."""
     # which of its random numbers would be whose, if the parameters are shared?
-    optimizer = "torture.NoisyAdamW" if processes == 1 else "AdamW"
+    optimizer = "helpers.torture.NoisyAdamW" if processes == 1 else "AdamW"
     return [
         *(str(material / "student"), "--teacher_checkpoint_dir", str(material / "teacher")),
         *(word.format(material=material, own=own) for word in KINDS[kind]),
@@ -81,19 +84,6 @@ def tiny_recipe(kind: str, processes: int, material: Path, own: Path, steps: int
         *("--optimizer.class_path", optimizer, "--optimizer.lr", "3e-3"),
         *("--eval.interval", "5", "--eval.max_iters", "2", "--eval.max_new_tokens", "4"),
     ]
-
-
-def import_everything() -> None:
-    """What a run imports, so that copies of this process need not."""
-    import bokeh.plotting  # noqa: F401
-    import litgpt.__main__  # noqa: F401
-
-    import litgpt_akl.commands.export_hf
-    import litgpt_akl.commands.finetune_akl
-    import litgpt_akl.report.page  # noqa: F401
-
-    # each run fills LitGPT's table of commands anew
-    del sys.modules["litgpt.__main__"]
 
 
 @dataclass
@@ -162,10 +152,6 @@ def start(recipe: list[str], out_dir: Path, log: Path, processes: int = 1, resum
 
 
 def _run(words: list[str], log: Path, rank: int, processes: int, port: int) -> None:
-    import datasets
-
-    from litgpt_akl.cli.main import main
-
     if processes > 1:
         names = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": processes}
         names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -175,25 +161,8 @@ def _run(words: list[str], log: Path, rank: int, processes: int, port: int) -> N
     os.dup2(said, 2)
     # a test may have put others in their place
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    datasets.config.HF_DATASETS_CACHE = log.parent / "datasets"
-    sys.argv = ["litgpt", *words]
-    status = 1
-    try:
-        main()
-        status = 0
-    except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            # a copy of this process must not go on with what this process does
-            os._exit(status)
+    os.environ["HF_DATASETS_CACHE"] = str(log.parent / "datasets")
+    commands.run(words)
 
 
 def saving(out_dir: Path) -> bool:
@@ -333,7 +302,7 @@ def main() -> None:
     torch.set_num_threads(1)
     shutil.rmtree(args.work_dir, ignore_errors=True)
     write_material(args.work_dir / "material")
-    import_everything()
+    commands.import_everything()
     cells = list(product(["given"] if args.recipe else args.kinds, args.processes))
     began, results = time.monotonic(), {}
     print(f"{'run':12}{'processes':>10}{'kills':>8}{'in a save':>11}{'runs':>6}{'identical':>11}")
