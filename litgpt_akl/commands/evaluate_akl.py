@@ -24,8 +24,8 @@ from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.files.directories import explain_failure, make_writable, write_file
 from litgpt_akl.files.lock import locked
-from litgpt_akl.loss.adaptive import HeadRule
 from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.loss.objective import HeadRule
 from litgpt_akl.messages import UserError, say
 from litgpt_akl.models.generation import longest_prompt, stop_sequences
 from litgpt_akl.models.gpt import load_frozen

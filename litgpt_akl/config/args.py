@@ -7,9 +7,8 @@ from typing import Literal
 
 import torch
 
-from litgpt_akl.loss.adaptive import HeadRule
 from litgpt_akl.loss.head_loss import DistillationLoss
-from litgpt_akl.loss.objective import DivergenceName, takers
+from litgpt_akl.loss.objective import DivergenceName, HeadRule, takers
 from litgpt_akl.messages import UserError
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")

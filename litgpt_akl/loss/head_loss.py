@@ -2,25 +2,47 @@
 
 Each block of tokens goes through both heads, its loss and the gradient of its logits are formed at once in two buffers
 that are allocated once, and the gradient is carried back through the student's head before the next block overwrites
-them. Results are sums over tokens, never means.
+them. On a CPU, a block's rows are worked on in tiles that stay in the cache from the first pass to the last, in memory
+that is allocated once; torch.compile, where it works, fuses the passes. Results are sums over tokens, never means.
 """
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from litgpt_akl.loss.divergences import (
+    NO_SCRATCH,
+    Comparison,
+    Head,
+    Number,
+    Scratch,
+    Tile,
+    compare,
+    find_divergence,
+    find_head,
+)
 from litgpt_akl.loss.objective import Objective
-from litgpt_akl.loss.scoring import STATISTICS, Scorer, can_compile
 
 IGNORE_INDEX = -100
 
+IN_NATS = ("divergence", "forward_kl", "reverse_kl", "cross_entropy", "teacher_cross_entropy")
+OF_THE_HEAD = ("h", "h_squared", "head_gap", "tail_gap")
+OF_TOP_IDS = ("agreement", "confidence", "accuracy", "teacher_confidence", "teacher_accuracy")
+STATISTICS = (*IN_NATS, *OF_THE_HEAD, *OF_TOP_IDS)
+"""What is known of each token beside the loss. ``agreement`` is of the two top-1 ids, ``confidence`` is the probability
+of a model's top-1 id at temperature 1, and ``accuracy`` is whether it is the label."""
+
 _BLOCK_BYTES = {"cpu": 100 * 2**20}
 _BLOCK_BYTES_ELSEWHERE = 2**30
+# less than 1 MB in float32, so that what a tile needs fits into a core's cache
+_TILE_ELEMENTS = 200_000
 
 
 class HeadLoss(NamedTuple):
@@ -30,16 +52,16 @@ class HeadLoss(NamedTuple):
     """Sum over tokens of ``(1 - kd_ratio) * cross-entropy + kd_ratio * divergence`` in nats, with gradients."""
     tokens: int
     """How many labels were not -100."""
-    values: Tensor
-    """``[len(STATISTICS), tokens]``: the :data:`STATISTICS` of each token, without gradients."""
+    values: dict[str, Tensor]
+    """The :data:`STATISTICS` of each token, ``[tokens]`` by name, without gradients."""
 
     @property
     def stats(self) -> dict[str, Tensor]:
         """The sums of :data:`STATISTICS` over tokens, scalars."""
-        return dict(zip(STATISTICS, self.values.sum(dim=1).unbind(), strict=True))
+        return dict(zip(self.values, torch.stack([*self.values.values()]).sum(dim=1).unbind(), strict=True))
 
 
-class _Head(NamedTuple):
+class _LMHead(NamedTuple):
     """Final hidden states ``[n, d]`` and the head ``[vocab, d]`` that turns them into logits."""
 
     hidden: Tensor
@@ -116,7 +138,7 @@ class DistillationLoss(Objective):
             student_hidden, teacher_hidden, labels = student_hidden[rows], teacher_hidden[rows], labels[rows]
         dtype = _product_dtype(student_hidden)
         student = student_hidden.to(dtype), student_head_weight.to(dtype), student_bias
-        teacher = _Head(
+        teacher = _LMHead(
             teacher_hidden.detach().to(dtype),
             teacher_head_weight.detach()[:vocab_size].to(dtype),
             None if teacher_bias is None else teacher_bias.detach()[:vocab_size],
@@ -125,7 +147,7 @@ class DistillationLoss(Objective):
         wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
         with torch.autocast(student_hidden.device.type, enabled=False):
             loss, values = _BlockwiseLoss.apply(*student, teacher, student_softcap, labels, wanted, self)
-        return HeadLoss(loss, len(labels), values)
+        return HeadLoss(loss, len(labels), dict(zip(STATISTICS, values.unbind(), strict=True)))
 
     def tokens_per_block(self, vocab_size: int, device_type: str) -> int:
         """How many tokens go through the heads at a time."""
@@ -139,15 +161,25 @@ class DistillationLoss(Objective):
         wanted = device_type != "cpu" if self.compile is None else self.compile
         return wanted and can_compile(device_type)
 
+    @property
+    def working_blocks(self) -> int:
+        """How many tensors as large as a block of logits a divergence needs where all rows are worked on at once.
+
+        What a user's function needs depends on it: ten are enough for a few log-softmaxes and products under autograd.
+        """
+        # a gradient that waits for its sum over the vocabulary, the student's distribution, and one to work in
+        return {"with the loss": 0, "alone": 3, "never": 10}[find_divergence(self).compiled]
+
 
 class _BlockwiseLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, teacher: _Head, softcap, labels, wanted, options: DistillationLoss):
+    def forward(ctx, hidden, weight, bias, teacher: _LMHead, softcap, labels, wanted, options: DistillationLoss):
         vocab_size, device = len(teacher.weight), hidden.device.type
-        student = _Head(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size], softcap)
+        student = _LMHead(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size], softcap)
         gradients = _Gradients.like(student, wanted, len(weight), empty=len(labels) == 0)
         dtype = gradients.dtype
-        stats = torch.empty(len(STATISTICS), len(labels), dtype=dtype, device=hidden.device)
+        values = torch.empty(len(STATISTICS), len(labels), dtype=dtype, device=hidden.device)
+        by_name = dict(zip(STATISTICS, values.unbind(), strict=True))
         blocks = max(1, math.ceil(len(labels) / options.tokens_per_block(vocab_size, device)))
         size = math.ceil(len(labels) / blocks)
         # two tensors, not one: torch.compile mistakes what is written to a part of a tensor that is also read
@@ -157,7 +189,6 @@ class _BlockwiseLoss(torch.autograd.Function):
             buffers[0],
             softcap=softcap,
             finite=all(_allows_all(head.bias) for head in (student, teacher)),
-            compiled=options.compiles_on(device),
             want_gradient=any(wanted),
         )
         for start in range(0, len(labels), size or 1):
@@ -165,12 +196,11 @@ class _BlockwiseLoss(torch.autograd.Function):
             student_logits, teacher_logits = (buffer[: rows.stop - rows.start] for buffer in buffers)
             student.logits_into(student_logits, rows)
             teacher.logits_into(teacher_logits, rows)
-            score(teacher_logits, student_logits, labels[rows], stats[:, rows])
+            score(teacher_logits, student_logits, labels[rows], {name: value[rows] for name, value in by_name.items()})
             gradients.add(student_logits, student, rows)
         ctx.gradients, ctx.inputs = gradients, (hidden, weight, bias)
-        divergence, cross_entropy = (stats[STATISTICS.index(name)].sum() for name in ("divergence", "cross_entropy"))
-        ctx.mark_non_differentiable(stats)
-        return _weighted(options.kd_ratio, divergence, cross_entropy), stats
+        ctx.mark_non_differentiable(values)
+        return _weighted(options.kd_ratio, by_name["divergence"].sum(), by_name["cross_entropy"].sum()), values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -198,7 +228,7 @@ class _Gradients(NamedTuple):
     dtype: torch.dtype
 
     @classmethod
-    def like(cls, student: _Head, wanted: tuple[bool, bool, bool], width: int, empty: bool) -> "_Gradients":
+    def like(cls, student: _LMHead, wanted: tuple[bool, bool, bool], width: int, empty: bool) -> "_Gradients":
         dtype = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
         vocab_size, device = len(student.weight), student.hidden.device
         hidden = torch.empty(student.hidden.shape, dtype=dtype, device=device) if wanted[0] else None
@@ -209,7 +239,7 @@ class _Gradients(NamedTuple):
         bias = torch.zeros(width, dtype=dtype, device=device) if wanted[2] else None
         return cls(hidden, weight, bias, dtype)
 
-    def add(self, logits_gradient: Tensor, student: _Head, rows: slice) -> None:
+    def add(self, logits_gradient: Tensor, student: _LMHead, rows: slice) -> None:
         """Carry the gradient of one block's logits ``[block, vocab]`` back through the student's head."""
         vocab_size = len(student.weight)
         if self.bias is not None:
@@ -225,6 +255,190 @@ class _Gradients(NamedTuple):
         """The gradients times ``factor``, in place, in the dtypes of their inputs."""
         pairs = zip(self[:3], inputs, strict=True)
         return tuple(None if total is None else total.mul_(factor).to(given.dtype) for total, given in pairs)
+
+
+class Scorer:
+    """Scores blocks of logits and turns the student's logits into the gradient of the objective, in place.
+
+    Args:
+        loss: what is minimised.
+        block: a block such as will be scored, ``[block, vocab]``.
+        softcap: of the student's logits.
+        finite: promises that no logit is -inf.
+        want_gradient: whether the student's logits are to become the gradient.
+    """
+
+    def __init__(
+        self, loss: DistillationLoss, block: Tensor, *, softcap: float | None, finite: bool, want_gradient: bool
+    ) -> None:
+        self.loss, self.finite, self.want_gradient = loss, finite, want_gradient
+        self.tile, self.scratch, compiled = len(block), NO_SCRATCH, loss.compiles_on(block.device.type)
+        if block.device.type == "cpu":
+            self.tile = max(1, _TILE_ELEMENTS // block.size(1))
+            if not compiled:
+                self.scratch = tuple(block.new_empty(len(NO_SCRATCH), self.tile, block.size(1)))
+        make = _compiled if compiled else _eager
+        number = partial(_as_tensor, like=block) if compiled else float
+        kd_ratio, temperature = loss.kd_ratio, loss.temperature
+        # an infinite divergence without a share has no part in the gradient
+        counts = want_gradient and kd_ratio > 0
+        cross_entropy = None if kd_ratio == 1 else number(1 - kd_ratio)
+        # at temperature 1 the student's distribution is the same in the divergence and in the cross-entropy
+        shared = counts and temperature == 1 and cross_entropy is not None
+        self.scale = number(kd_ratio * temperature) if counts else None
+        self.student_scale = cross_entropy if shared else number(0.0)
+        divergence = find_divergence(loss)
+        options = {name: number(x) if isinstance(x, float) else x for name, x in loss.options.items()}
+        switches = {name: options.pop(name) for name, x in loss.options.items() if isinstance(x, bool)}
+        self.fused = divergence.function if counts and divergence.compiled == "with the loss" else None
+        self.compare = make(compare, finite=finite)
+        make_divergence = make if divergence.compiled == "alone" else _eager
+        self.divergence = partial(make_divergence(divergence.function, finite, counts, **switches), **options)
+        softcap = None if softcap is None else number(softcap)
+        variant = finite, cross_entropy is None, softcap is None, temperature == 1
+        replace = make(_replace_by_gradient, *variant, fused=self.fused, shared=shared)
+        self.replace = partial(replace, options=options, cross_entropy=cross_entropy, softcap=softcap)
+
+    def __call__(self, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, out: dict[str, Tensor]) -> None:
+        """Fill the :data:`STATISTICS` ``[block]``, by their names, for blocks of logits ``[block, vocab]``."""
+        temperature = self.loss.temperature
+        teacher, student = teacher_logits, student_logits
+        if temperature != 1.0:
+            teacher, student = teacher / temperature, student / temperature
+        tiles = self._tiles(len(labels))
+        parts = [self.compare(teacher[rows], student[rows], scratch=scratch) for rows, scratch in tiles]
+        comparison = parts[0] if len(parts) == 1 else Comparison(*map(torch.cat, zip(*parts, strict=True)))
+        head = find_head(teacher, student, comparison, mu=self.loss.mu, head_rule=self.loss.head_rule)
+        log_sums = comparison.teacher_log_sum, comparison.student_log_sum
+        if temperature != 1.0:
+            log_sums = teacher_logits.logsumexp(dim=-1), student_logits.logsumexp(dim=-1)
+        statistics = self._statistics((teacher_logits, student_logits), log_sums, labels, comparison, head)
+        for name, value in statistics.items():
+            out[name].copy_(value)
+        for rows, scratch in tiles:
+            known = teacher[rows], student[rows], comparison.of_rows(rows), head.weight[rows], self.finite, scratch
+            tile = Tile(*known, self.scale, self.student_scale)
+            value, gradient = self.divergence(tile if self.fused is None else Tile(*known, None))
+            out["divergence"][rows] = value * temperature**2
+            if self.want_gradient:
+                logits = None if temperature == 1.0 else student_logits[rows]
+                self.replace(tile, logits, log_sums[1][rows], labels[rows, None], gradient)
+
+    def _statistics(
+        self, logits: Sequence[Tensor], log_sums: Sequence[Tensor], labels: Tensor, comparison: Comparison, head: Head
+    ) -> dict[str, Tensor]:
+        """All :data:`STATISTICS` of a block but the divergence, ``[block]`` each; ``log_sums`` are of ``logits``."""
+        (teacher_log_sum, log_sum), temperature = log_sums, self.loss.temperature
+        teacher_label, label = (one.gather(-1, labels[:, None])[:, 0] for one in logits)
+        teacher_top, top = (one.gather(-1, head.top_id[:, None])[:, 0] for one in logits)
+        return {
+            "forward_kl": comparison.forward_kl,
+            "reverse_kl": comparison.reverse_kl,
+            "cross_entropy": log_sum - label,
+            "teacher_cross_entropy": teacher_log_sum - teacher_label,
+            "h": head.weight,
+            "h_squared": head.weight.square(),
+            "head_gap": head.gap,
+            "tail_gap": comparison.gap - head.gap,
+            # divided, since the division may round two logits to one
+            "agreement": top / temperature >= comparison.student_max,
+            "accuracy": label / temperature >= comparison.student_max,
+            "confidence": torch.exp(temperature * comparison.student_max - log_sum),
+            "teacher_accuracy": teacher_label / temperature >= teacher_top / temperature,
+            "teacher_confidence": torch.exp(teacher_top - teacher_log_sum),
+        }
+
+    def _tiles(self, rows: int) -> list[tuple[slice, Scratch]]:
+        """Slices of a block's rows, and memory to work on each in."""
+        slices = [slice(start, min(start + self.tile, rows)) for start in range(0, rows, self.tile)]
+        return [(s, [x if x is None else x[: s.stop - s.start] for x in self.scratch]) for s in slices]
+
+
+def _replace_by_gradient(
+    tile: Tile,
+    logits: Tensor | None,
+    log_sum: Tensor,
+    labels: Tensor,
+    gradient: Tensor | None,
+    *,
+    options: dict[str, Number],
+    cross_entropy: Number | None,
+    softcap: Number | None,
+    fused: Callable | None,
+    shared: bool,
+) -> None:
+    """Overwrite the student's logits with the gradient of the loss in the logits as they were before the softcap.
+
+    Args:
+        tile: of the logits divided by the temperature.
+        logits: the student's, to be overwritten; None at temperature 1, where they are the tile's: handed in beside
+            it, they could be the same memory under another name.
+        log_sum: of ``logits``, ``[n]``.
+        labels: ``[n, 1]``.
+        gradient: of the divergence, ``[n, vocab]``, if it is known and has a share.
+        options: of the divergence.
+        cross_entropy: its share; None for 0, which is other code.
+        softcap: of the student's logits.
+        fused: gives the gradient if it is not known.
+        shared: whether the part of the cross-entropy that does not depend on the label is in the gradient.
+    """
+    logits = tile.student if logits is None else logits
+    if fused is not None:
+        _, gradient = fused(tile, **options)
+    if cross_entropy is not None:
+        if not shared:
+            of_all = (logits - log_sum[:, None]).exp_().mul_(cross_entropy)
+            gradient = of_all if gradient is None else gradient.add_(of_all)
+        gradient.scatter_add_(-1, labels, (torch.zeros_like(log_sum) - cross_entropy)[:, None])
+    if softcap is not None:
+        gradient.mul_(1 - (logits / softcap).square_())
+    logits.copy_(gradient)
+
+
+@cache
+def can_compile(device_type: str) -> bool:
+    """Whether torch.compile works there; only a trial tells, since it needs a compiler and its headers."""
+    try:
+        torch.compile(lambda x: x.exp().sum(dim=-1), dynamic=True)(torch.ones(2, 8, device=device_type))
+    except Exception:
+        return False
+    return True
+
+
+def _as_tensor(number: float, like: Tensor) -> Tensor:
+    """A tensor of shape ``[]``; filled by the device itself, the host does not wait as it would for a copy."""
+    return torch.full((), number, dtype=like.dtype, device=like.device)
+
+
+def _eager(function: Callable, *_, **switches: bool) -> Callable:
+    return partial(function, **switches)
+
+
+@cache
+def _compiled(function: FunctionType, *variant: bool, **switches: bool | Callable | None) -> Callable:
+    """``function`` as torch.compile fuses it; what it is called with must have no Python float in it.
+
+    torch.compile would make a symbol of the float, specialise the code to its value, and take that code from its cache
+    for another value (pytorch issues 194976 and 197889).
+    """
+    # how much is compiled of a code object is limited, and all partials share one: each variant has its own
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    own.__kwdefaults__ = {**(function.__kwdefaults__ or {}), **switches}
+    fused = torch.compile(own, dynamic=True, fullgraph=True)
+
+    def call(*args, **kwargs):
+        try:
+            return fused(*args, **kwargs)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            warnings.warn(
+                f"torch.compile has compiled as many variants of {function.__name__} as it may"
+                f" ({torch._dynamo.config.recompile_limit}, torch._dynamo.config.recompile_limit). Others are computed"
+                " without it, which is slower.",
+                stacklevel=2,
+            )
+            return function(*args, **kwargs, **switches)
+
+    return call
 
 
 def _check(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, vocab_size: int) -> None:

@@ -1,51 +1,61 @@
-"""What is minimised at a token: its options, their ranges, and the table of the divergences in closed form."""
+"""What is minimised at a token: the options of an objective, their ranges, and which divergence each belongs to."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
-from litgpt_akl.loss import closed_forms
-from litgpt_akl.loss.adaptive import HeadRule
-from litgpt_akl.loss.closed_forms import Slope
-from litgpt_akl.loss.own_divergence import OwnDivergence, own_divergence
+from litgpt_akl.messages import UserError, reason
 
 DivergenceName = Literal[
     "akl", "fkl", "rkl", "mix", "jsd", "skewed_fkl", "skewed_rkl", "tv", "todi", "alpha_beta", "tad"
 ]
+HeadRule = Literal["paper", "official"]
 
-
-class _Entry(NamedTuple):
-    function: Callable[..., Slope]
-    defaults: dict[str, float]
-    """The options that it depends on."""
-    ends: dict[tuple[float, ...], float]
-    """Values of the options that make it forward KL (1) or reverse KL (0)."""
-    switches: Callable[..., dict[str, bool]] = lambda **options: {}
-    """What the values of the options decide about its code."""
-
-
-def _weigh(beta: float) -> dict[str, bool]:
-    return {"teacher_outweighs": beta > 0.5}
-
-
-_CLOSED_FORMS: dict[str, _Entry] = {
-    "jsd": _Entry(closed_forms.generalised_jsd, {"beta": 0.5}, {(0,): 1.0, (1,): 0.0}, _weigh),
-    "skewed_fkl": _Entry(closed_forms.skewed_forward_kl, {"skew": 0.1}, {(0,): 1.0}),
-    "skewed_rkl": _Entry(closed_forms.skewed_reverse_kl, {"skew": 0.1}, {(0,): 0.0}),
-    "tv": _Entry(closed_forms.total_variation, {}, {}),
-    "todi": _Entry(closed_forms.token_wise_kl, {}, {}),
-    "alpha_beta": _Entry(closed_forms.alpha_beta, {"alpha": 0.2, "beta": 0.7}, {(1, 0): 1.0, (0, 1): 0.0}),
-    "tad": _Entry(closed_forms.tail_aware_kl, {"top_k": 10, "tail_weight": 1.0}, {}),
+OPTIONS: dict[str, dict[str, float]] = {
+    "mix": {"mix_ratio": 0.5},
+    "jsd": {"beta": 0.5},
+    "skewed_fkl": {"skew": 0.1},
+    "skewed_rkl": {"skew": 0.1},
+    "alpha_beta": {"alpha": 0.2, "beta": 0.7},
+    "tad": {"top_k": 10, "tail_weight": 1.0},
 }
+"""The options that belong to some divergences alone, and their defaults; ``mu`` and ``head_rule`` are in statistics of
+every one."""
+
+_LIMITS: dict[str, dict[tuple[float, ...], str]] = {
+    "mix": {(1,): "fkl", (0,): "rkl"},
+    "jsd": {(0,): "fkl", (1,): "rkl"},
+    "skewed_fkl": {(0,): "fkl"},
+    "skewed_rkl": {(0,): "rkl"},
+    "alpha_beta": {(1, 0): "fkl", (0, 1): "rkl"},
+}
+"""Values of the options at which a divergence is another one, whose code is simpler and exact there."""
+
+_INFINITY = float("inf")
+_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "mu": ("above 0 and at most 1", lambda mu: 0 < mu <= 1),
+    "mix_ratio": ("between 0 and 1", lambda mix_ratio: 0 <= mix_ratio <= 1),
+    "skew": ("at least 0 and below 1", lambda skew: 0 <= skew < 1),
+    "top_k": ("at least 1", lambda top_k: top_k >= 1),
+    "tail_weight": ("at least 0", lambda tail_weight: 0 <= tail_weight < _INFINITY),
+    "temperature": ("above 0", lambda temperature: 0 < temperature < _INFINITY),
+    "kd_ratio": ("between 0 and 1", lambda kd_ratio: 0 <= kd_ratio <= 1),
+}
+_JSD_RANGE = ("between 0 and 1 for jsd", lambda beta: 0 <= beta <= 1)
+_ALPHA_BETA_RANGE = (
+    "above 0, except for the limits alpha 1, beta 0 (forward KL) and alpha 0, beta 1 (reverse KL)",
+    lambda exponent: 0 < exponent < _INFINITY,
+)
 
 
 def takers(option: str) -> list[str]:
-    """The divergences that depend on ``option``."""
-    return (
-        ["mix"] if option == "mix_ratio" else [name for name, form in _CLOSED_FORMS.items() if option in form.defaults]
-    )
+    """The divergences that alone depend on ``option``; none for an option of all."""
+    return [name for name, options in OPTIONS.items() if option in options]
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class Objective:
         """Check the options.
 
         Raises:
-            ValueError: names the option, its value and its range, or why an own function cannot be had.
+            ValueError: names the option, its value and its range, or says why a user's function cannot be had.
         """
         names = get_args(DivergenceName)
         if self.divergence not in names:
@@ -88,76 +98,117 @@ class Objective:
                     f"divergence must be one of {', '.join(names)}, or the import path of a function,"
                     f" got {self.divergence!r}"
                 )
-            own_divergence(self.divergence)
+            user_function(self.divergence)
         if self.head_rule not in get_args(HeadRule):
             raise ValueError(f"head_rule must be one of {', '.join(get_args(HeadRule))}, got {self.head_rule!r}")
-        if not 0.0 < self.mu <= 1.0:
-            raise ValueError(f"mu must be above 0 and at most 1, got {self.mu}")
-        if not 0.0 <= self.mix_ratio <= 1.0:
-            raise ValueError(f"mix_ratio must be between 0 and 1, got {self.mix_ratio}")
-        if not 0.0 <= self.skew < 1.0:
-            raise ValueError(f"skew must be at least 0 and below 1, got {self.skew}")
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if not 0.0 <= self.tail_weight < float("inf"):
-            raise ValueError(f"tail_weight must be at least 0, got {self.tail_weight}")
-        if self.divergence == "jsd" and not 0.0 <= self.options["beta"] <= 1.0:
-            raise ValueError(f"beta must be between 0 and 1 for jsd, got {self.beta}")
-        if self.divergence == "alpha_beta" and self._end is None:
-            for name, value in self.options.items():
-                if not 0.0 < value < float("inf"):
-                    raise ValueError(
-                        f"{name} must be above 0, except for the limits alpha 1, beta 0 (forward KL) and alpha 0,"
-                        f" beta 1 (reverse KL), got {value}"
-                    )
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
-        if not 0.0 <= self.kd_ratio <= 1.0:
-            raise ValueError(f"kd_ratio must be between 0 and 1, got {self.kd_ratio}")
+        for name, allowed in _RANGES.items():
+            _check(name, getattr(self, name), *allowed)
+        if self.computed == self.divergence in ("jsd", "alpha_beta"):
+            for name, value in self._numbers.items():
+                _check(name, value, *(_JSD_RANGE if self.divergence == "jsd" else _ALPHA_BETA_RANGE))
 
     @property
-    def options(self) -> dict[str, float]:
-        """The options that a divergence in closed form depends on, and their values; none of an own function."""
-        defaults = _CLOSED_FORMS[self.divergence].defaults if self.divergence in _CLOSED_FORMS else {}
+    def _numbers(self) -> dict[str, float]:
+        """The options that belong to the divergence alone, in the types of their defaults."""
+        defaults = OPTIONS.get(self.divergence, {})
         given = {name: getattr(self, name) for name in defaults}
-        values = {name: default if given[name] is None else given[name] for name, default in defaults.items()}
-        return {name: type(defaults[name])(value) for name, value in values.items()}
+        return {
+            name: type(default)(default if given[name] is None else given[name]) for name, default in defaults.items()
+        }
 
     @property
-    def switches(self) -> dict[str, bool]:
-        """What :attr:`options` decide about the code of a divergence in closed form, beside being its numbers."""
-        entry = _CLOSED_FORMS.get(self.divergence)
-        return {} if entry is None else entry.switches(**self.options)
+    def computed(self) -> str:
+        """The divergence that is computed: at the limits of its options it is another one than is named."""
+        return _LIMITS.get(self.divergence, {}).get(tuple(self._numbers.values()), self.divergence)
 
     @property
-    def _end(self) -> float | None:
-        entry = _CLOSED_FORMS.get(self.divergence)
-        return None if entry is None else entry.ends.get(tuple(self.options.values()))
+    def options(self) -> dict[str, Any]:
+        """What the divergence that is computed takes beside a tile; a bool among it decides about its code."""
+        if self.divergence not in get_args(DivergenceName):
+            return {"function": user_function(self.divergence)}
+        if self.computed != self.divergence:
+            return {}
+        options = self._numbers
+        return {**options, "teacher_outweighs": options["beta"] > 0.5} if self.divergence == "jsd" else options
 
-    @property
-    def form(self) -> Callable[..., Slope] | None:
-        """What gives value and gradient of a tile, from logits, comparison, :attr:`options` and :attr:`switches`.
 
-        None where they are shares of forward and reverse KL.
+def _check(name: str, value: float, words: str, allows: Callable[[float], bool]) -> None:
+    if not allows(value):
+        raise ValueError(f"{name} must be {words}, got {value}")
+
+
+class UserFunction:
+    """A user's ``function(teacher_logits, student_logits) -> [n]`` on a tile ``[n, vocab]``, with its gradient.
+
+    Args:
+        path: under which the function was found.
+        function: see above; differentiable in its second argument.
+    """
+
+    def __init__(self, path: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.path, self.function, self.is_checked = path, function, False
+
+    def differentiate(self, teacher_logits: Tensor, student_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The value ``[n]`` of each row, and its gradient ``[n, vocab]`` in the student's logits.
+
+        Raises:
+            UserError: the function gives something else than a number for each row, or is not differentiable.
         """
-        if self.divergence in _CLOSED_FORMS:
-            return _CLOSED_FORMS[self.divergence].function if self._end is None else None
-        return None if self.divergence in get_args(DivergenceName) else own_divergence(self.divergence)
+        with torch.enable_grad():
+            leaf = student_logits.detach().requires_grad_()
+            value = self.function(teacher_logits.detach(), leaf)
+            rows = leaf.shape[:1]
+            if not isinstance(value, Tensor) or value.shape != rows:
+                found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise UserError(
+                    f"--distill.divergence {self.path} must give one number for each row of its logits"
+                    f" {list(leaf.shape)}, a tensor {list(rows)}; it gave {found}."
+                )
+            gradient = None
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+        if gradient is None:
+            raise UserError(
+                f"--distill.divergence {self.path} does not depend on the student's logits, its second argument, in a"
+                " way that can be differentiated."
+            )
+        # an expanded one cannot be written to
+        return value.detach().to(leaf.dtype), gradient.contiguous()
 
-    def forward_share(self, adaptive_weight: Tensor) -> Tensor | float | None:
-        """Share of forward KL where there is no form, the rest being reverse KL; None where there is no rest."""
-        if self.divergence == "akl":
-            return adaptive_weight
-        share = {"fkl": 1.0, "rkl": 0.0, "mix": self.mix_ratio}[self.divergence] if self._end is None else self._end
-        return None if share == 1.0 else share
+    def check_equality(self, logits: Tensor) -> None:
+        """Call the function once where the student's logits equal the teacher's, ``[n, vocab]``.
 
-    @property
-    def working_blocks(self) -> int:
-        """How many tensors as large as a block of logits are needed where all rows are worked on at once.
-
-        What an own function needs depends on it: ten are enough for a few log-softmaxes and products under autograd.
+        Raises:
+            UserError: its value or its gradient is not finite there.
         """
-        if isinstance(self.form, OwnDivergence):
-            return 10
-        # a gradient that waits for its sum over the vocabulary, the student's distribution, and one to work in
-        return 0 if self.form is None else 3
+        if len(logits) == 0:
+            return
+        for what, result in zip(("value", "gradient"), self.differentiate(logits, logits), strict=True):
+            if not result.isfinite().all():
+                raise UserError(
+                    f"--distill.divergence {self.path} has a {what} that is not finite where the student's logits equal"
+                    " the teacher's. Logits may be -inf, and a gradient must not be 0 times infinity."
+                )
+        self.is_checked = True
+
+
+@cache
+def user_function(path: str) -> UserFunction:
+    """Import the function that ``path``, such as ``my.module.function``, names.
+
+    Raises:
+        ValueError: it cannot be imported, or cannot be called.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        function = getattr(import_module(module), name)
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(
+            f"divergence {path} cannot be imported: {reason(error)}. Modules are looked for where Python looks for"
+            " them, such as in the folders of PYTHONPATH."
+        ) from error
+    if not callable(function):
+        raise ValueError(
+            f"divergence {path} must be a function of two blocks of logits, got a {type(function).__name__}"
+        )
+    return UserFunction(path, function)

@@ -18,7 +18,7 @@ from torch import Tensor
 from litgpt_akl.data.dataset import ArrowDataset, TokenizedDataset
 from litgpt_akl.data.steps import in_order, together
 from litgpt_akl.files.manifest import EXAMPLES, PAGE
-from litgpt_akl.loss.adaptive import in_head
+from litgpt_akl.loss.divergences import in_head
 from litgpt_akl.loss.head_loss import IGNORE_INDEX
 from litgpt_akl.messages import reason
 from litgpt_akl.models.generation import generate, longest_prompt, stop_sequences, without_end

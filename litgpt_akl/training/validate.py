@@ -13,8 +13,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import in_order
-from litgpt_akl.loss.head_loss import DistillationLoss
-from litgpt_akl.loss.scoring import STATISTICS
+from litgpt_akl.loss.head_loss import STATISTICS, DistillationLoss
 from litgpt_akl.messages import progress_bar
 from litgpt_akl.models.gpt import distillation_loss
 from litgpt_akl.models.parallel import all_gather_object, reshard
@@ -76,8 +75,8 @@ def measure(
         for moved, teacher_hidden in Teacher(fabric, teacher).hidden_states([batch]):
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
             result = distillation_loss(student, teacher, loss, *targets, vocab_size)
-        sums += torch.cat([sums.new_tensor([result.tokens]), result.values.sum(dim=1)])
-        calibration.append(torch.stack([result.values[STATISTICS.index(name)] for name in CALIBRATION]).cpu())
+        sums += torch.stack([result.loss.new_tensor(result.tokens), *result.stats.values()])
+        calibration.append(torch.stack([result.values[name] for name in CALIBRATION]).cpu())
         rate = batch.input_ids.numel() * fabric.world_size / (time.perf_counter() - began)
         bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
         bar.update(min(fabric.world_size * len(batch.input_ids), len(numbers) - bar.n))

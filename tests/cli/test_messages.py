@@ -22,7 +22,7 @@ ELSEWHERE = {
     ("evaluate_akl", "litgpt_akl.config.checks.check_run_args"): "it is asked without keep_last",
     ("evaluate_akl", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
     ("export_hf", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
-    ("evaluate_akl", "litgpt_akl.loss.own_divergence.OwnDivergence"): "the divergence is one of the package's own",
+    ("evaluate_akl", "litgpt_akl.loss.objective.UserFunction"): "the divergence is one of the package's own",
     ("evaluate_akl", "litgpt_akl.training.launch.WAY_ON"): "it gives words of its own",
     ("report_akl", "litgpt_akl.report.history.read_history"): "it says that finetune_akl's option is meant",
     ("report_akl", "litgpt_akl.report.page._objective"): "it shows with what options a run was made",

@@ -63,7 +63,7 @@ def results(inputs: dict, compile: bool, student_softcap: float | None = None, *
     """The loss, the divergence of each token, and the gradients."""
     output = DistillationLoss(compile=compile, **options)(**inputs, student_softcap=student_softcap)
     gradients = torch.autograd.grad(output.loss, [inputs[name] for name in LEAVES])
-    return [output.loss.detach(), output.values[0], *gradients]
+    return [output.loss.detach(), output.values["divergence"], *gradients]
 
 
 def measure(device: str, backwards: bool) -> None:

@@ -15,7 +15,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from litgpt_akl.data import workers
-from litgpt_akl.loss import head_loss, scoring
+from litgpt_akl.loss import head_loss
 from litgpt_akl.teacher import teacher
 from litgpt_akl.training import loop
 from step_benchmark import variants
@@ -40,7 +40,7 @@ RANGES = (
     (teacher, "hidden_states", "teacher"),
     (workers.Fetched, "__next__", LOADING),
     (head_loss, "_product", HEADS),
-    (scoring.Scorer, "__call__", LOSS),
+    (head_loss.Scorer, "__call__", LOSS),
     (loop, "clip_gradients", NORM),
     (variants, "linear", HEADS),
     (variants, "cross_entropy", LOSS),
