@@ -25,17 +25,15 @@ from litgpt_akl.config.checks import (
     without_student,
 )
 from litgpt_akl.config.recipe import check_masked, given, recipe_as_yaml
-from litgpt_akl.memory.memory_plan import MemoryPlan
-from litgpt_akl.memory.memory_report import report_memory
-from litgpt_akl.memory.planning import device_bytes, find_models, make_plan, models_of
+from litgpt_akl.memory import MemoryEstimate, make_estimate, report_memory
 from litgpt_akl.messages import say
 from litgpt_akl.models.export import check_export
 from litgpt_akl.models.gpt import check_quantization
-from litgpt_akl.models.pair import Pair, check_pair
+from litgpt_akl.models.pair import Pair, check_pair, find_models
 from litgpt_akl.models.parallel import make_strategy
 from litgpt_akl.teacher.chunk_file import DTYPES
 from litgpt_akl.teacher.identity import stored_type
-from litgpt_akl.teacher.space import describe_plan
+from litgpt_akl.teacher.space import bytes_of_token, describe_without_data
 from litgpt_akl.training.logging import SpeakingFabric, make_loggers, silence_known_noise
 from litgpt_akl.training.main import fill, main
 from litgpt_akl.training.optimizer import check_optimizer, make_optimizer
@@ -148,13 +146,13 @@ def setup(
     silence_known_noise()
     fused = check_options(options)
     pair = None if dry_run else find_pair(options)
-    plan = plan_memory(options, pair, fused)
+    memory = estimate_memory(options, pair, fused)
     if pair is None:
-        tell_memory(options, plan)
+        tell_memory(options, memory)
         return
     if options.data is None:
         options.data = Alpaca()
-    launch(Run(**vars(options), pair=pair, plan=plan, recipe=recipe))
+    launch(Run(**vars(options), pair=pair, memory=memory, recipe=recipe))
 
 
 def check_options(options: Options) -> bool:
@@ -209,10 +207,10 @@ def find_pair(options: Options) -> Pair:
     return pair
 
 
-def plan_memory(options: Options, pair: Pair | None, fused: bool) -> MemoryPlan:
+def estimate_memory(options: Options, pair: Pair | None, fused: bool) -> MemoryEstimate:
     """The memory of a run; of a dry run, which has no pair, from what can be known of the models' names."""
-    return make_plan(
-        models_of(pair) if pair else find_models(options.checkpoint_dir, options.teacher_dir),
+    return make_estimate(
+        find_models(options.checkpoint_dir, options.teacher_dir, pair),
         partial(make_optimizer, options.optimizer, fused=fused),
         options.distill,
         options.train,
@@ -228,13 +226,15 @@ def plan_memory(options: Options, pair: Pair | None, fused: bool) -> MemoryPlan:
     )
 
 
-def tell_memory(options: Options, plan: MemoryPlan) -> None:
+def tell_memory(options: Options, memory: MemoryEstimate) -> None:
     """Print what a dry run would take of disk and memory; raises UserError if it does not fit."""
     teacher = options.teacher
     if teacher.cache_dir is not None:
-        dtype = DTYPES[stored_type(teacher.cache_dtype, plan.teacher_dtype)]
-        say(describe_plan(teacher.cache_dir, dtype, plan, options.train.epochs))
-    report_memory(plan, device_bytes(options.device_memory, options.cuda, options.devices), OPTIONS)
+        dtype = DTYPES[stored_type(teacher.cache_dtype, memory.teacher_dtype)]
+        size = bytes_of_token(memory.teacher.n_embd, dtype)
+        epochs = None if teacher.cache_mode == "fill" else options.train.epochs
+        say(describe_without_data(teacher.cache_dir, size, *memory.sizes, epochs))
+    report_memory(memory, options.device_memory, OPTIONS)
 
 
 def launch(run: Run) -> None:

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from litgpt.config import Config
+from litgpt.config import Config, configs
 from litgpt.tokenizer import Tokenizer
+from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_akl.files.changes import WAY_OUT, Stamp, check_unchanged, stamp_of
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.model_files import ModelFiles, read_model_files, read_tokenizer
-from litgpt_akl.models.weights import find_checkpoint_dir, model_paths, read_config
+from litgpt_akl.models.weights import find_checkpoint_dir, is_said_to_be_tied, model_paths, read_config
 
 
 @dataclass
@@ -119,4 +121,57 @@ def _check_same_tokens(student: dict[int, str], teacher: dict[int, str], student
         f"The tokenizers differ in {len(differing):,} ids: id {first} is {student.get(first)!r} in {student_dir}"
         f" ({len(student):,} ids) and {teacher.get(first)!r} in {teacher_dir} ({len(teacher):,} ids).\n"
         "Choose models of one family: their next-token distributions are over the same ids then."
+    )
+
+
+class Models(NamedTuple):
+    """What is known of a pair without weights."""
+
+    student: Config
+    teacher: Config
+    vocab_size: int
+    """Ids that both heads have, and if the pair was checked, the tokenizer."""
+    student_tied: bool
+    """Whether embeddings and LM head are said to be one matrix."""
+    teacher_tied: bool
+    is_one: bool
+    """Whether student and teacher are the same."""
+
+
+def find_models(checkpoint_dir: Path, teacher_checkpoint_dir: Path, pair: Pair | None = None) -> Models:
+    """What can be known of two models that may be there or not; nothing is downloaded.
+
+    Args:
+        checkpoint_dir: a checkpoint directory, or a name or model id that LitGPT knows.
+        teacher_checkpoint_dir: likewise.
+        pair: the two, if they were checked.
+
+    Raises:
+        UserError: neither a directory nor a name; or two directories whose models do not fit.
+    """
+    paths = {"student": checkpoint_dir, "teacher": teacher_checkpoint_dir}
+    directories = {role: extend_checkpoint_dir(Path(path)) for role, path in paths.items()} if pair is None else {}
+    models = {role: _find_config(paths[role], directory, role) for role, directory in directories.items()}
+    if pair is None and all(directory.is_dir() for directory in directories.values()):
+        pair = check_pair(*directories.values())
+    if pair is not None:
+        directories = pair.directories
+        models = {"student": pair.student_config, "teacher": pair.teacher_config}
+    tied = {f"{role}_tied": is_said_to_be_tied(directory) is True for role, directory in directories.items()}
+    vocab_size = min(config.padded_vocab_size for config in models.values()) if pair is None else pair.vocab_size
+    is_one = directories["student"] == directories["teacher"] if pair is None else pair.is_one_model
+    return Models(**models, **tied, vocab_size=vocab_size, is_one=is_one)
+
+
+def _find_config(path: Path, directory: Path, role: str) -> Config:
+    """Of a checkpoint, else of a name such as ``Llama-3.1-8B`` or a model id such as ``meta-llama/Llama-3.1-8B``."""
+    if (directory / "model_config.yaml").is_file():
+        return read_config(directory)
+    names = {name for config in configs for name in (config["name"], config["hf_config"]["name"])}
+    places = {".", *(config["hf_config"]["org"] for config in configs)}
+    if path.name in names and str(path.parent) in places:
+        return Config.from_name(path.name)
+    raise UserError(
+        f"The {role} {path} is neither a LitGPT checkpoint directory nor a model that LitGPT knows. Give one of"
+        " `litgpt download list`, such as Llama-3.1-8B or meta-llama/Llama-3.1-8B."
     )

@@ -7,9 +7,8 @@ import numpy as np
 import torch
 
 from litgpt_akl.data.dataset import TokenizedDataset
-from litgpt_akl.memory.memory_plan import MemoryPlan
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.model_size import HashableConfig, measure_size
+from litgpt_akl.models.model_size import ModelSize
 
 PART = 100_000
 """Samples whose response tokens are asked for together."""
@@ -60,36 +59,41 @@ def describe_space(directory: str, bytes_of_token: int, tokens: int, to_write: i
     return f"{text}, {readable(to_write)} to be written ({readable(_free(directory))} are free)."
 
 
-def describe_saving(plan: MemoryPlan, share: float, epochs: float | None) -> str:
-    """When a cache pays off; arguments as of :func:`remembered_cost`, and the epochs of a run, if they are known."""
-    saving = f"an epoch that reads it costs about {remembered_cost(plan, share):.2f} of one with the teacher"
-    if plan.teacher_role == "alone" or epochs is None:
+def describe_saving(student: ModelSize, teacher: ModelSize, share: float, epochs: float | None) -> str:
+    """When a cache pays off.
+
+    Args:
+        student: of the run.
+        teacher: of the run.
+        share: of all tokens that are response tokens.
+        epochs: of the run, if they are known and it does not only fill the cache.
+    """
+    saving = f"an epoch that reads it costs about {cached_cost(student, teacher, share):.2f} of one with the teacher"
+    if epochs is None:
         return f"By matrix products, {saving}."
     worth = "it pays off from the second on" if epochs > 1 else "it pays off when another run reads it"
     return f"By matrix products, {saving}; this run has {epochs:.3g}: {worth}."
 
 
-def describe_plan(directory: str, dtype: torch.dtype, plan: MemoryPlan, epochs: float | None) -> str:
-    """What can be said of a cache before there are data; ``dtype`` is that of hidden states on disk."""
-    size = bytes_of_token(plan.teacher.n_embd, dtype)
+def describe_without_data(
+    directory: str, bytes_of_token: int, student: ModelSize, teacher: ModelSize, epochs: float | None
+) -> str:
+    """What can be said of a cache before there are data; arguments as of the others here."""
     return (
-        f"Teacher cache {directory}: {size:,} bytes a response token, {readable(size * 10**6)} for a million of them.\n"
-        f"{describe_saving(plan, share=1.0, epochs=epochs)} All tokens are taken for response tokens here."
+        f"Teacher cache {directory}: {bytes_of_token:,} bytes a response token,"
+        f" {readable(bytes_of_token * 10**6)} for a million of them.\n"
+        f"{describe_saving(student, teacher, 1.0, epochs)} All tokens are taken for response tokens here."
     )
 
 
-def remembered_cost(plan: MemoryPlan, share: float) -> float:
-    """Of a step whose teacher is remembered, relative to one whose teacher computes.
+def cached_cost(student: ModelSize, teacher: ModelSize, share: float) -> float:
+    """Of a step with a cached teacher, relative to one whose teacher computes.
 
     A product costs two operations for each number of a matrix and each token forward, and four more backward; the LM
     heads see the response tokens alone, which are ``share`` of all.
     """
-    teacher, student = (
-        measure_size(HashableConfig.of(config), tied)
-        for config, tied in ((plan.teacher, plan.teacher_tied), (plan.student, plan.student_tied))
-    )
-    remembered = 6 * (student.products + share * student.head) + 2 * share * teacher.head
-    return remembered / (remembered + 2 * teacher.products)
+    cached = 6 * (student.products + share * student.head) + 2 * share * teacher.head
+    return cached / (cached + 2 * teacher.products)
 
 
 def _free(directory: str) -> int:

@@ -62,7 +62,7 @@ def report_accuracy(fabric: L.Fabric, run: Run, teacher: nn.Module, dataset: Tok
     said = {}
     if run.teacher.quantize is not None:
         said[run.teacher.quantize] = "The teacher in {}: forward KL of its full weights to it {}"
-    if caches.writable and caches.training.dtype.itemsize < run.plan.teacher_dtype.itemsize:
+    if caches.writable and caches.training.dtype.itemsize < run.memory.teacher_dtype.itemsize:
         said[run.teacher.cache_dtype] = "The teacher cache in {}: forward KL of the teacher to it {}"
     path = (Path(caches.directory) if caches.writable else run.out_dir) / FILE
     samples = range(min(SAMPLES, len(dataset)))
@@ -86,7 +86,7 @@ def _depends_on(
         "kind": kind,
         "quantize": run.teacher.quantize,
         "teacher_weights": caches.teacher_weights or fingerprint(run.pair.teacher_dir),
-        "teacher_dtype": str(run.plan.teacher_dtype),
+        "teacher_dtype": str(run.memory.teacher_dtype),
         "samples": [digest(sample) for sample in samples],
         "vocab_size": run.pair.vocab_size,
         "device": device_type,

@@ -131,7 +131,7 @@ def _noted_if_saved(state: dict, failures: list[str], what: str) -> Iterator[Non
 def fill(fabric: L.Fabric, run: Run) -> None:
     """Let the teacher read what a cache lacks, in each process of a run."""
     splits, caches = open_inputs(fabric, run)
-    if run.plan.teacher_role == "remembered":
+    if run.memory.teacher_role == "cached":
         fabric.print(f"{caches.directory} is full: there is nothing to do.")
         return
     teacher = make_teacher(fabric, run, caches)

@@ -52,7 +52,7 @@ def announce(fabric: L.Fabric, run: Run, state: dict) -> None:
     if padding := describe_padding(run.pair.student_config, state["student"].config.padded_vocab_size):
         fabric.print(f"{padding} The student is trained and written without them.")
     if run.lora.r is not None:
-        trained, shares = num_parameters(state["student"], requires_grad=True) / 1e6, run.plan.shares_base
+        trained, shares = num_parameters(state["student"], requires_grad=True) / 1e6, run.memory.shares_base
         fabric.print(
             f"LoRA: rank {run.lora.r} on {', '.join(run.lora.targets)}, {trained:,.2f} M parameters are trained"
             f"{'; the teacher is the base, held in memory once' if shares else ''}"

@@ -18,7 +18,7 @@ from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import HiddenStateCache, MicroBatch, StepBatches, StepSampler, in_order, load
 from litgpt_akl.data.workers import Fetched
 from litgpt_akl.files.manifest import Damaged, read_manifest
-from litgpt_akl.memory.memory_plan import MemoryPlan
+from litgpt_akl.memory import MemoryEstimate
 from litgpt_akl.models import chat_template
 from litgpt_akl.models.pair import Pair
 from litgpt_akl.teacher.identity import read_identity
@@ -115,8 +115,8 @@ class Run(Options):
     """
 
     pair: Pair
-    plan: MemoryPlan
-    """Its memory, with samples as long as they may be."""
+    memory: MemoryEstimate
+    """With samples as long as they may be."""
     recipe: str
     """The options as YAML."""
 

@@ -19,8 +19,7 @@ from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.files.changes import WAY_OUT
 from litgpt_akl.files.manifest import FINAL, RECIPE, damage
-from litgpt_akl.memory.memory_report import report_memory
-from litgpt_akl.memory.planning import device_bytes
+from litgpt_akl.memory import report_memory
 from litgpt_akl.messages import UserError, say
 from litgpt_akl.models.generation import stop_sequences
 from litgpt_akl.models.gpt import (
@@ -90,11 +89,10 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[tuple[TokenizedDataset, Tok
     if on_policy:
         fabric.print(_describe_prompts(run, splits[0]))
     written = longest_sample(run) if on_policy else 0
-    run.plan = replace(run.plan, sequence_length=max(splits[0].longest, written))
+    run.memory = replace(run.memory, sequence_length=max(splits[0].longest, written))
     caches = Caches() if run.teacher.cache_dir is None else _open_cache(fabric, run, splits)
     if fabric.is_global_zero:
-        limit = device_bytes(run.device_memory, run.plan.device == "cuda", run.plan.devices)
-        report_memory(run.plan, limit, OPTIONS)
+        report_memory(run.memory, run.device_memory, OPTIONS)
     # no other process goes on if that is too much
     fabric.barrier()
     fabric.seed_everything(run.seed, verbose=False)
@@ -142,7 +140,7 @@ def _open_cache(fabric: L.Fabric, run: Run, splits: tuple[TokenizedDataset, Toke
         )
     # no cache has what the student is about to write
     if not any(counts) and (run.distill.on_policy == 0 or run.teacher.cache_mode == "fill"):
-        run.plan = replace(run.plan, teacher_role="remembered")
+        run.memory = replace(run.memory, teacher_role="cached")
     if fabric.is_global_zero:
         _report_cache(run, splits, caches, needed, absent)
     return caches
@@ -173,7 +171,8 @@ def _report_cache(
     say(describe_space(caches.directory, size, tokens, to_write))
     if to_write:
         epochs = total_steps(run.train, len(splits[0])) / step_sampler(run, splits[0]).steps_per_epoch
-        say(describe_saving(run.plan, splits[0].all_response_tokens / splits[0].tokens, epochs))
+        share = splits[0].all_response_tokens / splits[0].tokens
+        say(describe_saving(*run.memory.sizes, share, None if run.teacher.cache_mode == "fill" else epochs))
 
 
 def _open_out_dir(fabric: L.Fabric, run: Run) -> None:
@@ -243,9 +242,9 @@ def make_state(
         UserError: a checkpoint that cannot be read or does not fit, one of another run, or one that somebody changes.
     """
     config, weights, tied = _read_student(fabric, run)
-    teacher = None if run.plan.shares_base else make_teacher(fabric, run, caches)
+    teacher = None if run.memory.shares_base else make_teacher(fabric, run, caches)
     student = _build_student(fabric, run, config, tied)
-    optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student, run.plan.optimizer_is_fused))
+    optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student, run.memory.optimizer_is_fused))
     steps, warmup = total_steps(run.train, len(splits[0])), warmup_steps(run.train, len(splits[0]))
     state = {
         "student": student,
@@ -341,7 +340,7 @@ def make_teacher(fabric: L.Fabric, run: Run, caches: Caches) -> Teacher:
         UserError: its weights cannot be read or do not fit.
     """
     load = partial(load_teacher, fabric, run, caches)
-    if run.plan.teacher_role == "remembered":
+    if run.memory.teacher_role == "cached":
         head = load_head(fabric, run, caches)
         if head is not None:
             return Teacher(fabric, head, load)

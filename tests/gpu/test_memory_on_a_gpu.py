@@ -5,11 +5,10 @@ import gc
 import lightning as L
 import pytest
 import torch
-from helpers.memory_runs import make_plan, make_state, model, steps_of, write_weights
+from helpers.memory_runs import make_estimate, make_state, model, steps_of, write_weights
 
 from litgpt_akl.loss.head_loss import DistillationLoss, sums_in_float32
-from litgpt_akl.memory.estimate import peak, predict
-from litgpt_akl.memory.memory_plan import MemoryPlan
+from litgpt_akl.memory import MemoryEstimate
 from litgpt_akl.models.gpt import build_model, load_quantized
 from litgpt_akl.training.loop import take_step
 
@@ -17,16 +16,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 ON_GPU = {"device": "cuda", "loss": DistillationLoss(compile=True)}
 SMALL, LARGE = model(8, 512, 32_000), model(12, 1024, 32_000)
-PLANS = {
-    "one micro-batch": make_plan(SMALL, LARGE, **ON_GPU),
-    "four micro-batches": make_plan(SMALL, LARGE, **ON_GPU, micro_batch_size=4, global_batch_size=16),
-    "bf16-mixed": make_plan(
+ESTIMATES = {
+    "one micro-batch": make_estimate(SMALL, LARGE, **ON_GPU),
+    "four micro-batches": make_estimate(SMALL, LARGE, **ON_GPU, micro_batch_size=4, global_batch_size=16),
+    "bf16-mixed": make_estimate(
         SMALL, LARGE, **ON_GPU, precision="bf16-mixed", teacher_dtype=torch.bfloat16, global_batch_size=16
     ),
-    "bf16-true": make_plan(
+    "bf16-true": make_estimate(
         SMALL, LARGE, **ON_GPU, precision="bf16-true", teacher_dtype=torch.bfloat16, global_batch_size=16
     ),
-    "checkpointed": make_plan(
+    "checkpointed": make_estimate(
         SMALL,
         LARGE,
         **ON_GPU,
@@ -35,7 +34,7 @@ PLANS = {
         global_batch_size=16,
         activation_checkpointing=True,
     ),
-    "a large vocabulary": make_plan(
+    "a large vocabulary": make_estimate(
         model(4, 512, 151_936),
         model(4, 1024, 151_936),
         **ON_GPU,
@@ -47,19 +46,19 @@ PLANS = {
 }
 
 
-def measure(plan: MemoryPlan, directory, steps: tuple[int, ...]) -> list[tuple[int, int]]:
+def measure(estimate: MemoryEstimate, directory, steps: tuple[int, ...]) -> list[tuple[int, int]]:
     """Bytes allocated and reserved at most, after each of those numbers of steps."""
-    write_weights(directory / "student.pth", plan.student, plan.student_tied)
-    write_weights(directory / "teacher.pth", plan.teacher, plan.teacher_tied)
+    write_weights(directory / "student.pth", estimate.student, estimate.student_tied)
+    write_weights(directory / "teacher.pth", estimate.teacher, estimate.teacher_tied)
     gc.collect()
     torch.cuda.empty_cache()
-    fabric = L.Fabric(accelerator="cuda", devices=1, precision=plan.precision)
+    fabric = L.Fabric(accelerator="cuda", devices=1, precision=estimate.precision)
     fabric.launch()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    state, found, done = make_state(fabric, plan, directory), [], 0
+    state, found, done = make_state(fabric, estimate, directory), [], 0
     for count in steps:
-        for step_batch in steps_of(plan, count - done):
+        for step_batch in steps_of(estimate, count - done):
             take_step(fabric, state, step_batch, max_norm=1.0)
         done = count
         torch.cuda.synchronize()
@@ -67,16 +66,16 @@ def measure(plan: MemoryPlan, directory, steps: tuple[int, ...]) -> list[tuple[i
     return found
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", ESTIMATES)
 def test_the_prediction_is_what_is_taken_and_does_not_grow(name, tmp_path):
-    plan = PLANS[name]
-    (_, early), (allocated, reserved) = measure(plan, tmp_path, (3, 40))
+    estimate = ESTIMATES[name]
+    (_, early), (allocated, reserved) = measure(estimate, tmp_path, (3, 40))
     print(
-        f"\n{name}: predicted {peak(predict(plan)).total / 1e9:.2f}, allocated {allocated / 1e9:.2f},"
+        f"\n{name}: predicted {estimate.peak.total / 1e9:.2f}, allocated {allocated / 1e9:.2f},"
         f" reserved {reserved / 1e9:.2f}, after 3 steps {early / 1e9:.2f} GB"
     )
     assert reserved <= 1.02 * early
-    assert peak(predict(plan)).total == pytest.approx(reserved, rel=0.15)
+    assert estimate.peak.total == pytest.approx(reserved, rel=0.15)
 
 
 @pytest.mark.parametrize(("kind", "bytes_of_a_weight"), [("int8", 1.0), ("nf4", 0.5 + 4 / 64)])

@@ -16,7 +16,7 @@ from litgpt.model import GPT
 
 from litgpt_akl.data.steps import MicroBatch, StepBatch
 from litgpt_akl.loss.head_loss import DistillationLoss
-from litgpt_akl.memory.memory_plan import MemoryPlan
+from litgpt_akl.memory import MemoryEstimate
 from litgpt_akl.models.generation import generate
 from litgpt_akl.models.gpt import build_model, checkpoint_activations, empty_weights, set_up_teacher
 from litgpt_akl.models.parallel import load_weights, make_strategy, return_freed_memory
@@ -63,58 +63,60 @@ def write_weights(path: Path, config: Config, tied: bool) -> None:
     torch.save(weights, path)
 
 
-def micro_batch(plan: MemoryPlan) -> MicroBatch:
-    input_ids = torch.randint(plan.vocab_size, (plan.samples, plan.sequence_length))
+def micro_batch(estimate: MemoryEstimate) -> MicroBatch:
+    input_ids = torch.randint(estimate.vocab_size, (estimate.samples, estimate.sequence_length))
     return MicroBatch(input_ids, torch.arange(input_ids.numel()), input_ids.flatten())
 
 
-def take_steps(plan: MemoryPlan, small: MemoryPlan, directory: Path) -> None:
-    """Two steps of a run of that plan in this process; writes its growth in bytes to ``growth-RANK.pth``.
+def take_steps(estimate: MemoryEstimate, small: MemoryEstimate, directory: Path) -> None:
+    """Two steps of such a run in this process; writes its growth in bytes to ``growth-RANK.pth``.
 
     Args:
-        plan: on a CPU.
+        estimate: on a CPU.
         small: like it, with models so small that a step only loads what the libraries load when they are first used.
         directory: with ``student.pth`` and ``teacher.pth``.
     """
     torch.set_num_threads(1)
     return_freed_memory()
-    strategy = make_strategy(plan.devices, plan.num_nodes, plan.hybrid_sharding)
+    strategy = make_strategy(estimate.devices, estimate.num_nodes, estimate.hybrid_sharding)
     fabric = L.Fabric(
         accelerator="cpu",
-        devices=plan.devices,
-        num_nodes=plan.num_nodes,
+        devices=estimate.devices,
+        num_nodes=estimate.num_nodes,
         strategy=strategy,
-        precision=plan.precision,
+        precision=estimate.precision,
     )
     fabric.launch()
     _distil(fabric, small, None)
     with watched() as result:
-        _distil(fabric, plan, directory)
+        _distil(fabric, estimate, directory)
     torch.save(result["growth"], directory / f"growth-{fabric.global_rank}.pth")
 
 
-def _distil(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> None:
-    state = make_state(fabric, plan, directory)
-    for step_batch in steps_of(plan, 2):
-        if plan.own_prompts:
-            prompts = [torch.zeros(plan.sequence_length - 4, dtype=torch.int64)] * plan.own_prompts
-            seeds = [(number,) for number in range(plan.own_prompts)]
-            options = {"max_new_tokens": 4, "vocab_size": plan.vocab_size, "stop": []}
+def _distil(fabric: L.Fabric, estimate: MemoryEstimate, directory: Path | None) -> None:
+    state = make_state(fabric, estimate, directory)
+    for step_batch in steps_of(estimate, 2):
+        if estimate.on_policy_prompts:
+            prompts = [torch.zeros(estimate.sequence_length - 4, dtype=torch.int64)] * estimate.on_policy_prompts
+            seeds = [(number,) for number in range(estimate.on_policy_prompts)]
+            options = {"max_new_tokens": 4, "vocab_size": estimate.vocab_size, "stop": []}
             generate(fabric, state["student"], prompts, seeds=seeds, **options)
         take_step(fabric, state, step_batch, max_norm=1.0)
 
 
-def make_state(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> dict[str, Any]:
-    """The models of a plan with the weights in ``directory``, if any, ready for ``take_step``."""
+def make_state(fabric: L.Fabric, estimate: MemoryEstimate, directory: Path | None) -> dict[str, Any]:
+    """The models of a run with the weights in ``directory``, if any, ready for ``take_step``."""
     with empty_weights(fabric):
-        student = build_model(plan.student, plan.student_tied)
-    if plan.activation_checkpointing:
+        student = build_model(estimate.student, estimate.student_tied)
+    if estimate.activation_checkpointing:
         checkpoint_activations(student)
-    with empty_weights(fabric, plan.teacher_dtype):
-        teacher = build_model(plan.teacher, plan.teacher_tied)
+    with empty_weights(fabric, estimate.teacher_dtype):
+        teacher = build_model(estimate.teacher, estimate.teacher_tied)
     teacher = set_up_teacher(fabric, teacher)
     student = fabric.setup_module(student)
-    optimizer = fabric.setup_optimizers(torch.optim.AdamW(student.parameters(), lr=1e-4, fused=plan.optimizer_is_fused))
+    optimizer = fabric.setup_optimizers(
+        torch.optim.AdamW(student.parameters(), lr=1e-4, fused=estimate.optimizer_is_fused)
+    )
     if directory is not None:
         for model, name in ((teacher, "teacher"), (student, "student")):
             path = directory / f"{name}.pth"
@@ -122,16 +124,16 @@ def make_state(fabric: L.Fabric, plan: MemoryPlan, directory: Path | None) -> di
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     state = {"student": student, "teacher": Teacher(fabric, teacher), "caches": Caches()}
     state |= {"optimizer": optimizer, "scheduler": scheduler}
-    return state | {"loss": plan.loss, "vocab_size": plan.vocab_size}
+    return state | {"loss": estimate.loss, "vocab_size": estimate.vocab_size}
 
 
-def steps_of(plan: MemoryPlan, number: int) -> Iterator[StepBatch]:
+def steps_of(estimate: MemoryEstimate, number: int) -> Iterator[StepBatch]:
     """That many step batches of a process, of made-up tokens."""
-    micro_batches = plan.global_batch_size // plan.samples // plan.processes
-    tokens = plan.samples * plan.sequence_length * micro_batches * plan.processes
+    micro_batches = estimate.global_batch_size // estimate.samples // estimate.processes
+    tokens = estimate.samples * estimate.sequence_length * micro_batches * estimate.processes
     for step in range(number):
-        batches = [micro_batch(plan) for _ in range(micro_batches)]
-        yield StepBatch(0, step, np.arange(plan.global_batch_size), tokens, tokens, tokens, batches)
+        batches = [micro_batch(estimate) for _ in range(micro_batches)]
+        yield StepBatch(0, step, np.arange(estimate.global_batch_size), tokens, tokens, tokens, batches)
 
 
 OPTIONS = ("train", "teacher", "precision", "devices", "num_nodes", "hybrid_sharding")
@@ -155,7 +157,7 @@ def model(layers: int, width: int, vocab_size: int) -> Config:
     )
 
 
-def make_plan(student: Config, teacher: Config, **changes) -> MemoryPlan:
+def make_estimate(student: Config, teacher: Config, **changes) -> MemoryEstimate:
     defaults = dict(
         student_tied=False,
         teacher_tied=False,
@@ -174,13 +176,13 @@ def make_plan(student: Config, teacher: Config, **changes) -> MemoryPlan:
         micro_batch_tokens=None,
         sequence_length=1024,
     )
-    return MemoryPlan(student, teacher, **{**defaults, **changes})
+    return MemoryEstimate(student, teacher, **{**defaults, **changes})
 
 
 LLAMA_8B, LLAMA_70B = Config.from_name("Llama-3.1-8B"), Config.from_name("Llama-3.1-70B")
 
 
-ON_GPUS = make_plan(
+ON_GPUS = make_estimate(
     LLAMA_8B,
     LLAMA_70B,
     device="cuda",

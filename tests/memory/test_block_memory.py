@@ -8,8 +8,7 @@ import torch
 from litgpt import lora, model
 from litgpt.config import Config, configs
 
-from litgpt_akl.memory.block_memory import RunningMemory, block_kinds, measure_block
-from litgpt_akl.models.model_size import HashableConfig
+from litgpt_akl.models.model_size import block_kinds, measure_block
 
 BASE = Config(
     name="small",
@@ -46,10 +45,6 @@ CASES = {
 }
 
 
-def measure(config: Config, *options) -> RunningMemory:
-    return measure_block(HashableConfig.of(config), *options)
-
-
 def kept_by_autograd(config: Config, batch: int, time: int, dtype: torch.dtype, mixed: bool) -> int:
     """Bytes of the different memory that a block's forward saves for its backward, and of its output."""
     block = (lora.Block if isinstance(config, lora.Config) else model.Block)(config, 0).to(dtype)
@@ -79,9 +74,9 @@ def kept_by_autograd(config: Config, batch: int, time: int, dtype: torch.dtype, 
 def test_what_a_forward_keeps_is_what_autograd_saves(case, precision):
     dtype, mixed = torch.bfloat16 if precision == "bf16-true" else torch.float32, precision == "bf16-mixed"
     shape = 3, 40
-    found = measure(CASES[case], 0, *shape, dtype, mixed)
+    found = measure_block(CASES[case], 0, *shape, dtype, mixed)
     assert found.kept == pytest.approx(kept_by_autograd(CASES[case], *shape, dtype, mixed), rel=0.03)
-    assert found.alone < found.forward
+    assert found.no_grad < found.forward
     assert found.kept <= found.forward
     assert found.kept < found.backward
 
@@ -92,13 +87,13 @@ def test_a_block_of_llama_keeps_what_its_formulas_say():
     # sums, and four of the MLP
     width = 2 * 2 + 5 + 2
     numbers = tokens * (width * config.n_embd + 4 * config.intermediate_size)
-    assert measure(config, 0, 2, 512, torch.float32, False).kept == pytest.approx(4 * numbers, rel=0.005)
+    assert measure_block(config, 0, 2, 512, torch.float32, False).kept == pytest.approx(4 * numbers, rel=0.005)
 
 
 def test_memory_grows_with_tokens_and_not_with_their_order():
     config = Config.from_name("Llama-3.2-1B")
     long, wide, both = (
-        measure(config, 0, *shape, torch.bfloat16, False).kept for shape in ((2, 2048), (4, 1024), (4, 2048))
+        measure_block(config, 0, *shape, torch.bfloat16, False).kept for shape in ((2, 2048), (4, 1024), (4, 2048))
     )
     assert long == pytest.approx(wide, rel=0.01) and both == pytest.approx(2 * long, rel=0.01)
 
@@ -113,7 +108,7 @@ def test_every_kind_of_block_that_litgpt_has_can_be_measured():
     assert len(kinds) >= 10
     for config in kinds.values():
         for index, count in block_kinds(config).items():
-            memory = measure(config, index, 1, 64, torch.bfloat16, False)
+            memory = measure_block(config, index, 1, 64, torch.bfloat16, False)
             assert 0 < memory.kept < memory.backward and count > 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.memory_runs import LLAMA_8B, LLAMA_70B, ON_GPUS, OPTIONS, make_plan, model, take_steps, write_weights
+from helpers.memory_runs import LLAMA_8B, LLAMA_70B, ON_GPUS, OPTIONS, make_estimate, model, take_steps, write_weights
 from helpers.ranks import in_processes
 from helpers.runs import distil
 from litgpt import lora
@@ -16,16 +16,27 @@ from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_akl.loss.head_loss import DistillationLoss
-from litgpt_akl.memory.estimate import peak, predict
-from litgpt_akl.memory.memory_plan import GRADIENTS, LOSS, OPTIMIZER, PARTS, STUDENT, TEACHER, try_optimizer
-from litgpt_akl.memory.memory_report import GB, check_fit, describe_memory, ways_out, ways_out_together
-from litgpt_akl.memory.planning import find_models
+from litgpt_akl.memory import (
+    GB,
+    GRADIENTS,
+    LOSS,
+    OPTIMIZER,
+    PARTS,
+    STUDENT,
+    TEACHER,
+    check_fit,
+    describe_memory,
+    try_optimizer,
+    ways_out,
+    ways_out_together,
+)
 from litgpt_akl.messages import UserError
+from litgpt_akl.models.pair import find_models
 from litgpt_akl.training.optimizer import make_optimizer
 
 MEASURED = {
-    "long sequences": make_plan(model(4, 256, 1024), model(4, 384, 1024)),
-    "a large vocabulary": make_plan(
+    "long sequences": make_estimate(model(4, 256, 1024), model(4, 384, 1024)),
+    "a large vocabulary": make_estimate(
         model(2, 256, 50_000),
         model(2, 384, 50_000),
         optimizer_is_fused=False,
@@ -33,18 +44,18 @@ MEASURED = {
         micro_batch_size=1,
         sequence_length=128,
     ),
-    "own answers": make_plan(
+    "on-policy samples": make_estimate(
         model(6, 256, 4096),
         model(2, 256, 4096),
         global_batch_size=24,
         micro_batch_size=1,
         sequence_length=512,
-        own_prompts=24,
+        on_policy_prompts=24,
     ),
-    "two processes": make_plan(
+    "two processes": make_estimate(
         model(6, 512, 4096), model(8, 768, 4096), devices=2, micro_batch_size=2, sequence_length=384
     ),
-    "two processes, mixed precision": make_plan(
+    "two processes, mixed precision": make_estimate(
         model(3, 512, 1024),
         model(3, 512, 1024),
         devices=2,
@@ -58,14 +69,14 @@ MEASURED = {
 
 @pytest.mark.parametrize("case", MEASURED)
 def test_the_prediction_is_within_15_percent_of_the_measured_peak(case, tmp_path):
-    plan = MEASURED[case]
-    write_weights(tmp_path / "student.pth", plan.student, plan.student_tied)
-    write_weights(tmp_path / "teacher.pth", plan.teacher, plan.teacher_tied)
+    estimate = MEASURED[case]
+    write_weights(tmp_path / "student.pth", estimate.student, estimate.student_tied)
+    write_weights(tmp_path / "teacher.pth", estimate.teacher, estimate.teacher_tied)
     small = {"student": model(1, 64, 128), "teacher": model(1, 64, 128), "vocab_size": 128, "sequence_length": 16}
-    assert not plan.own_prompts or peak(predict(plan)).name == "student's own answers"
-    in_processes(plan.devices, partial(take_steps, plan, replace(plan, **small), tmp_path))
-    measured = max(torch.load(tmp_path / f"growth-{rank}.pth") for rank in range(plan.devices))
-    assert peak(predict(plan)).total == pytest.approx(measured, rel=0.15)
+    assert not estimate.on_policy_prompts or estimate.peak.name == "student's on-policy samples"
+    in_processes(estimate.devices, partial(take_steps, estimate, replace(estimate, **small), tmp_path))
+    measured = max(torch.load(tmp_path / f"growth-{rank}.pth") for rank in range(estimate.devices))
+    assert estimate.peak.total == pytest.approx(measured, rel=0.15)
 
 
 def parameters(config: Config) -> int:
@@ -80,7 +91,7 @@ def test_weights_and_optimizer_are_shared_out_over_the_processes_that_shard():
         (16, {"num_nodes": 2}),
         (8, {"num_nodes": 2, "hybrid_sharding": True}),
     ):
-        for moment in predict(replace(ON_GPUS, **changes)):
+        for moment in replace(ON_GPUS, **changes).moments:
             if moment.name == "optimizer's step":
                 continue
             assert moment.parts[STUDENT] == 4 * parameters(LLAMA_8B) / shards
@@ -89,7 +100,7 @@ def test_weights_and_optimizer_are_shared_out_over_the_processes_that_shard():
 
 
 def test_every_moment_has_all_parts():
-    for moment in predict(ON_GPUS):
+    for moment in ON_GPUS.moments:
         assert tuple(moment.parts) == PARTS
         assert min(moment.parts.values()) >= 0
         assert moment.total == sum(moment.parts.values())
@@ -97,8 +108,8 @@ def test_every_moment_has_all_parts():
 
 def test_tied_matrices_are_counted_once():
     student = Config.from_name("Llama-3.2-1B")
-    plan = replace(ON_GPUS, student=student)
-    untied, tied = (predict(replace(plan, student_tied=tied))[0].parts[STUDENT] * 8 / 4 for tied in (False, True))
+    estimate = replace(ON_GPUS, student=student)
+    untied, tied = (replace(estimate, student_tied=tied).moments[0].parts[STUDENT] * 8 / 4 for tied in (False, True))
     assert untied - tied == student.padded_vocab_size * student.n_embd
 
 
@@ -118,7 +129,7 @@ def test_what_an_optimizer_keeps_is_found_by_a_step(optimizer, states, fused):
 
 
 def test_memory_falls_with_what_is_meant_to_save_it():
-    need = peak(predict(ON_GPUS)).total
+    need = ON_GPUS.peak.total
     for changes in (
         {"devices": 16},
         {"micro_batch_size": 1},
@@ -127,68 +138,67 @@ def test_memory_falls_with_what_is_meant_to_save_it():
         {"activation_checkpointing": True},
         {"optimizer_states": 1.0},
     ):
-        assert peak(predict(replace(ON_GPUS, **changes))).total < need
-    assert peak(predict(replace(ON_GPUS, teacher_dtype=torch.float32))).total > need
+        assert replace(ON_GPUS, **changes).peak.total < need
+    assert replace(ON_GPUS, teacher_dtype=torch.float32).peak.total > need
 
 
 def test_lora_takes_gradients_and_optimizer_for_its_own_parameters_only():
     fields = {name: value for name, value in vars(LLAMA_8B).items() if name in Config.__dataclass_fields__}
     student = lora.Config(**fields, lora_r=8, lora_query=True, lora_value=True)
-    moments = predict(replace(ON_GPUS, student=student))
+    estimate = replace(ON_GPUS, student=student)
+    moments = estimate.moments
     # queries and values of 32 layers, of which the values are shared by four heads
     trained = 32 * 8 * (2 * 4096 + 4096 + 1024)
     assert moments[0].parts[GRADIENTS] == 4 * trained / 8
     assert moments[0].parts[OPTIMIZER] == 8 * trained / 8
     assert moments[0].parts[STUDENT] == 4 * (parameters(LLAMA_8B) + trained) / 8
-    assert peak(moments).total < peak(predict(ON_GPUS)).total - 8 * GB
+    assert estimate.peak.total < ON_GPUS.peak.total - 8 * GB
 
 
 def test_smaller_blocks_take_less():
     sizes = []
     for tokens in (256, 64):
-        moments = predict(replace(ON_GPUS, loss=DistillationLoss(block_tokens=tokens)))
+        moments = replace(ON_GPUS, loss=DistillationLoss(block_tokens=tokens)).moments
         sizes.append(next(moment for moment in moments if moment.name == "student's loss").parts[LOSS])
     assert sizes[0] == 4 * sizes[1] > 64 * 128_256 * 4 * 2
 
 
 def test_a_run_that_fits_is_not_refused():
-    check_fit(ON_GPUS, peak(predict(ON_GPUS)).total, OPTIONS)
+    check_fit(ON_GPUS, ON_GPUS.peak.total, OPTIONS)
 
 
 def test_each_way_out_makes_the_run_fit():
-    plan = replace(ON_GPUS, micro_batch_size=8, devices=4)
+    estimate = replace(ON_GPUS, micro_batch_size=8, devices=4)
     limit = 80 * GB
-    with pytest.raises(
-        UserError, match=rf"needs {peak(predict(plan)).total / GB:.1f} GB .* there are 80.0 GB"
-    ) as error:
-        check_fit(plan, limit, OPTIONS)
+    with pytest.raises(UserError, match=rf"needs {estimate.peak.total / GB:.1f} GB .* there are 80.0 GB") as error:
+        check_fit(estimate, limit, OPTIONS)
     assert len(str(error.value).splitlines()) == 2
-    found = ways_out(plan, limit, OPTIONS)
+    found = ways_out(estimate, limit, OPTIONS)
     assert found and all(need <= limit and option in str(error.value) for option, need in found)
     changed = {"--precision bf16-true": {"precision": "bf16-true"}, "--devices 8": {"devices": 8}}
     for option, need in found:
         if option in changed:
-            assert peak(predict(replace(plan, **changed[option]))).total == need
+            assert replace(estimate, **changed[option]).peak.total == need
 
 
 def test_only_options_that_the_command_has_are_named():
-    plan = replace(ON_GPUS, micro_batch_size=4)
-    limit = peak(predict(replace(plan, activation_checkpointing=True))).total
+    estimate = replace(ON_GPUS, micro_batch_size=4)
+    limit = replace(estimate, activation_checkpointing=True).peak.total
     for options in (OPTIONS, (*OPTIONS, "activation_checkpointing")):
-        named = " ".join(option for option, _ in ways_out(plan, limit, options))
+        named = " ".join(option for option, _ in ways_out(estimate, limit, options))
         assert ("activation_checkpointing" in named) == ("activation_checkpointing" in options)
 
 
 def test_where_no_option_is_enough_several_are_named_together():
-    plan = replace(ON_GPUS, devices=2, micro_batch_size=8)
+    estimate = replace(ON_GPUS, devices=2, micro_batch_size=8)
     limit = 30 * GB
-    assert ways_out(plan, limit, OPTIONS) == []
-    options, need = ways_out_together(plan, limit, OPTIONS)
+    assert ways_out(estimate, limit, OPTIONS) == []
+    options, need = ways_out_together(estimate, limit, OPTIONS)
     assert len(options) > 1 and need <= limit
     with pytest.raises(UserError, match=f"{re.escape(' '.join(options))} together"):
-        check_fit(plan, limit, OPTIONS)
+        check_fit(estimate, limit, OPTIONS)
     with pytest.raises(UserError, match="choose a smaller teacher or student"):
-        check_fit(plan, GB, OPTIONS)
+        check_fit(estimate, GB, OPTIONS)
 
 
 def test_the_table_adds_up():
@@ -203,7 +213,7 @@ def test_the_table_adds_up():
 def test_models_need_not_be_there(student_dir, teacher_dir):
     models = find_models(Path("meta-llama/Llama-3.1-8B"), Path("Llama-3.1-70B"))
     assert (models.student, models.teacher) == (LLAMA_8B, LLAMA_70B)
-    assert models.context_length == 131_072
+    assert models.student.block_size == models.teacher.block_size == 131_072
     models = find_models(student_dir, teacher_dir)
     assert (models.student.n_layer, models.teacher.n_layer, models.student_tied) == (2, 4, True)
     for path in ("Llama-3.1-9B", "somewhere/Llama-3.1-8B", "out/Llama/Llama-3.1-8B"):

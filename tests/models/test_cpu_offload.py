@@ -19,9 +19,7 @@ from litgpt_akl.config.args import LoRAArgs, TeacherArgs
 from litgpt_akl.config.recipe import differences, recipe_as_yaml
 from litgpt_akl.data.steps import MicroBatch, StepBatch
 from litgpt_akl.loss.head_loss import DistillationLoss
-from litgpt_akl.memory.estimate import peak, predict
-from litgpt_akl.memory.memory_plan import GATHERED, TEACHER
-from litgpt_akl.memory.memory_report import GB, ways_out
+from litgpt_akl.memory import GATHERED, GB, TEACHER, ways_out
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.gpt import build_model, empty_weights, hidden_states, set_up_teacher
 from litgpt_akl.models.parallel import gather_full, load_weights, make_strategy, reshard, unwrap
@@ -102,8 +100,8 @@ def test_a_teacher_in_cpu_memory_teaches_bit_for_bit_the_same(
         assert any(not torch.equal(value, weights["student"][name]) for name, value in offloaded["student"].items())
 
 
-def plan_run(**changes) -> None:
-    """Only plans, for GPUs that are not here."""
+def estimate_run(**changes) -> None:
+    """Only an estimate, for GPUs that are not here."""
     options = {"devices": 8, "teacher": TeacherArgs(cpu_offload=True), "device_memory": 80.0, "dry_run": True}
     options["train"] = train_args(max_seq_length=512)
     setup(Path("Llama-3.1-8B"), **{"teacher_checkpoint_dir": Path("Llama-3.1-70B"), **options, **changes})
@@ -123,7 +121,7 @@ def test_it_is_refused_where_it_cannot_be_had_or_saves_nothing(student_dir, teac
         ),
     ):
         with pytest.raises(UserError, match=message):
-            plan_run(**changes)
+            estimate_run(**changes)
     run = partial(distil, student_dir, teacher_dir, alice_json, tmp_path / "out", teacher=TeacherArgs(cpu_offload=True))
     for devices in (1, 2):
         with pytest.raises(UserError, match="is for GPUs, and this run is on a CPU"):
@@ -131,32 +129,32 @@ def test_it_is_refused_where_it_cannot_be_had_or_saves_nothing(student_dir, teac
     base = TeacherArgs(cpu_offload=True, use_base=True, precision="bf16-true")
     changes = {"teacher_checkpoint_dir": None, "lora": LoRAArgs(r=8)}
     with pytest.raises(UserError, match="held in memory once"):
-        plan_run(**changes, teacher=base, precision="bf16-true")
+        estimate_run(**changes, teacher=base, precision="bf16-true")
     # a base in another precision than the student's is a teacher of its own
-    plan_run(**changes, teacher=base, precision="32-true")
+    estimate_run(**changes, teacher=base, precision="32-true")
     assert not (tmp_path / "out").exists()
 
 
 def test_on_the_devices_is_only_what_is_gathered(capsys):
-    for before, after in zip(predict(ON_GPUS), predict(replace(ON_GPUS, cpu_offload=True)), strict=True):
+    for before, after in zip(ON_GPUS.moments, replace(ON_GPUS, cpu_offload=True).moments, strict=True):
         assert after.parts[TEACHER] == 0 < before.parts[TEACHER]
         # embeddings, head and the last norm in bfloat16 are the most that a device brings its share of at a time
         root = 2 * (2 * LLAMA_70B.padded_vocab_size + 1) * LLAMA_70B.n_embd
         copied = root / 8 if after.name == "teacher's forward" else 0
         assert after.parts == before.parts | {TEACHER: 0, GATHERED: before.parts[GATHERED] + copied}
-    plan_run()
+    estimate_run()
     printed = capsys.readouterr().out
     assert "taught by Llama-3.1-70B in bf16, from CPU memory;" in printed and TEACHER not in printed
 
 
 def test_it_is_a_way_out_for_several_gpus():
     option, offloaded = "--teacher.cpu_offload true", replace(ON_GPUS, cpu_offload=True)
-    need = peak(predict(offloaded)).total
-    assert need < peak(predict(ON_GPUS)).total - 10 * GB
+    need = offloaded.peak.total
+    assert need < ON_GPUS.peak.total - 10 * GB
     assert (option, need) in ways_out(ON_GPUS, need, OPTIONS)
     for changes in ({"device": "cpu"}, {"devices": 1}, {"cpu_offload": True}, {"shares_base": True}):
-        plan = replace(ON_GPUS, **changes)
-        assert option not in dict(ways_out(plan, peak(predict(plan)).total, OPTIONS))
+        estimate = replace(ON_GPUS, **changes)
+        assert option not in dict(ways_out(estimate, estimate.peak.total, OPTIONS))
 
 
 def test_a_run_may_go_on_with_it():

@@ -5,14 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.memory_runs import ON_GPUS, make_plan, model
+from helpers.memory_runs import ON_GPUS, make_estimate, model
 from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_akl.data.steps import MicroBatch
 from litgpt_akl.loss import head_loss
-from litgpt_akl.memory.estimate import predict
-from litgpt_akl.memory.memory_plan import STREAM
+from litgpt_akl.memory import STREAM
 from litgpt_akl.models.gpt import build_model, load_quantized
 from litgpt_akl.teacher.teacher import Teacher
 
@@ -111,9 +110,9 @@ def test_this_pytorch_has_the_products_that_cuda_is_asked_for():
 
 
 def test_the_memory_of_the_teachers_stream_is_predicted_where_there_is_one():
-    one = make_plan(model(2, 128, 512), model(4, 256, 512), device="cuda", micro_batch_size=2)
-    several = predict(one)
+    one = make_estimate(model(2, 128, 512), model(4, 256, 512), device="cuda", micro_batch_size=2)
+    several = one.moments
     assert all(moment.parts[STREAM] > 0 for moment in several)
-    whole_step = make_plan(model(2, 128, 512), model(4, 256, 512), device="cuda", micro_batch_size=4)
-    for plan in (whole_step, ON_GPUS):
-        assert all(moment.parts[STREAM] == 0 for moment in predict(plan))
+    whole_step = make_estimate(model(2, 128, 512), model(4, 256, 512), device="cuda", micro_batch_size=4)
+    for estimate in (whole_step, ON_GPUS):
+        assert all(moment.parts[STREAM] == 0 for moment in estimate.moments)

@@ -1,1 +1,0 @@
-"""How much memory a run will take on each device, before it starts."""
