@@ -33,6 +33,8 @@ PARTS = STUDENT, GRADIENTS, OPTIMIZER, TEACHER, GATHERED, COPIES, ACTIVATIONS, L
 )
 """What memory is needed for; the rows of the table."""
 GB, FLOAT32 = 1e9, 4
+MOST_DEVICES = 64
+"""That are tried; a node has up to eight, which are the most that many machines have."""
 QUANTIZED = {"int8": 1, "nf4": 0.5 + 4 / 64}
 """Bytes of a weight; for nf4 with a float32 scale for every 64."""
 
@@ -160,10 +162,9 @@ class _Step:
         self.accumulates = math.ceil(run.global_batch_size / run.samples) > run.processes
         # what is whole while it is gathered, and gradients while those of another block are shared out, in float32
         self.sharded = run.shards > 1
-        self.root, self.block = (n * width * self.sharded for n in (self.student.root, self.student.block))
-        self.teacher_root, self.teacher_block = (
-            n * teacher_width * self.sharded for n in (teacher.root, teacher.block)
-        )
+        self.root, self.block = self.student.root * width * self.sharded, self.student.block * width * self.sharded
+        gathered_width = teacher_width * self.sharded
+        self.teacher_root, self.teacher_block = teacher.root * gathered_width, teacher.block * gathered_width
         self.shared_out = self.student.trained_block * (width + FLOAT32) * self.sharded
         self.inference = max(b.no_grad for b in measure_blocks(run.teacher, *shape, run.teacher_dtype, False))
         self.inference += 2 * self.teacher_hidden
@@ -211,24 +212,22 @@ class _Step:
         }
 
     def student_loss(self) -> dict[str, float]:
-        run, hidden, teacher_hidden = (
-            self.run,
-            self.tokens * self.run.student.n_embd,
-            self.tokens * self.run.teacher.n_embd,
-        )
+        run, width, teacher_width = self.run, self.width, self.teacher_width
+        hidden, teacher_hidden = self.tokens * run.student.n_embd, self.tokens * run.teacher.n_embd
         blocks = math.ceil(self.tokens / run.loss.tokens_per_block(run.vocab_size, run.device))
         buffers = 2 if run.loss.temperature == 1.0 else 4
         if run.device == "cuda":
             # the gradient, before it takes the place of the logits; where nothing is fused, four of the comparison
             buffers += 1 + max((run.loss.compile is False) * 4, run.loss.working_blocks)
-        copies = self._copied(hidden, self.width) + self._copied(teacher_hidden, self.teacher_width)
-        head, teacher_head = self.student.head, run.vocab_size * run.teacher.n_embd
+        # both models' final hidden states, and the gradient of the student's
+        at_head = hidden * (width + FLOAT32) + self._copied(hidden, width)
+        at_head += teacher_hidden * teacher_width + self._copied(teacher_hidden, teacher_width)
+        teacher_head = self._copied(run.vocab_size * run.teacher.n_embd, teacher_width)
         return {
             GRADIENTS: self.always[GRADIENTS] + self.student.trained_head * FLOAT32,
             GATHERED: self.teacher_root + self.root + self.block,
-            COPIES: self.copies + self._copied(head, self.width) + self._copied(teacher_head, self.teacher_width),
-            # with both models' final hidden states, and the gradient of the student's
-            ACTIVATIONS: self.kept + self.kept_by_norm + self.hidden + self.teacher_hidden + hidden * FLOAT32 + copies,
+            COPIES: self.copies + self._copied(self.student.head, width) + teacher_head,
+            ACTIVATIONS: self.kept + self.kept_by_norm + at_head,
             LOSS: buffers * math.ceil(self.tokens / blocks) * run.vocab_size * FLOAT32,
         }
 
@@ -240,16 +239,14 @@ class _Step:
     def backward_begins(self) -> dict[str, float]:
         """All activations are there, and the gradient of the head is handed back in the student's type."""
         head, width = self.student.trained_head, self.width
+        running = max(block.backward - block.kept for block in self.blocks)
         handed_back = head * FLOAT32 + (head * 2 if width == 2 or self._copied(1, width) else 0)
         return {
             GRADIENTS: self.always[GRADIENTS] + max(head * width + self.shared_out, handed_back),
             # the next block is gathered as well
             GATHERED: self.root + 2 * self.block,
             COPIES: self._copied(self.student.head, width) + self.copies * (not self.run.activation_checkpointing),
-            ACTIVATIONS: self.kept
-            + self.kept_by_norm
-            + 2 * self.hidden
-            + max(block.backward - block.kept for block in self.blocks),
+            ACTIVATIONS: self.kept + self.kept_by_norm + 2 * self.hidden + running,
         }
 
     def backward_ends(self) -> dict[str, float]:
@@ -326,8 +323,9 @@ def make_estimate(
             f"--train.max_seq_length {length} is more than the {context} tokens that the {shorter} reads. Set it to"
             f" {context} or less."
         )
-    is_base = models.is_one and teacher.quantize is None and teacher.precision in (None, precision)
-    if lora.r is not None and is_base and teacher.cpu_offload:
+    shares_base = lora.r is not None and models.is_one and teacher.quantize is None
+    shares_base = shares_base and teacher.precision in (None, precision)
+    if shares_base and teacher.cpu_offload:
         raise UserError(
             "--teacher.cpu_offload true, but the teacher is the LoRA student's base, held in memory once, with it."
             " Leave it out."
@@ -352,7 +350,7 @@ def make_estimate(
         micro_batch_size=train.micro_batch_size,
         micro_batch_tokens=getattr(data, "micro_batch_tokens", None),
         sequence_length=length,
-        shares_base=lora.r is not None and is_base,
+        shares_base=shares_base,
         quantize=teacher.quantize,
         cpu_offload=teacher.cpu_offload,
         teacher_role="fill" if teacher.cache_mode == "fill" else reads,
@@ -475,27 +473,23 @@ def _changes(run: MemoryEstimate, options: Collection[str]) -> list[list[tuple[s
     def change(possible: bool, option: str, *fields: dict[str, Any]) -> list[tuple[str, MemoryEstimate]]:
         return [(option.format(*values.values()), replace(run, **values)) for values in fields if possible]
 
-    cuda, checkpointing = run.device == "cuda", "activation_checkpointing" in options
+    cuda = run.device == "cuda"
+    can_checkpoint = "activation_checkpointing" in options and not run.activation_checkpointing
     can_offload = cuda and run.processes > 1 and run.teacher_role == "live" and not (run.cpu_offload or run.shares_base)
-    # up to eight on a node, which are the most that many machines have, then more nodes; on a CPU all share one memory
-    devices = [run.devices << k for k in range(1, 4) if run.devices << k <= 8]
+    # on a CPU more processes share the same memory
+    devices = [n for k in range(1, 4) if (n := run.devices << k) <= 8]
     most = max(devices, default=run.devices)
-    nodes = [run.num_nodes << k for k in range(1, 7) if run.num_nodes * most << k < 128 and not run.hybrid_sharding]
+    nodes = [n for k in range(1, 7) if (n := run.num_nodes << k) * most < 2 * MOST_DEVICES]
     samples, lengths = ([n >> k for k in range(1, n.bit_length())] for n in (run.samples, run.sequence_length))
+    by_number, more_nodes = run.micro_batch_tokens is None, cuda and not run.hybrid_sharding
     return [
-        change(
-            run.micro_batch_tokens is None, "--train.micro_batch_size {}", *({"micro_batch_size": n} for n in samples)
-        ),
-        change(
-            checkpointing and not run.activation_checkpointing,
-            "--activation_checkpointing true",
-            {"activation_checkpointing": True},
-        ),
+        change(by_number, "--train.micro_batch_size {}", *({"micro_batch_size": n} for n in samples)),
+        change(can_checkpoint, "--activation_checkpointing true", {"activation_checkpointing": True}),
         change(run.hybrid_sharding, "--hybrid_sharding false", {"hybrid_sharding": False}),
         change(run.teacher_dtype == torch.float32, "--teacher.precision bf16-true", {"teacher_dtype": torch.bfloat16}),
         change(run.precision != "bf16-true", "--precision bf16-true", {"precision": "bf16-true"}),
         change(can_offload, "--teacher.cpu_offload true", {"cpu_offload": True}),
         change(cuda, "--devices {}", *({"devices": n} for n in devices))
-        + change(cuda, "--devices {} --num_nodes {}", *({"devices": most, "num_nodes": n} for n in nodes)),
+        + change(more_nodes, "--devices {} --num_nodes {}", *({"devices": most, "num_nodes": n} for n in nodes)),
         change(True, "--train.max_seq_length {}", *({"sequence_length": n} for n in lengths if n >= 128)),
     ]

@@ -149,18 +149,21 @@ def find_models(checkpoint_dir: Path, teacher_checkpoint_dir: Path, pair: Pair |
     Raises:
         UserError: neither a directory nor a name; or two directories whose models do not fit.
     """
-    paths = {"student": checkpoint_dir, "teacher": teacher_checkpoint_dir}
-    directories = {role: extend_checkpoint_dir(Path(path)) for role, path in paths.items()} if pair is None else {}
-    models = {role: _find_config(paths[role], directory, role) for role, directory in directories.items()}
-    if pair is None and all(directory.is_dir() for directory in directories.values()):
-        pair = check_pair(*directories.values())
+    if pair is None:
+        paths = {"student": Path(checkpoint_dir), "teacher": Path(teacher_checkpoint_dir)}
+        directories = {role: extend_checkpoint_dir(path) for role, path in paths.items()}
+        found = {role: _find_config(path, directories[role], role) for role, path in paths.items()}
+        if all(directory.is_dir() for directory in directories.values()):
+            pair = check_pair(*directories.values())
     if pair is not None:
-        directories = pair.directories
-        models = {"student": pair.student_config, "teacher": pair.teacher_config}
-    tied = {f"{role}_tied": is_said_to_be_tied(directory) is True for role, directory in directories.items()}
-    vocab_size = min(config.padded_vocab_size for config in models.values()) if pair is None else pair.vocab_size
-    is_one = directories["student"] == directories["teacher"] if pair is None else pair.is_one_model
-    return Models(**models, **tied, vocab_size=vocab_size, is_one=is_one)
+        directories, found = pair.directories, {"student": pair.student_config, "teacher": pair.teacher_config}
+    return Models(
+        **found,
+        vocab_size=pair.vocab_size if pair else min(config.padded_vocab_size for config in found.values()),
+        student_tied=is_said_to_be_tied(directories["student"]) is True,
+        teacher_tied=is_said_to_be_tied(directories["teacher"]) is True,
+        is_one=pair.is_one_model if pair else directories["student"] == directories["teacher"],
+    )
 
 
 def _find_config(path: Path, directory: Path, role: str) -> Config:
