@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.runs import alice, distil, metrics
-from test_memory_on_a_gpu import PLANS, measure
+from test_memory_on_a_gpu import ESTIMATES, measure
 
 from litgpt_akl.config.args import LoRAArgs, TeacherArgs
 from litgpt_akl.teacher.teacher import Teacher
@@ -102,6 +102,6 @@ def test_a_run_in_a_process_that_has_used_the_gpu_follows_the_cpu(
     name, on_cpu, student_dir, teacher_dir, alice_json, tmp_path
 ):
     """The allocator then hands out memory that others have written to, and does not wait for the driver."""
-    measure(PLANS["four micro-batches"], tmp_path, (3,))
+    measure(ESTIMATES["four micro-batches"], tmp_path, (3,))
     distil(student_dir, teacher_dir, alice_json, tmp_path / "run", **CASES[name])
     assert losses(tmp_path / "run") == pytest.approx(on_cpu[name], rel=TOLERANCE.get(name, 1e-4))
