@@ -167,7 +167,7 @@ def keep_examples(
         take_examples(run.out_dir, state["has_examples"], tell) if fabric.is_global_zero else None
     )
     records = validation_records(run, dataset)[:RECORDS]
-    latest = {"step": state["step_count"], **_answers(fabric, run, state, dataset.read(records), before)}
+    latest = {"step": state["step_count"], **_responses(fabric, run, state, dataset.read(records), before)}
     latest["positions"] = _positions(fabric, run, state, dataset, records)
     if fabric.is_global_zero:
         try:
@@ -177,31 +177,31 @@ def keep_examples(
             complain(f"{run.out_dir / EXAMPLES} cannot be written ({reason(error)})")
 
 
-def _answers(
+def _responses(
     fabric: L.Fabric, run: Run, state: dict, samples: list[dict[str, Tensor]], before: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Prompts, the teacher's answers, if it is there as a whole, and the student's."""
+    """Prompts, the teacher's responses, if it is there as a whole, and the student's."""
     if run.eval.max_new_tokens is None:
-        return _no_answers("There are no example answers: --eval.max_new_tokens is null.")
+        return _no_responses("There are no example responses: --eval.max_new_tokens is null.")
     student, teacher, decode = state["student"], state["teacher"].model, run.pair.tokenizer.decode
     longest = min(longest_prompt(model.config) for model in (student, teacher))
     prompts = [prompt for prompt in map(_prompt, samples) if 0 < len(prompt) <= longest]
     if not prompts:
-        return _no_answers("There are no example answers: the data masks no prompts, or they are too long.")
-    answers = {"prompts": [decode(prompt) for prompt in prompts], "teacher_answers": None, "note": ""}
+        return _no_responses("There are no example responses: the data masks no prompts, or they are too long.")
+    found = {"prompts": [decode(prompt) for prompt in prompts], "teacher_answers": None, "note": ""}
     known = before and before["latest"]["teacher_answers"]
-    if known and before["latest"]["prompts"] == answers["prompts"]:
-        answers["teacher_answers"] = known
+    if known and before["latest"]["prompts"] == found["prompts"]:
+        found["teacher_answers"] = known
     elif isinstance(teacher, HeadOnly):
-        answers["note"] = "The teacher's answers are missing: only its LM head is loaded, the rest is cached."
+        found["note"] = "The teacher's responses are missing: only its LM head is loaded, the rest is cached."
     else:
         with without_adapters(teacher):
-            answers["teacher_answers"] = _generate(fabric, run, teacher, prompts)
-    answers["answers"] = _generate(fabric, run, student, prompts)
-    return answers
+            found["teacher_answers"] = _generate(fabric, run, teacher, prompts)
+    found["answers"] = _generate(fabric, run, student, prompts)
+    return found
 
 
-def _no_answers(note: str) -> dict[str, Any]:
+def _no_responses(note: str) -> dict[str, Any]:
     return {"prompts": [], "teacher_answers": None, "answers": [], "note": note}
 
 
@@ -215,11 +215,11 @@ def _generate(fabric: L.Fabric, run: Run, model: torch.nn.Module, prompts: list[
     """What a model holds most probable, token by token."""
     tokenizer, stop = run.pair.tokenizer, stop_sequences(run.pair.tokenizer, getattr(run.data, "prompt_style", None))
     options = {"max_new_tokens": run.eval.max_new_tokens, "stop": stop, "vocab_size": run.pair.vocab_size}
-    answers: dict[int, list[int]] = {}
+    responses: dict[int, list[int]] = {}
     for places in together(prompts, len(prompts), run.micro_batch[1]):
         found = generate(fabric, model, [prompts[place] for place in places], **options)
-        answers.update(zip(places, found, strict=True))
-    return [tokenizer.decode(torch.tensor(without_end(answers[place], stop))) for place in range(len(prompts))]
+        responses.update(zip(places, found, strict=True))
+    return [tokenizer.decode(torch.tensor(without_end(responses[place], stop))) for place in range(len(prompts))]
 
 
 @torch.no_grad()
