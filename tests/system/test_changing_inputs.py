@@ -152,10 +152,11 @@ def test_a_checkpoint_that_changes_while_it_is_resumed_is_refused(
 @pytest.mark.parametrize("command", ["make_student", "export_hf", "evaluate_akl"])
 def test_other_commands_refuse_a_model_that_changes_meanwhile(tmp_path, pair, short, monkeypatch, command):
     out = tmp_path / "made"
-    module = sys.modules[f"litgpt_akl.commands.{command}"]
+    reads = {"make_student": "commands.make_student.save_tensors", "export_hf": "models.export.write"}
+    module, _, reader = reads.get(command, "commands.evaluate_akl.load_frozen").rpartition(".")
+    module = sys.modules[f"litgpt_akl.{module}"]
     for path in [pair["teacher"] / "lit_model.pth", pair["teacher"] / "tokenizer.json"]:
         with monkeypatch.context() as patch:
-            reader = {"make_student": "save_tensors", "export_hf": "write", "evaluate_akl": "load_frozen"}[command]
             calls_before(patch, module, reader, lambda path=path: edit(path))
             with pytest.raises(UserError, match=f"{path} was changed or replaced"):
                 if command == "make_student":
