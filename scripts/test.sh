@@ -12,4 +12,4 @@ fi
 ruff check .
 ruff format --check .
 # each test file in one of two processes: the tests of a file share what it makes once
-python -m pytest -n 2 --dist loadfile "$@"
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

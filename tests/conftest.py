@@ -29,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # with the longest files at the end one of two processes would wait for the other
+    items.sort(key=lambda item: not {"training", "system"} & set(item.path.parts))
     if config.option.all:
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

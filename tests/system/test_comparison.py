@@ -132,6 +132,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, out: Pa
     return re.findall(r"^[\d:]+ ((?:train|test|fill) .*)$", capsys.readouterr().out, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_comparison_runs_and_a_second_call_makes_no_run(tmp_path, monkeypatch, capsys):
     out = tmp_path / "comparison"
     made = call(monkeypatch, capsys, out)

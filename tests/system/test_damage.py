@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.marks import few_or_many
 from helpers.material import KINDS
 from helpers.survey import GOOD, Survey, table
 
@@ -22,8 +23,8 @@ from litgpt_akl.models.tensor_file import check_tensors
 from litgpt_akl.models.weights import find_checkpoint_dir, open_weights, read_config
 from litgpt_akl.training.checkpoint import find_training_state
 
-CASES = int(os.environ.get("LITGPT_AKL_DAMAGES", 78))
-"""Damages that the survey tries, a few of each kind of file."""
+CASES = pytest.mark.parametrize("cases", few_or_many("LITGPT_AKL_DAMAGES", 38, 78))
+"""Damages that the survey tries, one or a few of each kind of file."""
 SEED = int(os.environ.get("LITGPT_AKL_SEED", 0))
 """Which those are."""
 
@@ -38,17 +39,20 @@ def material(survey) -> Path:
     return survey.material
 
 
-def test_no_traceback_and_nothing_wrong_without_a_word(survey):
+@CASES
+def test_no_traceback_and_nothing_wrong_without_a_word(survey, cases):
+    survey.counts.clear()
+    survey.bad.clear()
     draw = random.Random(SEED)
     files = {name: survey.files(kind) for name, kind in KINDS.items()}
     names = [name for name, found in files.items() if found]
-    for number in range(CASES):
+    for number in range(cases):
         name = names[number % len(names)]
         file, how = draw.randrange(len(files[name])), draw.choice(("cut", "bit", "bit", "byte"))
         survey.damaged_before(name, file, how, draw.choice(KINDS[name].commands), seed=draw.random())
     print(table(survey.counts))
     assert not survey.bad, "\n\n".join(survey.bad)
-    assert survey.counts.total() == CASES and {result for *_, result in survey.counts} <= {*GOOD}
+    assert survey.counts.total() == cases and {result for *_, result in survey.counts} <= {*GOOD}
 
 
 @pytest.mark.parametrize("size", [0, 1, 5000, 100_000, -1])

@@ -8,10 +8,11 @@ from itertools import product
 import pytest
 from helpers import material
 from helpers.faults import BEFORE, DURING, REFUSALS
+from helpers.marks import few_or_many
 from helpers.material import KINDS
 from helpers.survey import GOOD, Survey, table
 
-CELLS = int(os.environ.get("LITGPT_AKL_FAULTS", 12))
+CELLS = pytest.mark.parametrize("number", few_or_many("LITGPT_AKL_FAULTS", 4, 12))
 """Of each of the three tables, how many are tried; 10000 are all."""
 SEED = int(os.environ.get("LITGPT_AKL_SEED", 0))
 """Which those are."""
@@ -45,11 +46,11 @@ def survey(teacher_dir, student_dir, alice_json, tmp_path_factory) -> Survey:
     return Survey(tmp_path_factory.mktemp("faults"), teacher_dir, student_dir, alice_json)
 
 
-def check(survey: Survey, cells: list[tuple], always: Sequence[tuple] = ()) -> None:
-    """Try some cells, which are calls of the survey's methods, and ``CELLS`` of others: always the same ones."""
+def check(survey: Survey, number: int, cells: list[tuple], always: Sequence[tuple] = ()) -> None:
+    """Try some cells, which are calls of the survey's methods, and a number of others: always the same ones."""
     survey.counts.clear()
     survey.bad.clear()
-    chosen = [*always, *random.Random(SEED).sample(cells, min(CELLS, len(cells)))]
+    chosen = [*always, *random.Random(SEED).sample(cells, min(number, len(cells)))]
     for function, *arguments in chosen:
         function(*arguments)
     print(f"\n{len(chosen)} of {len(cells)} cells\n{table(survey.counts)}")
@@ -57,27 +58,30 @@ def check(survey: Survey, cells: list[tuple], always: Sequence[tuple] = ()) -> N
     assert survey.counts.total() == len(chosen) and {result for *_, result in survey.counts} <= {*GOOD}
 
 
-def test_what_is_read(survey):
+@CELLS
+def test_what_is_read(survey, number):
     files = {name: range(len(survey.files(kind))) for name, kind in KINDS.items()}
     cells = [
-        (survey.damaged_before, name, number, fault, command)
+        (survey.damaged_before, name, place, fault, command)
         for name, kind in KINDS.items()
-        for number, fault, command in product(files[name], BEFORE, dict.fromkeys(kind.commands))
+        for place, fault, command in product(files[name], BEFORE, dict.fromkeys(kind.commands))
     ]
-    check(survey, cells)
+    check(survey, number, cells)
 
 
-def test_what_changes_meanwhile(survey):
+@CELLS
+def test_what_changes_meanwhile(survey, number):
     cells = [
-        (survey.changed_during, pattern, number, fault, WRITERS[name], moment)
+        (survey.changed_during, pattern, place, fault, WRITERS[name], moment)
         for name, patterns in READ.items()
         for pattern, files in patterns.items()
-        for number, fault, moment in product(range(files), DURING, MOMENTS[name])
+        for place, fault, moment in product(range(files), DURING, MOMENTS[name])
     ]
-    check(survey, cells)
+    check(survey, number, cells)
 
 
-def test_what_cannot_be_written(survey):
+@CELLS
+def test_what_cannot_be_written(survey, number):
     cells = []
     for command in WRITERS.values():
         # these are made by the survey itself
@@ -89,4 +93,4 @@ def test_what_cannot_be_written(survey):
     always = [(survey.refused_writing, metrics, how, material.train_and_save) for how in REFUSALS]
     moment = MOMENTS["run"][1]
     always += [(survey.changed_during, metrics, 0, fault, material.train_and_save, moment) for fault in ("gone", "cut")]
-    check(survey, cells, always)
+    check(survey, number, cells, always)
