@@ -16,7 +16,7 @@ _MODULES = {
     "token_wise_kl": "litgpt_akl.loss.divergences",
     "alpha_beta_divergence": "litgpt_akl.loss.divergences",
     "tail_aware_kl": "litgpt_akl.loss.divergences",
-    "DistillationLoss": "litgpt_akl.loss.head_loss",
+    "DistillationLoss": "litgpt_akl.loss.distillation_loss",
 }
 
 __all__ = [*_MODULES, "__version__"]

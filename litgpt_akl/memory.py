@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
 from litgpt_akl.data.workers import available_memory
-from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.generation import BATCH
 from litgpt_akl.models.lora import lora_config

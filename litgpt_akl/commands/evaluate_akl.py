@@ -19,12 +19,12 @@ from litgpt.utils import parse_devices
 from litgpt_akl.config.args import GenerationArgs
 from litgpt_akl.config.checks import check_questions, check_run_args
 from litgpt_akl.config.recipe import check_masked
+from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.dataset import TokenizedDataset
-from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.files.directories import explain_failure, make_writable, write_file
 from litgpt_akl.files.lock import locked
-from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.objective import HeadRule
 from litgpt_akl.messages import UserError, say
 from litgpt_akl.models.generation import longest_prompt, stop_sequences
@@ -36,7 +36,7 @@ from litgpt_akl.training.logging import SpeakingFabric, silence_known_noise
 from litgpt_akl.training.out_dir import check_apart
 from litgpt_akl.training.responses import Responses, ResponseSampler, as_lines, find_questions, rate
 from litgpt_akl.training.run import choose_day
-from litgpt_akl.training.validate import gap_closed, measure
+from litgpt_akl.training.validation import gap_closed, measure
 
 ROWS = {
     "forward_kl": ("forward KL to the teacher, nats", ".4f"),

@@ -31,9 +31,9 @@ from litgpt_akl.models.export import check_export
 from litgpt_akl.models.gpt import check_quantization
 from litgpt_akl.models.pair import Pair, check_pair, find_models
 from litgpt_akl.models.parallel import make_strategy
+from litgpt_akl.teacher.cache_identity import stored_type
+from litgpt_akl.teacher.cache_size import bytes_of_token, describe_without_data
 from litgpt_akl.teacher.chunk_file import DTYPES
-from litgpt_akl.teacher.identity import stored_type
-from litgpt_akl.teacher.space import bytes_of_token, describe_without_data
 from litgpt_akl.training.logging import SpeakingFabric, make_loggers, silence_known_noise
 from litgpt_akl.training.main import fill, main
 from litgpt_akl.training.optimizer import check_optimizer, make_optimizer

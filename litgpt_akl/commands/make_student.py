@@ -8,15 +8,15 @@ import torch
 from litgpt.config import Config
 from litgpt.utils import save_config
 
-from litgpt_akl.files.changes import check_unchanged, stamp_of
+from litgpt_akl.files.changed_files import check_unchanged, stamp_of
 from litgpt_akl.files.directories import explain_failure, write_directory
 from litgpt_akl.files.lock import new_directory_locked
 from litgpt_akl.files.manifest import write_manifest
 from litgpt_akl.files.reading import explain_damage
 from litgpt_akl.messages import UserError, say
 from litgpt_akl.models.model_files import copy_model_files, read_hf_config, write_json
-from litgpt_akl.models.padding import config_without_padding, count_ids, describe_padding, without_padding
 from litgpt_akl.models.tensor_file import save_tensors
+from litgpt_akl.models.vocabulary import config_without_padding, count_ids, describe_padding, without_padding
 from litgpt_akl.models.weights import find_checkpoint_dir, model_paths, open_weights, read_config
 from litgpt_akl.training.out_dir import check_apart
 

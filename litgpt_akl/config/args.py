@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.objective import DivergenceName, HeadRule, takers
 from litgpt_akl.messages import UserError
 

@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor
 
 from litgpt_akl.files.directories import explain_failure
-from litgpt_akl.loss.head_loss import IGNORE_INDEX
+from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 
 
 class TokenizedDataset(Protocol):

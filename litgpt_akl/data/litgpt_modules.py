@@ -24,7 +24,7 @@ from litgpt_akl.data.preparation import FileRecords, Settings, prepare
 from litgpt_akl.data.records import Record, place
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.files.directories import default_cache_dir
-from litgpt_akl.loss.head_loss import IGNORE_INDEX
+from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import UserError, progress_bar
 
 SMALL = {"B": 2**20, " records": 2000}

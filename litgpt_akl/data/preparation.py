@@ -28,7 +28,7 @@ from litgpt_akl.data.encoding import Encoder
 from litgpt_akl.data.files import identify
 from litgpt_akl.data.records import TOO_DEEP, Record, is_too_deep, place, read
 from litgpt_akl.data.workers import fetch
-from litgpt_akl.files.changes import WAY_OUT, watch
+from litgpt_akl.files.changed_files import WAY_OUT, watch
 from litgpt_akl.files.directories import check_name, explain_failure, write_directory
 from litgpt_akl.files.manifest import damage, read_manifest, write_manifest
 from litgpt_akl.messages import UserError, progress_bar, reason, say

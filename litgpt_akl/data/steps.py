@@ -21,7 +21,7 @@ from litgpt_akl.data.workers import (
     free_shared_memory,
     steps_ahead,
 )
-from litgpt_akl.loss.head_loss import IGNORE_INDEX
+from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 
 POOL = 512
 """Samples that are sorted by length together, or a global batch if that is more."""

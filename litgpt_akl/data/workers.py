@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from litgpt_akl.files.changes import describe_cut
+from litgpt_akl.files.changed_files import describe_cut
 from litgpt_akl.messages import UserError
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from litgpt_akl.files.changes import Stamp, stamp_of
+from litgpt_akl.files.changed_files import Stamp, stamp_of
 from litgpt_akl.files.directories import remove_directory
 from litgpt_akl.files.reading import file_checksum, plain_names, with_checksum, without_checksum
 from litgpt_akl.messages import UserError, first_line

@@ -6,13 +6,13 @@ import torch
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from litgpt_akl.files.changes import check_unchanged, stamp_of
+from litgpt_akl.files.changed_files import check_unchanged, stamp_of
 from litgpt_akl.files.directories import explain_failure, write_directory
 from litgpt_akl.messages import say
 from litgpt_akl.models.gpt import is_tied
 from litgpt_akl.models.hf import make_hf_config, translate_back, write
 from litgpt_akl.models.model_files import copy_hf_files, write_json
-from litgpt_akl.models.padding import config_without_padding, count_ids, describe_padding, without_padding
+from litgpt_akl.models.vocabulary import config_without_padding, count_ids, describe_padding, without_padding
 from litgpt_akl.models.weights import model_paths, open_weights, read_config
 
 MAX_SHARD_SIZE = "5GB"

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from litgpt_akl.files.changes import watch
+from litgpt_akl.files.changed_files import watch
 from litgpt_akl.files.reading import explain_damage, plain_names, read_json
 from litgpt_akl.messages import UserError, reason
 from litgpt_akl.models.model_files import describe_weights, read_hf_config, read_tokenizer, write_json

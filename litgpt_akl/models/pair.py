@@ -8,7 +8,7 @@ from litgpt.config import Config, configs
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_akl.files.changes import WAY_OUT, Stamp, check_unchanged, stamp_of
+from litgpt_akl.files.changed_files import WAY_OUT, Stamp, check_unchanged, stamp_of
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.model_files import ModelFiles, read_model_files, read_tokenizer
 from litgpt_akl.models.weights import find_checkpoint_dir, is_said_to_be_tied, model_paths, read_config

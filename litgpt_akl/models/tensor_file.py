@@ -13,7 +13,7 @@ import xxhash
 from litgpt.utils import SavingProxyForTensor, incremental_save
 from torch import Tensor
 
-from litgpt_akl.files.changes import watch
+from litgpt_akl.files.changed_files import watch
 from litgpt_akl.files.manifest import know_checksum
 from litgpt_akl.files.reading import COPY_AGAIN, explain_damage
 from litgpt_akl.models.parallel import gather_full, wait_for_all

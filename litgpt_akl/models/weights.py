@@ -19,7 +19,7 @@ from litgpt.model import GPT
 from litgpt.utils import auto_download_checkpoint, extend_checkpoint_dir
 from torch import Tensor
 
-from litgpt_akl.files.changes import Stamp, stamp_of, unchanged_meanwhile
+from litgpt_akl.files.changed_files import Stamp, stamp_of, unchanged_meanwhile
 from litgpt_akl.files.directories import check_name, default_cache_dir, write_file
 from litgpt_akl.files.manifest import MANIFEST, METRICS_COPY, METRICS_MARK, damage
 from litgpt_akl.files.reading import explain_damage, file_checksum, read_yaml, with_checksum, without_checksum

@@ -19,6 +19,8 @@ from torch import Tensor
 from litgpt_akl.data.dataset import TokenizedDataset, digest
 from litgpt_akl.files.directories import explain_failure, write_file
 from litgpt_akl.messages import UserError, progress_bar, say
+from litgpt_akl.teacher.cache_identity import Identity, check_identity
+from litgpt_akl.teacher.cache_size import bytes_of_token
 from litgpt_akl.teacher.chunk_file import (
     DTYPES,
     Chunk,
@@ -30,8 +32,6 @@ from litgpt_akl.teacher.chunk_file import (
     remove_leftovers,
     write_chunk,
 )
-from litgpt_akl.teacher.identity import Identity, check_identity
-from litgpt_akl.teacher.space import bytes_of_token
 
 CHUNK_BYTES = 32 * 2**20
 """Of hidden states that are kept in memory until they are written together: what a killed process loses at most."""

@@ -29,7 +29,6 @@ from litgpt_akl.files.manifest import (
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.lora import ADAPTERS, adapters_of, read_trained, store_adapters, store_merged
 from litgpt_akl.models.model_files import ModelFiles, copy_model_files, describe_to_hugging_face
-from litgpt_akl.models.padding import write_config_without_padding
 from litgpt_akl.models.parallel import (
     all_gather_object,
     broadcast_object,
@@ -39,6 +38,7 @@ from litgpt_akl.models.parallel import (
     wait_for_all,
 )
 from litgpt_akl.models.tensor_file import TensorFile, read_tensors, tensor_file
+from litgpt_akl.models.vocabulary import write_config_without_padding
 
 TRAINING_STATE = "training_state.pth"
 """What training goes on from, beside the student."""

@@ -16,7 +16,7 @@ import lightning as L
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from torch import distributed
 
-from litgpt_akl.files.changes import check_mapped_files
+from litgpt_akl.files.changed_files import check_mapped_files
 from litgpt_akl.messages import UserError, reason
 from litgpt_akl.models.parallel import all_reduce_max, rank, world_size
 

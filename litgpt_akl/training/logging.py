@@ -19,7 +19,7 @@ from litgpt.types import LoggerChoice
 from litgpt.utils import choose_logger
 
 from litgpt_akl.data.steps import StepBatch
-from litgpt_akl.loss.head_loss import STATISTICS
+from litgpt_akl.loss.distillation_loss import STATISTICS
 from litgpt_akl.messages import UserError, progress_bar, reason, shown, tell
 from litgpt_akl.training.metrics import MetricsFile, copy_marked_rows
 

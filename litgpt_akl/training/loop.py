@@ -12,10 +12,10 @@ import lightning as L
 import torch
 
 from litgpt_akl.data.steps import StepBatch
-from litgpt_akl.files.changes import check_mapped_files
+from litgpt_akl.files.changed_files import check_mapped_files
 from litgpt_akl.files.directories import write_file
 from litgpt_akl.files.manifest import FINAL
-from litgpt_akl.loss.head_loss import STATISTICS
+from litgpt_akl.loss.distillation_loss import STATISTICS
 from litgpt_akl.messages import UserError, reason
 from litgpt_akl.models.gpt import distillation_loss
 from litgpt_akl.models.parallel import all_reduce_max_each, gather_full

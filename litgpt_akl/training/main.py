@@ -17,13 +17,13 @@ from litgpt_akl.models.parallel import wait_for_all
 from litgpt_akl.report.runs import forget
 from litgpt_akl.teacher.cache import Caches, TeacherCache
 from litgpt_akl.teacher.teacher import Teacher
-from litgpt_akl.training.accuracy import report_accuracy
 from litgpt_akl.training.launch import StopSignals, ending_together, is_loss_of_another, leave_if_stopped
 from litgpt_akl.training.logging import continue_metrics
 from litgpt_akl.training.loop import fit, save_final
 from litgpt_akl.training.reporting import announce, refresh_page, report
 from litgpt_akl.training.run import Run, load_step_batches, make_step_batches, step_sampler, validation_batches
 from litgpt_akl.training.setup import make_state, make_teacher, open_inputs
+from litgpt_akl.training.teacher_accuracy import report_accuracy
 
 WAY_ON = "The same command with --resume auto goes on from the last checkpoint."
 """After a signal."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from litgpt_akl.config.args import DistillArgs
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import PART, StepBatch, StepBatches, collate, cut, padded, together, turns
-from litgpt_akl.loss.head_loss import IGNORE_INDEX
+from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.generation import BATCH, generate, longest_prompt
 from litgpt_akl.models.parallel import all_gather_object

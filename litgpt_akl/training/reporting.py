@@ -18,19 +18,19 @@ from torch import Tensor
 from litgpt_akl.data.dataset import ArrowDataset, TokenizedDataset
 from litgpt_akl.data.steps import in_order, together
 from litgpt_akl.files.manifest import EXAMPLES, PAGE
+from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.loss.divergences import in_head
-from litgpt_akl.loss.head_loss import IGNORE_INDEX
 from litgpt_akl.messages import reason
 from litgpt_akl.models.generation import generate, longest_prompt, stop_sequences, without_end
 from litgpt_akl.models.gpt import Head
 from litgpt_akl.models.lora import without_adapters
-from litgpt_akl.models.padding import describe_padding
 from litgpt_akl.models.parallel import broadcast_object, reshard
+from litgpt_akl.models.vocabulary import describe_padding
 from litgpt_akl.report.runs import take_examples, write_examples
 from litgpt_akl.teacher.teacher import HeadOnly
 from litgpt_akl.training.logging import Progress, flushed_metrics
 from litgpt_akl.training.run import Run, validation_records
-from litgpt_akl.training.validate import validate
+from litgpt_akl.training.validation import validate
 
 RECORDS = 3
 """Of the validation data, from its first on."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from litgpt_akl.config.args import GenerationArgs
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import together
-from litgpt_akl.loss.head_loss import IGNORE_INDEX
+from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import UserError, progress_bar
 from litgpt_akl.models.generation import generate, without_end
 from litgpt_akl.models.parallel import all_gather_object

@@ -21,7 +21,7 @@ from litgpt_akl.files.manifest import Damaged, read_manifest
 from litgpt_akl.memory import MemoryEstimate
 from litgpt_akl.models import chat_template
 from litgpt_akl.models.pair import Pair
-from litgpt_akl.teacher.identity import read_identity
+from litgpt_akl.teacher.cache_identity import read_identity
 
 
 class Day(NamedTuple):

@@ -14,10 +14,10 @@ from litgpt.model import GPT
 from torch import Tensor
 
 from litgpt_akl.config.recipe import differences
+from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.dataset import TokenizedDataset
-from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.data.workers import end_with_parent
-from litgpt_akl.files.changes import WAY_OUT
+from litgpt_akl.files.changed_files import WAY_OUT
 from litgpt_akl.files.manifest import FINAL, RECIPE, damage
 from litgpt_akl.memory import report_memory
 from litgpt_akl.messages import UserError, say
@@ -32,12 +32,12 @@ from litgpt_akl.models.gpt import (
     set_up_teacher,
 )
 from litgpt_akl.models.lora import lora_config, with_new_adapters
-from litgpt_akl.models.padding import config_without_padding, count_ids, without_padding
 from litgpt_akl.models.parallel import all_reduce_max_each, load_weights, return_freed_memory, wait_for_all
+from litgpt_akl.models.vocabulary import config_without_padding, count_ids, without_padding
 from litgpt_akl.models.weights import fingerprint, is_of, open_weights, weights_files
 from litgpt_akl.teacher.cache import Caches, open_caches, read_head, write_head
-from litgpt_akl.teacher.identity import make_identity, needed_samples, read_identity
-from litgpt_akl.teacher.space import check_space, describe_saving, describe_space, response_tokens
+from litgpt_akl.teacher.cache_identity import make_identity, needed_samples, read_identity
+from litgpt_akl.teacher.cache_size import check_space, describe_saving, describe_space, response_tokens
 from litgpt_akl.teacher.teacher import HeadOnly, Teacher
 from litgpt_akl.training.checkpoint import draw_own_numbers, load_training_state, read_training_state
 from litgpt_akl.training.metrics import MetricsMarker

@@ -234,10 +234,10 @@ def test_importing_the_package_imports_nothing_heavy(environment, wheel):
 
 def test_public_names_are_the_ones_of_their_modules():
     import litgpt_akl
+    import litgpt_akl.loss.distillation_loss
     import litgpt_akl.loss.divergences
-    import litgpt_akl.loss.head_loss
 
     assert litgpt_akl.adaptive_kl is litgpt_akl.loss.divergences.adaptive_kl
-    assert litgpt_akl.DistillationLoss is litgpt_akl.loss.head_loss.DistillationLoss
+    assert litgpt_akl.DistillationLoss is litgpt_akl.loss.distillation_loss.DistillationLoss
     with pytest.raises(AttributeError, match="no attribute 'adaptve_kl'"):
         litgpt_akl.adaptve_kl  # noqa: B018

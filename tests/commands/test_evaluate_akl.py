@@ -17,7 +17,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from litgpt_akl.commands.evaluate_akl import evaluate_akl, table
 from litgpt_akl.config.args import GenerationArgs
-from litgpt_akl.data.prepare import prepare_datasets
+from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.gpt import build_model
 from litgpt_akl.models.weights import open_weights, read_config

@@ -17,8 +17,8 @@ from litgpt.tokenizer import Tokenizer
 from pyarrow import parquet
 
 from litgpt_akl.data import StreamingSFT, litgpt_modules, preparation
+from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.preparation import Settings, prepare
-from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.data.records import DEEPEST, Record, read
 from litgpt_akl.messages import UserError
 

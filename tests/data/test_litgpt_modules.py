@@ -11,7 +11,7 @@ from litgpt.data import JSON, Alpaca, TextFiles
 from litgpt.prompts import Default
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_akl.data.prepare import prepare_datasets
+from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.messages import UserError
 
 

@@ -19,8 +19,8 @@ from litgpt.tokenizer import Tokenizer
 from torch.utils.data import DataLoader
 
 from litgpt_akl.data import preparation
+from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.dataset import ArrowDataset
-from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.messages import UserError
 
 ROWS = [{"instruction": f"count to {n}", "input": "aloud" * (n % 2), "output": "one two " * (n % 5)} for n in range(30)]

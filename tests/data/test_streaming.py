@@ -22,7 +22,7 @@ from litgpt.prompts import Default
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.data import StreamingSFT
-from litgpt_akl.data.prepare import prepare_datasets
+from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.files.manifest import MANIFEST
 from litgpt_akl.messages import UserError
 

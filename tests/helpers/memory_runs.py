@@ -15,7 +15,7 @@ from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_akl.data.steps import MicroBatch, StepBatch
-from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.memory import MemoryEstimate
 from litgpt_akl.models.generation import generate
 from litgpt_akl.models.gpt import build_model, checkpoint_activations, empty_weights, set_up_teacher

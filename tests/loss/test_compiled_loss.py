@@ -15,7 +15,7 @@ from typing import get_args
 import pytest
 import torch
 
-from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.objective import DivergenceName
 
 OWN = {

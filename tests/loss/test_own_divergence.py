@@ -5,10 +5,10 @@ import torch
 import yaml
 from helpers import own_functions
 from helpers.runs import distil, metrics
-from test_head_loss import gradients, problem
+from test_distillation_loss import gradients, problem
 
 from litgpt_akl.config.args import DistillArgs
-from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.objective import user_function
 from litgpt_akl.messages import UserError
 
@@ -23,7 +23,7 @@ def never_called():
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_it_equals_the_closed_form_in_blocks(kd_ratio, temperature, dtype, monkeypatch):
-    monkeypatch.setattr("litgpt_akl.loss.head_loss._TILE_ELEMENTS", 3 * 90)
+    monkeypatch.setattr("litgpt_akl.loss.distillation_loss._TILE_ELEMENTS", 3 * 90)
     inputs = problem(bias=True, dtype=dtype)
     options = dict(kd_ratio=kd_ratio, temperature=temperature, block_tokens=8)
     found = DistillationLoss(divergence="helpers.own_functions.forward_kl", **options)(**inputs, student_softcap=4.0)

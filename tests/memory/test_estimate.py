@@ -15,7 +15,7 @@ from litgpt import lora
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.memory import (
     GB,
     GRADIENTS,

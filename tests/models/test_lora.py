@@ -13,8 +13,8 @@ from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_akl.config.args import LoRAArgs
+from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.divergences import adaptive_kl
-from litgpt_akl.loss.head_loss import DistillationLoss
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.gpt import build_model, distillation_loss, hidden_states, set_up_teacher
 from litgpt_akl.models.lora import adapters_of, lora_config, with_new_adapters, without_adapters

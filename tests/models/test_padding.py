@@ -22,7 +22,7 @@ from litgpt_akl.commands.export_hf import export_hf
 from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.config.args import LoRAArgs
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.padding import count_ids
+from litgpt_akl.models.vocabulary import count_ids
 
 IDS, ROWS = 1024, 1088
 """What the tokenizer has, and what embeddings and LM head have."""

@@ -12,7 +12,7 @@ from litgpt_akl.config.args import TeacherArgs
 from litgpt_akl.data.steps import MicroBatch
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.gpt import build_model, load_quantized
-from litgpt_akl.training.accuracy import loss_of_quantization
+from litgpt_akl.training.teacher_accuracy import loss_of_quantization
 
 FORWARD_KL = {"int8": 2e-3, "nf4": 0.15}
 """At most, in nats per token."""

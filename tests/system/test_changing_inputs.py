@@ -25,7 +25,7 @@ from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.export_hf import export_hf
 from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.data import StreamingSFT, preparation
-from litgpt_akl.data.prepare import prepare_datasets
+from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.files.manifest import MANIFEST, damage
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.weights import model_paths

@@ -22,7 +22,7 @@ from litgpt_akl.messages import UserError
 from litgpt_akl.models import hf as hf_weights
 from litgpt_akl.models import weights as fingerprints
 from litgpt_akl.models.weights import fingerprint, open_weights, read_config
-from litgpt_akl.teacher.identity import IDENTITY, read_identity
+from litgpt_akl.teacher.cache_identity import IDENTITY, read_identity
 
 CONFIG = replace(materials.TEACHER_CONFIG, n_layer=3, n_embd=512, head_size=128, intermediate_size=1365)
 """Of 40 MB, of which the fingerprints of before read a tenth."""

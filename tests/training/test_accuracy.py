@@ -15,8 +15,8 @@ from litgpt.config import Config
 from litgpt_akl.config.args import TeacherArgs
 from litgpt_akl.models.gpt import make_head
 from litgpt_akl.models.parallel import rank
-from litgpt_akl.training import accuracy
-from litgpt_akl.training.accuracy import compare_teachers
+from litgpt_akl.training import teacher_accuracy as accuracy
+from litgpt_akl.training.teacher_accuracy import compare_teachers
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from litgpt_akl.files.reading import with_checksum
 from litgpt_akl.messages import UserError
 from litgpt_akl.models import chat_template
 from litgpt_akl.models.model_files import read_tokenizer
-from litgpt_akl.teacher.identity import IDENTITY, read_identity
+from litgpt_akl.teacher.cache_identity import IDENTITY, read_identity
 
 # as Llama 3.2's own does it, and told by words, since the tokenizer knows no numbers
 DATED = """

@@ -21,10 +21,10 @@ from litgpt.utils import load_checkpoint, save_config
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.finetune_akl import setup
 from litgpt_akl.config.args import DistillArgs, GenerationArgs, LoRAArgs, TeacherArgs
-from litgpt_akl.data.prepare import prepare_datasets
+from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.steps import StepBatches, StepSampler
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.loss.head_loss import DistillationLoss
+from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.generation import stop_sequences
 from litgpt_akl.models.gpt import build_model, load_frozen

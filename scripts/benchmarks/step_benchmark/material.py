@@ -17,8 +17,8 @@ from litgpt.scripts.convert_lit_checkpoint import convert_lit_checkpoint
 from litgpt.utils import save_config
 
 from litgpt_akl.commands.make_student import make_student
+from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.dataset import TokenizedDataset
-from litgpt_akl.data.prepare import prepare_datasets
 from litgpt_akl.data.steps import StepSampler
 from litgpt_akl.files.directories import write_directory
 from litgpt_akl.models.pair import check_pair

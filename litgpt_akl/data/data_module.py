@@ -11,7 +11,7 @@ from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.litdata import open_chunks
 from litgpt_akl.data.litgpt_modules import open_module
 from litgpt_akl.data.streaming import StreamingSFT
-from litgpt_akl.loss.head_loss import IGNORE_INDEX
+from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.pair import token_map
 

@@ -10,8 +10,8 @@ from helpers.formulas import formula
 from helpers.marks import with_all_slow_but
 from helpers.reference import divergence as reference
 
+from litgpt_akl.loss.distillation_loss import STATISTICS, DistillationLoss, _compiled
 from litgpt_akl.loss.divergences import adaptive_kl_weight
-from litgpt_akl.loss.head_loss import STATISTICS, DistillationLoss, _compiled
 from litgpt_akl.loss.objective import DivergenceName
 
 
@@ -104,14 +104,14 @@ def assert_equal_to_dense(inputs, loss, rtol=1e-9, **options):
 @pytest.mark.parametrize("divergence", get_args(DivergenceName))
 @pytest.mark.parametrize("block_tokens", [1, 7, 29, 30, 1000, None])
 def test_blocks_equal_dense(divergence, block_tokens, monkeypatch):
-    monkeypatch.setattr("litgpt_akl.loss.head_loss._TILE_ELEMENTS", 4 * 90)
+    monkeypatch.setattr("litgpt_akl.loss.distillation_loss._TILE_ELEMENTS", 4 * 90)
     loss = DistillationLoss(divergence=divergence, kd_ratio=0.7, mix_ratio=0.2, block_tokens=block_tokens)
     assert_equal_to_dense(problem(), loss)
 
 
 @pytest.mark.parametrize("divergence", get_args(DivergenceName))
 def test_every_divergence_with_softcaps_biases_temperature_and_without_gradient(divergence, monkeypatch):
-    monkeypatch.setattr("litgpt_akl.loss.head_loss._TILE_ELEMENTS", 3 * 90)
+    monkeypatch.setattr("litgpt_akl.loss.distillation_loss._TILE_ELEMENTS", 3 * 90)
     for kd_ratio in (0.0, 0.4, 1.0):
         loss = DistillationLoss(divergence=divergence, kd_ratio=kd_ratio, temperature=3.0, block_tokens=8)
         inputs = problem(bias=True)
@@ -230,7 +230,7 @@ def test_gradients_are_handed_out_once():
     ],
 )
 def test_compiled_gives_the_same_numbers(divergence, kd_ratio, cases, monkeypatch):
-    monkeypatch.setattr("litgpt_akl.loss.head_loss._TILE_ELEMENTS", 3 * 90)
+    monkeypatch.setattr("litgpt_akl.loss.distillation_loss._TILE_ELEMENTS", 3 * 90)
     options = dict(divergence=divergence, kd_ratio=kd_ratio, block_tokens=8)
     compiled = DistillationLoss(compile=True, **options)
     assert compiled.compiles_on("cpu"), "the tests need a C++ compiler (apt-get install g++)"
@@ -245,7 +245,7 @@ def test_compiled_gives_the_same_numbers(divergence, kd_ratio, cases, monkeypatc
 
 
 def test_each_variant_is_compiled_and_a_limit_is_said(monkeypatch):
-    monkeypatch.setattr("litgpt_akl.loss.head_loss._compiled", cache(_compiled.__wrapped__))
+    monkeypatch.setattr("litgpt_akl.loss.distillation_loss._compiled", cache(_compiled.__wrapped__))
     stats = torch._dynamo.utils.counters["stats"]
     before = stats["unique_graphs"]
     with torch._dynamo.config.patch(recompile_limit=1), warnings.catch_warnings():

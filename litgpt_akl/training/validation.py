@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import in_order
-from litgpt_akl.loss.head_loss import STATISTICS, DistillationLoss
+from litgpt_akl.loss.distillation_loss import STATISTICS, DistillationLoss
 from litgpt_akl.messages import progress_bar
 from litgpt_akl.models.gpt import distillation_loss
 from litgpt_akl.models.parallel import all_gather_object, reshard
