@@ -160,7 +160,7 @@ class Order(Enum):
 
 
 @dataclass
-class StepBatch:
+class Window:
     size: int = 3
     share: float = 0.5
 
@@ -173,13 +173,13 @@ class Rows(DataModule):
         rows: list[dict[str, int]],
         order: Order = Order.AS_GIVEN,
         folder: Path | None = None,
-        step_batch: StepBatch = StepBatch(),  # noqa: B008
+        window: Window = Window(),  # noqa: B008
         style: PromptStyle | None = None,
         kind: type[DataModule] = DataModule,
         **options: int,
     ) -> None:
         super().__init__()
-        self.rows, self.order, self.folder, self.step_batch = rows, order, folder, step_batch
+        self.rows, self.order, self.folder, self.window = rows, order, folder, window
         self.style, self.kind, self.options = style, kind, options
 
 
@@ -204,11 +204,11 @@ def with_data(parser: Parser, data: LightningDataModule) -> dict[str, Any]:
 
 
 def test_a_users_data_module_comes_back(parser, tmp_path):
-    data = Rows([{"a": 1}], Order.BY_LENGTH, Path("x"), StepBatch(5, 1e-5), ChatML("Be kind."), JSON)
+    data = Rows([{"a": 1}], Order.BY_LENGTH, Path("x"), Window(5, 1e-5), ChatML("Be kind."), JSON)
     again = repeated(parser, with_data(parser, data), tmp_path)["data"]
     assert type(again) is Rows
     assert (again.rows, again.order, again.folder, again.kind) == ([{"a": 1}], Order.BY_LENGTH, Path("x"), JSON)
-    assert (again.step_batch.size, again.step_batch.share) == (5, 1e-5)
+    assert (again.window.size, again.window.share) == (5, 1e-5)
     assert (type(again.style), again.style.system_message) == (ChatML, "Be kind.")
 
 
