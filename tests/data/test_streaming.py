@@ -287,9 +287,9 @@ def test_wrong_arguments(tmp_path, teacher_dir):
 def prepare_in_a_process(path: Path, checkpoint_dir: Path, cache_dir: Path, before: str = "") -> subprocess.Popen:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path\n"
-        f"from test_streaming import stores\n{before}\n"
+        f"from test_streaming import splits\n{before}\n"
         f"from litgpt_akl.cli.main import without_traceback\n"
-        f"print(len(without_traceback(stores)({str(path)!r}, Path({str(checkpoint_dir)!r}), Path({str(cache_dir)!r}),"
+        f"print(len(without_traceback(splits)({str(path)!r}, Path({str(checkpoint_dir)!r}), Path({str(cache_dir)!r}),"
         " num_proc=2, val_split_fraction=0.0)[0]))"
     )
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -175,10 +176,18 @@ def test_of_two_runs_in_one_directory_one_goes_on(alone, tmp_path, number):
     processes, resume = 1 + number % 2, draw.choice(("auto", None))
     recipe, expected, duration = alone(processes)
     out_dir, logs = tmp_path / "run", [tmp_path / name / "log" for name in ("first", "second")]
-    first = torture.start(recipe, out_dir, logs[0], processes, resume)
-    time.sleep(draw.uniform(0, 0.7 * duration))
-    second = torture.start(recipe, out_dir, logs[1], processes, resume)
-    ends = list(zip((first.wait(), second.wait()), (log.read_text() for log in logs), strict=True))
+    delay, ends = draw.uniform(0, 0.7 * duration), []
+    # a first run that comes to its end before the second one has looked does not meet it
+    while not any("is writing there" in text for _, text in ends):
+        for directory in (out_dir, *(log.parent for log in logs)):
+            shutil.rmtree(directory, ignore_errors=True)
+        first = torture.start(recipe, out_dir, logs[0], processes, resume)
+        time.sleep(delay)
+        second = torture.start(recipe, out_dir, logs[1], processes, resume)
+        ends = list(zip((first.wait(), second.wait()), (log.read_text() for log in logs), strict=True))
+        assert not any(ends[0][0]) or not any(ends[1][0])
+        delay /= 2
+        assert delay > 0.01 * duration, "they never met"
     assert sorted(all(statuses) for statuses, _ in ends) == sorted(any(statuses) for statuses, _ in ends) == [0, 1]
     told = next(text for statuses, text in ends if all(statuses))
     assert "Traceback" not in told and told.count(" is writing there.\nWait until it has ended, or give") == 1

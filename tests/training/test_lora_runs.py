@@ -28,6 +28,7 @@ from litgpt_akl.messages import UserError
 from litgpt_akl.models.lora import adapters_of
 from litgpt_akl.models.parallel import return_freed_memory
 from litgpt_akl.training import main as run_module
+from litgpt_akl.training import reporting
 from litgpt_akl.training.checkpoint import random_state
 
 
@@ -183,7 +184,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(student_dir, alice_json, tmp_p
 
 def record_draws(out_dir: Path, processes: int, student: Path, data: Path, **changes) -> None:
     """Writes what each process of a run draws: its masks of dropout, examples, and what it would draw next."""
-    masks, examples, example_prompt = [], [], run_module.example_prompt
+    masks, examples, example_prompt = [], [], reporting.example_prompt
 
     def keep_mask(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         # the memory is predicted by a step without numbers
@@ -195,7 +196,7 @@ def record_draws(out_dir: Path, processes: int, student: Path, data: Path, **cha
         examples.append(example_prompt(*arguments))
         return examples[-1]
 
-    run_module.example_prompt = keep_example
+    reporting.example_prompt = keep_example
     torch.nn.modules.module.register_module_forward_hook(keep_mask)
     steps = {"global_batch_size": 6, "micro_batch_size": 1, "max_steps": 4, "save_interval": 2}
     options = {"train": steps, "eval": {"interval": 1, "max_new_tokens": 4, "evaluate_example": "random"}}

@@ -164,7 +164,7 @@ def measure_teacher(path: Path, devices: int) -> None:
         hidden = hidden_states(teacher, torch.zeros(1, 8, dtype=torch.int64), torch.arange(8))
         reshard(teacher)
         with tensor_file(path / "saved.pth" if fabric.is_global_zero else None) as file:
-            file.save({name: file.dataset(parameter) for name, parameter in teacher.named_parameters()})
+            file.save({name: file.store(parameter) for name, parameter in teacher.named_parameters()})
     torch.save(result | {"hidden": hidden}, path / f"{devices}-{fabric.global_rank}.pth")
 
 
