@@ -156,6 +156,25 @@ def steps_ahead(size: int, num_workers: int, free: float) -> tuple[int, int]:
     return (min(num_workers, int(room)), 1) if room >= 1 else (0, 0)
 
 
+class _Failed:
+    """The key, and what is fetched for it, in place of one that the keys failed to give."""
+
+
+class _Keys:
+    """Keys in their order; where they fail, a last one in its place, since a loader that fails leaves its workers."""
+
+    def __init__(self, keys: Iterable) -> None:
+        self._keys = keys
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from self._keys
+        except Exception as error:
+            self.error = error
+            yield _Failed()
+
+
 class _Reporting(Dataset):
     """Hands a user's mistake over as a value: a loader would wrap it in the traceback of its worker."""
 
@@ -163,6 +182,8 @@ class _Reporting(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, _Failed):
+            return key
         try:
             return self.dataset[key]
         except UserError as error:
@@ -189,6 +210,8 @@ class Fetched(Iterator):
             # a connection ends a moment before the process that had it
             self._check_workers(wait=0.0 if isinstance(error, RuntimeError) else 2.0)
             raise
+        if isinstance(found, _Failed):
+            raise self.loader.sampler.error
         if isinstance(found, UserError):
             raise found
         return found
@@ -222,14 +245,14 @@ def fetch(dataset: Dataset, keys: Iterable, num_workers: int, fewer: str, prefet
 
     Args:
         dataset: is read in the workers.
-        keys: are read in this process.
+        keys: are read in this process; where they fail, what was fetched before comes first.
         num_workers: processes that fetch; with 0 this process does.
         fewer: tells a user how to have fewer of them.
         prefetched: keys that each of them is ahead.
     """
     loader = DataLoader(
         _Reporting(dataset),
-        sampler=keys,
+        sampler=_Keys(keys),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=prefetched if num_workers else None,

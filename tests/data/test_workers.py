@@ -1,10 +1,12 @@
 """Processes that fetch data ahead: what is said when one of them is killed, or meets a user's mistake."""
 
+import gc
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -84,6 +86,36 @@ def test_a_mistake_is_told_as_it_is_and_a_fault_keeps_its_traceback(workers):
     with pytest.raises(LookupError, match="a fault of the program"):
         read([0, "fault", 1], workers)
     assert read(list(range(7)), workers) == list(range(7))
+
+
+def failing(good: int, error: Exception) -> Iterator[int]:
+    yield from range(good)
+    raise error
+
+
+@pytest.mark.parametrize("error", [UserError("This file is wrong.\nMend it."), LookupError("a fault of the program")])
+@pytest.mark.parametrize("good", [0, 1, 3, 50])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_keys_that_fail_leave_no_workers_behind(workers, good, error):
+    found = []
+    fetched = fetch(Numbers(), failing(good, error), workers, FEWER)
+    with pytest.raises(type(error)) as caught:
+        found.extend(fetched)
+    assert caught.value is error and found == list(range(good))
+    fetched.stop()
+    assert gc.get_freeze_count() == 0
+    assert not multiprocessing.active_children()
+    deadline = time.monotonic() + 5
+    while any(thread.name == "QueueFeederThread" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # what was fetched is collected, and closes nothing that somebody else has opened by now
+    pipes = [os.pipe() for _ in range(20)]
+    del fetched, caught
+    gc.collect()
+    for reading, writing in pipes:
+        os.close(reading)
+        os.close(writing)
 
 
 def kill_first_worker() -> None:
