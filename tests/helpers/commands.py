@@ -1,4 +1,4 @@
-"""Command lines in copies of this process: what takes ten seconds to import is imported once."""
+"""Work in copies of this process, above all command lines: what takes ten seconds to import is imported once."""
 
 import faulthandler
 import importlib.util
@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -35,7 +36,7 @@ def import_everything() -> None:
 
 
 class Command:
-    """A command in a copy of this process, with what a test asks of a ``subprocess.Popen``."""
+    """A copy of this process that is at work, with what a test asks of a ``subprocess.Popen``."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -61,6 +62,38 @@ class Command:
             os.kill(self.pid, signal.SIGKILL)
 
 
+def fork(
+    work: Callable[[], int],
+    log: Path | int,
+    errors: Path | int | None = None,
+    *,
+    stdin: str = "",
+    encoding: str | None = None,
+) -> Command:
+    """Calls ``work`` in a copy of this process, in a session of its own, which ends with the status that it gives.
+
+    What it prints is added to ``log``, a path or an open file; ``errors`` is where the standard error goes, if not
+    there too; ``encoding`` is that of the standard output.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setsid()
+            # pytest tells of signals elsewhere
+            faulthandler.disable()
+            output = _open(log)
+            _redirect(stdin, output, output if errors is None else _open(errors), encoding)
+            status = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            _end(status)
+    return Command(child)
+
+
 def start(
     words: list[str],
     log: Path | int,
@@ -71,28 +104,21 @@ def start(
     encoding: str | None = None,
     **environment: str,
 ) -> Command:
-    """Runs ``litgpt`` with those words in a session of its own; what it prints is added to ``log``, a path or a file.
-
-    ``errors`` is where the standard error goes, if not there too; ``encoding`` is that of the standard output.
-    """
+    """Runs ``litgpt`` with those words in a copy of this process, with the options of :func:`fork`."""
     import_everything()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    child = os.fork()
-    if child == 0:
-        os.setsid()
+
+    def work() -> int:
         for name in [name for name in os.environ if name in LAUNCHERS or name.startswith("SLURM_")]:
             del os.environ[name]
         os.environ.update(environment)
         os.chdir(directory or os.getcwd())
-        written = _open(log)
-        _redirect(stdin, written, written if errors is None else _open(errors), encoding)
-        run(words)
-    return Command(child)
+        return run(words)
+
+    return fork(work, log, errors, stdin=stdin, encoding=encoding)
 
 
-def run(words: list[str]) -> None:
-    """Ends this process, a copy of another one, with the command and its exit status."""
+def run(words: list[str]) -> int:
+    """Runs the command in this process, a copy of another one, and gives its exit status."""
     from litgpt_akl.cli.main import main
 
     # what a test, in whose copy this may run, has set
@@ -100,30 +126,16 @@ def run(words: list[str]) -> None:
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)
     torch.set_grad_enabled(True)
-    faulthandler.disable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     datasets.config.HF_DATASETS_CACHE = Path(os.environ.get("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE))
     # what further processes of a run are started as
     sys.modules["__main__"].__spec__ = importlib.util.find_spec("litgpt.__main__")
     sys.argv = ["litgpt", *words]
-    status = 1
     try:
         main()
-        status = 0
+        return 0
     except SystemExit as error:
-        status = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except OSError:
-            traceback.print_exc()
-            status = status or 120
-        finally:
-            # a copy of a process must not go on with what that process does
-            os._exit(status)
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
 
 
 def complete(words: list[object], timeout: float = 240, **options) -> subprocess.CompletedProcess:
@@ -144,6 +156,18 @@ def complete(words: list[object], timeout: float = 240, **options) -> subprocess
 
 def _open(place: Path | int) -> int:
     return place if isinstance(place, int) else os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+
+def _end(status: int) -> None:
+    """Ends this process: a copy must not go on with what the other one does."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        traceback.print_exc()
+        status = status or 120
+    finally:
+        os._exit(status)
 
 
 def _redirect(stdin: str, output: int, errors: int, encoding: str | None) -> None:

@@ -4,7 +4,6 @@ Each runs in a copy of this process, in a copy of all material that always has t
 """
 
 import contextlib
-import faulthandler
 import hashlib
 import json
 import os
@@ -17,11 +16,13 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import datasets
 
+from helpers.commands import fork
 from helpers.faults import (
     BEFORE,
     DURING,
@@ -89,30 +90,24 @@ def run(command: Command, directory: Path, prepare: Callable[[], tuple[str, str]
     ``prepare`` gives the name of the file that it damages, and how.
     """
     reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        os.dup2(writing, 1)
-        os.dup2(writing, 2)
-        # pytest has put others in their place, and tells of signals elsewhere
-        faulthandler.disable()
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-        _work(command, directory, prepare)
+    process = fork(partial(_work, command, directory, prepare), writing)
     os.close(writing)
     said, deadline = bytearray(), time.monotonic() + PATIENCE
-    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+    # a file would take nothing from a process that may write none, and a full pipe would stop it
+    while process.poll() is None and time.monotonic() < deadline:
         if select.select([reading], [], [], 0.01)[0]:
             said += os.read(reading, 2**16)
+    hangs = process.returncode is None
+    # what it has started may live on
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    if ended == (0, 0):
-        os.waitpid(child, 0)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     while more := os.read(reading, 2**16):
         said += more
     os.close(reading)
     text = said.decode(errors="replace").replace("\r", "\n")
     if not (directory / "outcome").is_file():
-        how = f"ended by {ended[1]}" if ended != (0, 0) else "hangs"
+        how = "hangs" if hangs else f"ended with {process.returncode}"
         return Outcome(f"{how}\n{text[-2000:]}", True, text, {}, "", "", {}, [])
     error, is_traceback, file, how, written = json.loads((directory / "outcome").read_text())
     if error is None and "Traceback (most recent call last)" in text:
@@ -121,7 +116,7 @@ def run(command: Command, directory: Path, prepare: Callable[[], tuple[str, str]
     return Outcome(error, is_traceback, text, checksums(directory / "out"), file, how, written, hidden)
 
 
-def _work(command: Command, directory: Path, prepare: Callable[[], tuple[str, str]] | None) -> None:
+def _work(command: Command, directory: Path, prepare: Callable[[], tuple[str, str]] | None) -> int:
     error, is_traceback, file, how = None, False, "", ""
     written: dict[str, bool] = {}
 
@@ -145,7 +140,7 @@ def _work(command: Command, directory: Path, prepare: Callable[[], tuple[str, st
     sys.stderr.flush()
     limit_files(2**40)
     Path("outcome").write_text(json.dumps([error, is_traceback, file, how, written]))
-    os._exit(0)
+    return 0
 
 
 class Survey:

@@ -12,13 +12,12 @@ numbers and the loss of every step must equal those of an undisturbed run bit fo
 """
 
 import argparse
+import atexit
 import csv
 import os
 import random
 import shutil
-import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -90,31 +89,24 @@ def tiny_recipe(kind: str, processes: int, material: Path, own: Path, steps: int
 class Started:
     """A run, in processes that are copies of this one."""
 
-    processes: list[int]
+    processes: list[commands.Command]
     log: Path
     said_before: int = 0
     """Bytes of the log that are of earlier runs."""
-    ended: dict[int, int] = field(default_factory=dict)
-    """Exit statuses, negative for signals."""
 
     def poll(self) -> bool:
         """Whether all have ended."""
-        for process in self.processes:
-            if process not in self.ended:
-                found, status = os.waitpid(process, os.WNOHANG)
-                if found:
-                    self.ended[process] = os.waitstatus_to_exitcode(status)
-        return len(self.ended) == len(self.processes)
+        return None not in [process.poll() for process in self.processes]
 
     def wait(self) -> list[int]:
-        """Their exit statuses, that of process 0 first."""
+        """Their exit statuses, negative for signals, that of process 0 first."""
         deadline = time.monotonic() + PATIENCE
         while not self.poll():
             if time.monotonic() > deadline:
                 self.kill()
-                raise SystemExit(f"The run in processes {self.processes} did not end within {PATIENCE} s")
+                raise SystemExit(f"The run of {self.log} did not end within {PATIENCE} s")
             time.sleep(POLL)
-        return [self.ended[process] for process in self.processes]
+        return [process.returncode for process in self.processes]
 
     def are_connected(self) -> bool:
         """Whether the processes know each other: before, only who has started them notices that one is lost."""
@@ -124,10 +116,9 @@ class Started:
 
     def kill(self, victims: int | None = None) -> None:
         """SIGKILL to all, or to some of them, and wait for the end of all."""
-        self.poll()
-        alive = [process for process in self.processes if process not in self.ended]
+        alive = [process for process in self.processes if process.poll() is None]
         for process in random.sample(alive, min(len(alive), victims or len(alive))):
-            os.kill(process, signal.SIGKILL)
+            process.kill()
         self.wait()
 
 
@@ -141,28 +132,15 @@ def start(recipe: list[str], out_dir: Path, log: Path, processes: int = 1, resum
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
     said_before = log.stat().st_size
-    children = []
-    sys.stdout.flush()
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            _run(words, log, rank, processes, port)
-        children.append(child)
-    return Started(children, log, said_before)
-
-
-def _run(words: list[str], log: Path, rank: int, processes: int, port: int) -> None:
+    environment = {"HF_DATASETS_CACHE": str(log.parent / "datasets")}
     if processes > 1:
-        names = {"LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": processes}
-        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in names.items()})
-    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
-    # a test may have put others in their place
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    os.environ["HF_DATASETS_CACHE"] = str(log.parent / "datasets")
-    commands.run(words)
+        environment |= {"NODE_RANK": "0", "WORLD_SIZE": str(processes)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{"LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
+    run = Started([commands.start(words, log, **environment, **rank) for rank in ranks], log, said_before)
+    # Ctrl-C does not reach their sessions
+    atexit.register(run.kill)
+    return run
 
 
 def saving(out_dir: Path) -> bool:
