@@ -156,8 +156,7 @@ class Drawing:
 
 def draw_panels(runs: Sequence[History]) -> list[Drawing]:
     """A drawing for each of ``PANELS`` of which anything was logged; of several runs each has one colour."""
-    drawings = [_draw(panel, runs) for panel in PANELS]
-    return [drawing for drawing in drawings if drawing.figure.renderers]
+    return [drawing for panel in PANELS if (drawing := _draw(panel, runs)) is not None]
 
 
 def empty_figure(unit: str, scale: Literal["linear", "log"] = "linear", height: int = 260, **options) -> figure:
@@ -196,13 +195,15 @@ def _add(plot: figure, source: ColumnDataSource, glyph: Glyph, name: str | None)
     plot.add_glyph(source, glyph, name=name)
 
 
-def _draw(panel: Panel, runs: Sequence[History]) -> Drawing:
+def _draw(panel: Panel, runs: Sequence[History]) -> Drawing | None:
     columns = [(run, line, of) for run in runs for line in panel.lines for of in ("training", "validation")]
     values = [getattr(run, of).get(line.column, np.empty(0)) for run, line, of in columns]
     values = np.concatenate([column[np.isfinite(column)] for column in values])
+    if len(values) == 0:
+        return None
     logarithmic = panel.numbers == "log" and (values > 0).all()
     plot = empty_figure(panel.unit, "log" if logarithmic else "linear")
-    if logarithmic and len(values):
+    if logarithmic:
         plot.yaxis.ticker, plot.yaxis.formatter = FixedTicker(ticks=_log_ticks(values)), BasicTickFormatter()
     plot.xaxis.formatter, plot.xaxis.axis_label = NumeralTickFormatter(format="0,0"), "step"
     if panel.numbers == "tiny":
