@@ -19,7 +19,7 @@ def report_akl(runs: list[Path], *, out: Path = Path("report.html"), overwrite: 
         out: The page to write; one that is there is replaced.
         overwrite: Whether a file that is no such page may be replaced, too.
     """
-    # Bokeh takes a while to import, which litgpt's other commands are not to wait for
+    # Bokeh takes half a second to import, which litgpt's other commands are not to wait for
     from litgpt_akl.report.history import unique_names
     from litgpt_akl.report.page import write_page
     from litgpt_akl.report.runs import read_runs

@@ -5,10 +5,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from bokeh.models import (
+    BasicTickFormatter,
+    BoxAnnotation,
+    ColumnDataSource,
+    FixedTicker,
+    HoverTool,
+    NumeralTickFormatter,
+    PlainText,
+    PrintfTickFormatter,
+)
+from bokeh.models.glyphs import Glyph, Scatter, VArea
+from bokeh.models.glyphs import Line as LineGlyph
+from bokeh.plotting import figure
 
 from litgpt_akl.messages import CONTROL, masked
 from litgpt_akl.report.history import POINTS, History, finite, running_mean, thin
-from litgpt_akl.report.plot import Model, Plot, fixed_ticks, make_axis
 
 VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
 
@@ -138,29 +150,66 @@ class Drawing:
 
     title: str
     about: str
-    plot: Plot
+    figure: figure
     keys: list[Key] = field(default_factory=list)
 
 
 def draw_panels(runs: Sequence[History]) -> list[Drawing]:
     """A drawing for each of ``PANELS`` of which anything was logged; of several runs each has one colour."""
-    drawings = [_draw(panel, runs) for panel in PANELS]
-    return [drawing for drawing in drawings if drawing.plot.renderers]
+    return [drawing for panel in PANELS if (drawing := _draw(panel, runs)) is not None]
 
 
-def _draw(panel: Panel, runs: Sequence[History]) -> Drawing:
+def empty_figure(unit: str, scale: Literal["linear", "log"] = "linear", height: int = 260, **options) -> figure:
+    """A figure as wide as its place, which leaves scrolling to the page."""
+    plot = figure(
+        height=height,
+        sizing_mode="stretch_width",
+        y_axis_type=scale,
+        y_axis_label=unit,
+        tools="box_zoom,reset",
+        active_drag=None,
+        background_fill_color=None,
+        border_fill_color=None,
+        outline_line_color=None,
+        **options,
+    )
+    plot.toolbar.logo, plot.toolbar.autohide, plot.toolbar_inner = None, True, True
+    plot.axis.axis_label_text_font_style = "normal"
+    plot.axis.minor_tick_line_color, plot.xgrid.visible = None, False
+    return plot
+
+
+def add_line(plot: figure, x: np.ndarray, y: np.ndarray, name: str | None, **style) -> None:
+    """A line; with a name, its values are told at the pointer."""
+    _add(plot, ColumnDataSource({"x": x, "y": y}), LineGlyph(x="x", y="y", **style), name)
+
+
+def add_dots(plot: figure, x: np.ndarray, y: np.ndarray, name: str, colour: str, **columns: list[str]) -> None:
+    """A dot for each value, told at the pointer together with ``columns``."""
+    dots = Scatter(x="x", y="y", size=6, fill_color=colour, line_color=None)
+    _add(plot, ColumnDataSource({"x": x, "y": y, **columns}), dots, name)
+
+
+def _add(plot: figure, source: ColumnDataSource, glyph: Glyph, name: str | None) -> None:
+    # figure.line and the like make three glyphs of one, for selections that there are none of
+    plot.add_glyph(source, glyph, name=name)
+
+
+def _draw(panel: Panel, runs: Sequence[History]) -> Drawing | None:
     columns = [(run, line, of) for run in runs for line in panel.lines for of in ("training", "validation")]
     values = [getattr(run, of).get(line.column, np.empty(0)) for run, line, of in columns]
     values = np.concatenate([column[np.isfinite(column)] for column in values])
+    if len(values) == 0:
+        return None
     logarithmic = panel.numbers == "log" and (values > 0).all()
-    y_axis = make_axis(panel.unit, "Log" if logarithmic else "Linear")
-    if logarithmic and len(values):
-        y_axis.ticker, y_axis.formatter = fixed_ticks(_log_ticks(values)), Model("BasicTickFormatter")
-    elif panel.numbers == "tiny":
-        y_axis.formatter = Model("PrintfTickFormatter", format="%.1e")
+    plot = empty_figure(panel.unit, "log" if logarithmic else "linear")
+    if logarithmic:
+        plot.yaxis.ticker, plot.yaxis.formatter = FixedTicker(ticks=_log_ticks(values)), BasicTickFormatter()
+    plot.xaxis.formatter, plot.xaxis.axis_label = NumeralTickFormatter(format="0,0"), "step"
+    if panel.numbers == "tiny":
+        plot.yaxis.formatter = PrintfTickFormatter(format="%.1e")
     elif panel.numbers in TICKS:
-        y_axis.formatter = Model("NumeralTickFormatter", format=TICKS[panel.numbers])
-    plot = Plot(make_axis("step", formatter=Model("NumeralTickFormatter")), y_axis)
+        plot.yaxis.formatter = NumeralTickFormatter(format=TICKS[panel.numbers])
     drawing, alone = Drawing(panel.title, panel.about, plot), len(runs) == 1
     for run, line, of in columns:
         place = panel.lines.index(line)
@@ -171,7 +220,7 @@ def _draw(panel: Panel, runs: Sequence[History]) -> Drawing:
             _draw_training(drawing, run.training, line, key, behind=alone)
         else:
             _draw_validation(drawing, run.validation, line, Key(f"{label}, validation", colour, "dashed", marker=True))
-    plot.add_hover(VALUES.get(panel.numbers, "@y{0,0.0000}"))
+    add_hover(plot, VALUES.get(panel.numbers, "@y{0,0.0000}"))
     return drawing
 
 
@@ -187,12 +236,12 @@ def _draw_training(drawing: Drawing, columns: dict[str, np.ndarray], line: Line,
     if len(x) == 0:
         return
     if line.spread in columns:
-        _draw_band(drawing.plot, columns, line, key.colour)
+        _draw_band(drawing.figure, columns, line, key.colour)
     if len(x) >= NOISY:
         if behind:
-            drawing.plot.add_line(*thin(x, y), None, line_color=key.colour, line_alpha=0.3)
+            add_line(drawing.figure, *thin(x, y), None, line_color=key.colour, line_alpha=0.3)
         x, y = x[_evenly(len(x))], running_mean(y)[_evenly(len(x))]
-    drawing.plot.add_line(x, y, key.label, line_color=key.colour, line_dash=key.dash, line_width=2)
+    add_line(drawing.figure, x, y, key.label, line_color=key.colour, line_dash=key.dash, line_width=2)
     drawing.keys.append(key)
 
 
@@ -200,19 +249,20 @@ def _draw_validation(drawing: Drawing, columns: dict[str, np.ndarray], line: Lin
     x, y = thin(*_points(columns, line.column), POINTS // 5)
     if len(x) == 0:
         return
-    drawing.plot.add_line(x, y, None, line_color=key.colour, line_dash=key.dash, line_width=1.5)
-    drawing.plot.add_dots(x, y, key.label, key.colour)
+    add_line(drawing.figure, x, y, None, line_color=key.colour, line_dash=key.dash, line_width=1.5)
+    add_dots(drawing.figure, x, y, key.label, key.colour)
     drawing.keys.append(key)
 
 
-def _draw_band(plot: Plot, columns: dict[str, np.ndarray], line: Line, colour: str) -> None:
+def _draw_band(plot: figure, columns: dict[str, np.ndarray], line: Line, colour: str) -> None:
     x, mean, square = finite(columns["step"], columns[line.column], columns[line.spread])
     if len(x) >= NOISY:
         mean, square = running_mean(mean), running_mean(square)
     kept = _evenly(len(x))
     mean, deviation = mean[kept], np.sqrt(np.maximum(square - mean**2, 0))[kept]
     low, high = np.float32(mean - deviation), np.float32(mean + deviation)
-    plot.add_band(np.int32(x[kept]), low, high, colour)
+    source = ColumnDataSource({"x": np.int32(x[kept]), "low": low, "high": high})
+    plot.add_glyph(source, VArea(x="x", y1="low", y2="high", fill_color=colour, fill_alpha=0.18))
 
 
 def _points(columns: dict[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -224,6 +274,13 @@ def _points(columns: dict[str, np.ndarray], name: str) -> tuple[np.ndarray, np.n
 def _evenly(count: int) -> np.ndarray:
     """Indices of at most ``POINTS // 2`` of ``count`` points, evenly spread."""
     return np.linspace(0, count - 1, min(count, POINTS // 2)).round().astype(np.int64)
+
+
+def add_hover(plot: figure, value: str, place: str = "step @x{0,0}") -> None:
+    """Names and values of what has a name, at the pointer."""
+    named = [renderer for renderer in plot.renderers if renderer.name]
+    row = f"<div>$name, {place}: <b>{value}</b></div>"
+    plot.add_tools(HoverTool(renderers=named, tooltips=row, mode="vline", point_policy="snap_to_data"))
 
 
 LOWEST = 1e-9
@@ -244,32 +301,34 @@ def draw_distribution(
     curves += [(key, [*of["q"], of["q_others"]]) for key, of in students]
     names = [*position["tokens"], f"{position['others']:,} others"]
     places = np.append(np.arange(len(names) - 1), len(names) - 0.5)
-    plot = Plot(_token_axis(names, places), make_axis("probability", "Log"), height=330)
-    plot.x_range, plot.y_range = Model("DataRange1d", range_padding=0.02), _range([values for _, values in curves])
+    plot = empty_figure("probability", "log", height=330, y_range=_range([values for _, values in curves]))
+    _name_tokens(plot, names, places)
     head = min(position["head"], len(names) - 1)
-    plot.shade(-0.5, head - 0.5, COLOURS[5])
+    plot.add_layout(BoxAnnotation(left=-0.5, right=head - 0.5, fill_color=COLOURS[5], fill_alpha=0.3, line_color=None))
     drawing = Drawing(_title(position), _about(position, students), plot)
     tokens = [*(one_line(token, 40) for token in position["tokens"]), names[-1]]
     for key, values in curves:
         y = np.maximum(values, LOWEST).astype(np.float32)
-        plot.add_line(places[:-1], y[:-1], None, line_color=key.colour, line_dash=key.dash, line_width=1.5)
-        plot.add_dots(places, y, key.label, key.colour, token=tokens)
+        add_line(plot, places[:-1], y[:-1], None, line_color=key.colour, line_dash=key.dash, line_width=1.5)
+        add_dots(plot, places, y, key.label, key.colour, token=tokens)
         drawing.keys.append(key)
-    plot.add_hover("@y{0.000000}", "@token")
+    add_hover(plot, "@y{0.000000}", "@token")
     return drawing
 
 
-def _range(curves: list[list[float]]) -> Model:
+def _range(curves: list[list[float]]) -> tuple[float, float]:
     lowest = max(LOWEST, min(min(values) for values in curves))
-    return Model("Range1d", start=float(10 ** np.floor(np.log10(lowest))), end=1.5)
+    return float(10 ** np.floor(np.log10(lowest))), 1.5
 
 
-def _token_axis(names: list[str], places: np.ndarray) -> Model:
+def _name_tokens(plot: figure, names: list[str], places: np.ndarray) -> None:
+    plot.xaxis.ticker = places.tolist()
     texts = [*(one_line(name, 14) for name in names[:-1]), names[-1]]
     # as they are: text between dollars would be taken for a formula
-    labels = {place: Model("PlainText", text=text) for place, text in zip(places.tolist(), texts, strict=True)}
-    ticks = fixed_ticks(places.tolist())
-    return make_axis(ticker=ticks, major_label_overrides=labels, major_label_orientation="vertical")
+    labels = {place: PlainText(text=text) for place, text in zip(places.tolist(), texts, strict=True)}
+    plot.xaxis.major_label_overrides = labels
+    plot.xaxis.major_label_orientation = "vertical"
+    plot.x_range.range_padding = 0.02
 
 
 def _title(position: dict[str, Any]) -> str:

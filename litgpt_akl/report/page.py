@@ -1,6 +1,5 @@
 """The page itself: one HTML file with all that it needs in it."""
 
-import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bokeh.core.serialization import Serializer
+from bokeh.document import Document
+from bokeh.plotting import figure
 from bokeh.resources import INLINE
-from jinja2 import Environment, PackageLoader, Template
+from jinja2 import Environment, PackageLoader
 
 from litgpt_akl.files.directories import write_file
 from litgpt_akl.report.figures import COLOURS, Drawing, Key, draw_distribution, draw_panels, printable
@@ -51,9 +53,11 @@ def write_page(path: Path, runs: Sequence[Shown]) -> None:
 def make_page(runs: Sequence[Shown]) -> str:
     """The page's HTML, with the plotting library and all data inside."""
     histories = [run.history for run in runs]
+    environment = Environment(loader=PackageLoader("litgpt_akl", "report"), autoescape=True, trim_blocks=True)
+    environment.filters["printable"] = printable
     panels, distributions = draw_panels(histories), draw_distributions(runs)
-    figures = [drawing.plot.item(f"figure-{number}") for number, drawing in enumerate((*panels, *distributions))]
-    return _template().render(
+    figures = [_item(drawing.figure, number) for number, drawing in enumerate((*panels, *distributions))]
+    return environment.get_template("page.html").render(
         title=", ".join(history.name for history in histories),
         facts=[_facts(history) for history in histories],
         names=[history.name for history in histories],
@@ -70,11 +74,15 @@ def make_page(runs: Sequence[Shown]) -> str:
     )
 
 
-@functools.cache
-def _template() -> Template:
-    environment = Environment(loader=PackageLoader("litgpt_akl", "report"), autoescape=True, trim_blocks=True)
-    environment.filters["printable"] = printable
-    return environment.get_template("page.html")
+def _item(plot: figure, number: int) -> dict[str, Any]:
+    """What ``Bokeh.embed.embed_item`` draws into the place with that number.
+
+    It is what Bokeh's ``json_item`` makes, without its walks through all of a figure, which took longer than this.
+    """
+    document = Document(title="").to_json(deferred=False)
+    document["roots"] = [Serializer(deferred=False).encode(plot)]
+    version = document["version"]
+    return {"target_id": f"figure-{number}", "root_id": plot.id, "doc": document, "version": version}
 
 
 def _facts(history: History) -> dict[str, str]:

@@ -310,7 +310,7 @@ def refresh_page(
     metrics = flushed_metrics(fabric) if fabric.is_global_zero else None
     if metrics is None or not metrics.is_file():
         return
-    # Bokeh takes a while to import, which a start is not to wait for
+    # Bokeh takes half a second to import, which a start is not to wait for
     from litgpt_akl.report.page import write_page
     from litgpt_akl.report.runs import read_run
 

@@ -24,6 +24,7 @@ LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "
 
 def import_everything() -> None:
     """Imports what a run imports, so that copies of this process need not."""
+    import bokeh.plotting  # noqa: F401
     import litgpt.__main__  # noqa: F401
 
     import litgpt_akl.commands.export_hf
