@@ -5,18 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from bokeh.models import (
-    BasicTickFormatter,
-    BoxAnnotation,
-    ColumnDataSource,
-    FixedTicker,
-    HoverTool,
-    NumeralTickFormatter,
-    PlainText,
-    PrintfTickFormatter,
-)
-from bokeh.models.glyphs import Glyph, Scatter, VArea
-from bokeh.models.glyphs import Line as LineGlyph
+from bokeh import models
 from bokeh.plotting import figure
 
 from litgpt_akl.messages import CONTROL, masked
@@ -37,92 +26,52 @@ def one_line(text: str, length: int) -> str:
 
 
 @dataclass
-class Line:
-    """One quantity of a panel."""
-
-    column: str
-    """Of the training log; ``val_column`` is the validation's."""
-    label: str
-    spread: str | None = None
-    """The column of the squares' mean, if a band of one standard deviation is drawn."""
-
-
-@dataclass
 class Panel:
     """What one figure is to show."""
 
     title: str
     unit: str
-    lines: Sequence[Line]
+    lines: dict[str, str]
+    """Columns of the training log, whose ``val_`` columns are the validation's, and what they are called."""
     numbers: Literal["real", "log", "share", "whole", "tiny"] = "real"
     """How values are written, and whether the axis is logarithmic."""
-    about: str = ""
+    spread: str | None = None
+    """The column of the squares' mean, if a band of one standard deviation is drawn around the line."""
 
+
+NATS, SHARE = "nats per token", "share"
+ROLES = {"accuracy": "student's accuracy", "confidence": "student's confidence"}
+ROLES |= {"teacher_accuracy": "teacher's accuracy", "teacher_confidence": "teacher's confidence"}
+SPEEDS = {"tokens_per_second": "all tokens", "response_tokens_per_second": "response tokens"}
 
 PANELS = (
-    Panel("Loss", "nats per token", [Line("loss", "loss")], about="What is minimised."),
-    Panel("Divergence", "nats per token", [Line("divergence", "divergence")], about="From the teacher to the student."),
-    Panel(
-        "Cross-entropy",
-        "nats per token",
-        [Line("cross_entropy", "student"), Line("teacher_cross_entropy", "teacher")],
-        about="Of the recorded responses.",
-    ),
-    Panel(
-        "Forward and reverse KL",
-        "nats per token",
-        [Line("forward_kl", "forward"), Line("reverse_kl", "reverse")],
-        about="KL(teacher, student) and KL(student, teacher).",
-    ),
-    Panel(
-        "Weight of forward KL, h",
-        "share",
-        [Line("h", "h", spread="h_squared")],
-        "share",
-        "Head gap / (head gap + tail gap); the band is one standard deviation over tokens.",
-    ),
-    Panel(
-        "Head gap and tail gap",
-        "sum of |p - q|",
-        [Line("head_gap", "head"), Line("tail_gap", "tail")],
-        about="Where the student still differs from its teacher.",
-    ),
-    Panel(
-        "Agreement and gap closed",
-        "share",
-        [Line("agreement", "same top token"), Line("gap_closed", "gap closed")],
-        "share",
-        "Gap closed: of the cross-entropy's distance to the teacher at step 0.",
-    ),
-    Panel(
-        "Accuracy and confidence",
-        "share",
-        [
-            Line("accuracy", "student's accuracy"),
-            Line("confidence", "student's confidence"),
-            Line("teacher_accuracy", "teacher's accuracy"),
-            Line("teacher_confidence", "teacher's confidence"),
-        ],
-        "share",
-        "How often the top token is the recorded one, and the probability it has.",
-    ),
-    Panel("Learning rate", "learning rate", [Line("learning_rate", "learning rate")], "tiny"),
-    Panel("Gradient norm", "norm", [Line("gradient_norm", "gradient norm")], "log", "Before clipping."),
-    Panel(
-        "Throughput",
-        "tokens/s",
-        [Line("tokens_per_second", "all tokens"), Line("response_tokens_per_second", "response tokens")],
-        "whole",
-        "While it trains; validating and saving do not count.",
-    ),
-    Panel(
-        "Memory",
-        "GB",
-        [Line("memory_gb", "memory"), Line("memory_reserved_gb", "reserved by the allocator")],
-        about="Peak on a GPU, of the process on a CPU.",
-    ),
+    Panel("Loss", NATS, {"loss": "loss"}),
+    Panel("Divergence", NATS, {"divergence": "divergence"}),
+    Panel("Cross-entropy", NATS, {"cross_entropy": "student", "teacher_cross_entropy": "teacher"}),
+    Panel("Forward and reverse KL", NATS, {"forward_kl": "forward", "reverse_kl": "reverse"}),
+    Panel("Weight of forward KL, h", SHARE, {"h": "h"}, "share", spread="h_squared"),
+    Panel("Head gap and tail gap", "sum of |p - q|", {"head_gap": "head", "tail_gap": "tail"}),
+    Panel("Agreement and gap closed", SHARE, {"agreement": "same top token", "gap_closed": "gap closed"}, "share"),
+    Panel("Accuracy and confidence", SHARE, ROLES, "share"),
+    Panel("Learning rate", "learning rate", {"learning_rate": "learning rate"}, "tiny"),
+    Panel("Gradient norm", "norm", {"gradient_norm": "gradient norm"}, "log"),
+    Panel("Throughput", "tokens/s", SPEEDS, "whole"),
+    Panel("Memory", "GB", {"memory_gb": "memory", "memory_reserved_gb": "reserved by the allocator"}),
 )
-
+ABOUT = {
+    "Loss": "What is minimised.",
+    "Divergence": "From the teacher to the student.",
+    "Cross-entropy": "Of the recorded responses.",
+    "Forward and reverse KL": "KL(teacher, student) and KL(student, teacher).",
+    "Weight of forward KL, h": "Head gap / (head gap + tail gap); the band is one standard deviation over tokens.",
+    "Head gap and tail gap": "Where the student still differs from its teacher.",
+    "Agreement and gap closed": "Gap closed: of the cross-entropy's distance to the teacher at step 0.",
+    "Accuracy and confidence": "How often the top token is the recorded one, and the probability it has.",
+    "Gradient norm": "Before clipping.",
+    "Throughput": "While it trains; validating and saving do not count.",
+    "Memory": "Peak on a GPU, of the process on a CPU.",
+}
+"""What the page says of a panel."""
 
 COLOURS = ("#0072b2", "#d55e00", "#009170", "#b85c94", "#9a7400", "#6c7a89")
 """After Okabe and Ito, told apart by the colour-blind; at least 3 : 1 on white and on nearly black."""
@@ -167,10 +116,7 @@ def empty_figure(unit: str, scale: Literal["linear", "log"] = "linear", height: 
         y_axis_type=scale,
         y_axis_label=unit,
         tools="box_zoom,reset",
-        active_drag=None,
-        background_fill_color=None,
-        border_fill_color=None,
-        outline_line_color=None,
+        **dict.fromkeys(("active_drag", "background_fill_color", "border_fill_color", "outline_line_color")),
         **options,
     )
     plot.toolbar.logo, plot.toolbar.autohide, plot.toolbar_inner = None, True, True
@@ -179,47 +125,43 @@ def empty_figure(unit: str, scale: Literal["linear", "log"] = "linear", height: 
     return plot
 
 
+# figure.line and the like make three glyphs of one, for selections that there are none of
 def add_line(plot: figure, x: np.ndarray, y: np.ndarray, name: str | None, **style) -> None:
     """A line; with a name, its values are told at the pointer."""
-    _add(plot, ColumnDataSource({"x": x, "y": y}), LineGlyph(x="x", y="y", **style), name)
+    plot.add_glyph(models.ColumnDataSource({"x": x, "y": y}), models.Line(x="x", y="y", **style), name=name)
 
 
 def add_dots(plot: figure, x: np.ndarray, y: np.ndarray, name: str, colour: str, **columns: list[str]) -> None:
     """A dot for each value, told at the pointer together with ``columns``."""
-    dots = Scatter(x="x", y="y", size=6, fill_color=colour, line_color=None)
-    _add(plot, ColumnDataSource({"x": x, "y": y, **columns}), dots, name)
-
-
-def _add(plot: figure, source: ColumnDataSource, glyph: Glyph, name: str | None) -> None:
-    # figure.line and the like make three glyphs of one, for selections that there are none of
-    plot.add_glyph(source, glyph, name=name)
+    dots = models.Scatter(x="x", y="y", size=6, fill_color=colour, line_color=None)
+    plot.add_glyph(models.ColumnDataSource({"x": x, "y": y, **columns}), dots, name=name)
 
 
 def _draw(panel: Panel, runs: Sequence[History]) -> Drawing | None:
-    columns = [(run, line, of) for run in runs for line in panel.lines for of in ("training", "validation")]
-    values = [getattr(run, of).get(line.column, np.empty(0)) for run, line, of in columns]
-    values = np.concatenate([column[np.isfinite(column)] for column in values])
+    logs = [log for run in runs for log in (run.training, run.validation)]
+    values = np.concatenate([np.empty(0), *(log[name] for log in logs for name in panel.lines if name in log)])
+    values = values[np.isfinite(values)]
     if len(values) == 0:
         return None
     logarithmic = panel.numbers == "log" and (values > 0).all()
     plot = empty_figure(panel.unit, "log" if logarithmic else "linear")
     if logarithmic:
-        plot.yaxis.ticker, plot.yaxis.formatter = FixedTicker(ticks=_log_ticks(values)), BasicTickFormatter()
-    plot.xaxis.formatter, plot.xaxis.axis_label = NumeralTickFormatter(format="0,0"), "step"
+        plot.yaxis.ticker = models.FixedTicker(ticks=_log_ticks(values))
+        plot.yaxis.formatter = models.BasicTickFormatter()
+    plot.xaxis.formatter, plot.xaxis.axis_label = models.NumeralTickFormatter(format="0,0"), "step"
     if panel.numbers == "tiny":
-        plot.yaxis.formatter = PrintfTickFormatter(format="%.1e")
+        plot.yaxis.formatter = models.PrintfTickFormatter(format="%.1e")
     elif panel.numbers in TICKS:
-        plot.yaxis.formatter = NumeralTickFormatter(format=TICKS[panel.numbers])
-    drawing, alone = Drawing(panel.title, panel.about, plot), len(runs) == 1
-    for run, line, of in columns:
-        place = panel.lines.index(line)
-        colour = COLOURS[(place if alone else runs.index(run)) % len(COLOURS)]
-        label = line.label if alone else f"{run.name}: {line.label}"
-        if of == "training":
+        plot.yaxis.formatter = models.NumeralTickFormatter(format=TICKS[panel.numbers])
+    drawing, alone = Drawing(panel.title, ABOUT.get(panel.title, ""), plot), len(runs) == 1
+    for number, run in enumerate(runs):
+        for place, (column, label) in enumerate(panel.lines.items()):
+            colour = COLOURS[(place if alone else number) % len(COLOURS)]
+            label = label if alone else f"{run.name}: {label}"
             key = Key(label, colour, DASHES[0 if alone else place % len(DASHES)])
-            _draw_training(drawing, run.training, line, key, behind=alone)
-        else:
-            _draw_validation(drawing, run.validation, line, Key(f"{label}, validation", colour, "dashed", marker=True))
+            _draw_training(drawing, run.training, column, panel.spread, key, behind=alone)
+            key = Key(f"{label}, validation", colour, "dashed", marker=True)
+            _draw_validation(drawing, run.validation, column, key)
     add_hover(plot, VALUES.get(panel.numbers, "@y{0,0.0000}"))
     return drawing
 
@@ -231,12 +173,14 @@ def _log_ticks(values: np.ndarray) -> list[float]:
     return [step * 10.0**power for power in np.arange(low, high + 1) for step in steps]
 
 
-def _draw_training(drawing: Drawing, columns: dict[str, np.ndarray], line: Line, key: Key, behind: bool) -> None:
-    x, y = _points(columns, line.column)
+def _draw_training(
+    drawing: Drawing, columns: dict[str, np.ndarray], column: str, spread: str | None, key: Key, behind: bool
+) -> None:
+    x, y = _points(columns, column)
     if len(x) == 0:
         return
-    if line.spread in columns:
-        _draw_band(drawing.figure, columns, line, key.colour)
+    if spread in columns:
+        _draw_band(drawing.figure, *finite(columns["step"], columns[column], columns[spread]), key.colour)
     if len(x) >= NOISY:
         if behind:
             add_line(drawing.figure, *thin(x, y), None, line_color=key.colour, line_alpha=0.3)
@@ -245,8 +189,8 @@ def _draw_training(drawing: Drawing, columns: dict[str, np.ndarray], line: Line,
     drawing.keys.append(key)
 
 
-def _draw_validation(drawing: Drawing, columns: dict[str, np.ndarray], line: Line, key: Key) -> None:
-    x, y = thin(*_points(columns, line.column), POINTS // 5)
+def _draw_validation(drawing: Drawing, columns: dict[str, np.ndarray], column: str, key: Key) -> None:
+    x, y = thin(*_points(columns, column), POINTS // 5)
     if len(x) == 0:
         return
     add_line(drawing.figure, x, y, None, line_color=key.colour, line_dash=key.dash, line_width=1.5)
@@ -254,15 +198,14 @@ def _draw_validation(drawing: Drawing, columns: dict[str, np.ndarray], line: Lin
     drawing.keys.append(key)
 
 
-def _draw_band(plot: figure, columns: dict[str, np.ndarray], line: Line, colour: str) -> None:
-    x, mean, square = finite(columns["step"], columns[line.column], columns[line.spread])
+def _draw_band(plot: figure, x: np.ndarray, mean: np.ndarray, square: np.ndarray, colour: str) -> None:
     if len(x) >= NOISY:
         mean, square = running_mean(mean), running_mean(square)
     kept = _evenly(len(x))
     mean, deviation = mean[kept], np.sqrt(np.maximum(square - mean**2, 0))[kept]
     low, high = np.float32(mean - deviation), np.float32(mean + deviation)
-    source = ColumnDataSource({"x": np.int32(x[kept]), "low": low, "high": high})
-    plot.add_glyph(source, VArea(x="x", y1="low", y2="high", fill_color=colour, fill_alpha=0.18))
+    source = models.ColumnDataSource({"x": np.int32(x[kept]), "low": low, "high": high})
+    plot.add_glyph(source, models.VArea(x="x", y1="low", y2="high", fill_color=colour, fill_alpha=0.18))
 
 
 def _points(columns: dict[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -280,7 +223,7 @@ def add_hover(plot: figure, value: str, place: str = "step @x{0,0}") -> None:
     """Names and values of what has a name, at the pointer."""
     named = [renderer for renderer in plot.renderers if renderer.name]
     row = f"<div>$name, {place}: <b>{value}</b></div>"
-    plot.add_tools(HoverTool(renderers=named, tooltips=row, mode="vline", point_policy="snap_to_data"))
+    plot.add_tools(models.HoverTool(renderers=named, tooltips=row, mode="vline", point_policy="snap_to_data"))
 
 
 LOWEST = 1e-9
@@ -301,11 +244,17 @@ def draw_distribution(
     curves += [(key, [*of["q"], of["q_others"]]) for key, of in students]
     names = [*position["tokens"], f"{position['others']:,} others"]
     places = np.append(np.arange(len(names) - 1), len(names) - 0.5)
-    plot = empty_figure("probability", "log", height=330, y_range=_range([values for _, values in curves]))
+    lowest = max(LOWEST, min(min(values) for _, values in curves))
+    y_range = float(10 ** np.floor(np.log10(lowest))), 1.5
+    plot = empty_figure("probability", "log", height=330, y_range=y_range)
     _name_tokens(plot, names, places)
     head = min(position["head"], len(names) - 1)
-    plot.add_layout(BoxAnnotation(left=-0.5, right=head - 0.5, fill_color=COLOURS[5], fill_alpha=0.3, line_color=None))
-    drawing = Drawing(_title(position), _about(position, students), plot)
+    plot.add_layout(
+        models.BoxAnnotation(left=-0.5, right=head - 0.5, fill_color=COLOURS[5], fill_alpha=0.3, line_color=None)
+    )
+    context = printable(position["context"]).replace("\n", " \u21b5 ")
+    title = f"\u2026 {context} [{one_line(position['next'], 40)}]"
+    drawing = Drawing(title, _about(position, students), plot)
     tokens = [*(one_line(token, 40) for token in position["tokens"]), names[-1]]
     for key, values in curves:
         y = np.maximum(values, LOWEST).astype(np.float32)
@@ -316,24 +265,14 @@ def draw_distribution(
     return drawing
 
 
-def _range(curves: list[list[float]]) -> tuple[float, float]:
-    lowest = max(LOWEST, min(min(values) for values in curves))
-    return float(10 ** np.floor(np.log10(lowest))), 1.5
-
-
 def _name_tokens(plot: figure, names: list[str], places: np.ndarray) -> None:
     plot.xaxis.ticker = places.tolist()
     texts = [*(one_line(name, 14) for name in names[:-1]), names[-1]]
     # as they are: text between dollars would be taken for a formula
-    labels = {place: PlainText(text=text) for place, text in zip(places.tolist(), texts, strict=True)}
-    plot.xaxis.major_label_overrides = labels
+    labels = (models.PlainText(text=text) for text in texts)
+    plot.xaxis.major_label_overrides = dict(zip(places.tolist(), labels, strict=True))
     plot.xaxis.major_label_orientation = "vertical"
     plot.x_range.range_padding = 0.02
-
-
-def _title(position: dict[str, Any]) -> str:
-    context = printable(position["context"]).replace("\n", " \u21b5 ")
-    return f"\u2026 {context} [{one_line(position['next'], 40)}]"
 
 
 def _about(position: dict[str, Any], students: Sequence[tuple[Key, dict[str, Any]]]) -> str:

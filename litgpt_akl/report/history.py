@@ -21,13 +21,8 @@ from litgpt_akl.messages import UserError, first_line, quoted, say
 EMPTY_CELLS = ("", "None")
 HIGHEST_STEP = 2**31 - 1
 """Plots have steps as 32-bit integers."""
-ENCODINGS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"),
-    (codecs.BOM_UTF32_BE, "UTF-32"),
-    (codecs.BOM_UTF16_LE, "UTF-16"),
-    (codecs.BOM_UTF16_BE, "UTF-16"),
-    (codecs.BOM_UTF8, "UTF-8-SIG"),
-)
+ENCODINGS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
+ENCODINGS |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16", codecs.BOM_UTF8: "UTF-8-SIG"}
 """By their first bytes, the longer ones first."""
 
 
@@ -95,7 +90,7 @@ def _ended(content: AnyStr, newline: AnyStr) -> AnyStr:
 def _columns_left(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """The numbers of a table that holds something else, too; and what else it is."""
     content = path.read_bytes()
-    encoding = next((name for mark, name in ENCODINGS if content.startswith(mark)), "UTF-8")
+    encoding = next((name for mark, name in ENCODINGS.items() if content.startswith(mark)), "UTF-8")
     if encoding == "UTF-8" and b"\0" in content[:2]:
         encoding = "UTF-16-BE" if content[:1] == b"\0" else "UTF-16-LE"
     notes = [] if encoding.startswith("UTF-8") else [f"it is read as {encoding}"]

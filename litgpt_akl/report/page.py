@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,7 @@ def _snapshots(runs: Sequence[Shown]) -> list[tuple[Key, dict[str, Any]]]:
     Colours are those of the other figures: of several runs each has its own.
     """
     if len(runs) > 1:
-        colours = [COLOURS[number % len(COLOURS)] for number in range(len(runs))]
-        keys = [Key(run.history.name, colour, marker=True) for run, colour in zip(runs, colours, strict=True)]
+        keys = [Key(run.history.name, colour, marker=True) for run, colour in zip(runs, cycle(COLOURS))]
         return [(key, run.examples["latest"]) for key, run in zip(keys, runs, strict=True) if run.examples]
     if not runs[0].examples:
         return []
@@ -153,14 +153,11 @@ def draw_distributions(runs: Sequence[Shown]) -> list[Drawing]:
     snapshots = _snapshots(runs)
     if not snapshots:
         return []
+    of_all = [(key, of) for key, snapshot in snapshots for of in snapshot["positions"]]
     drawings = []
     for position in snapshots[-1][1]["positions"]:
-        same = [
-            (key, of)
-            for key, snapshot in snapshots
-            for of in snapshot["positions"]
-            if (of["context"], of["tokens"]) == (position["context"], position["tokens"])
-        ]
+        what = position["context"], position["tokens"]
+        same = [(key, of) for key, of in of_all if (of["context"], of["tokens"]) == what]
         drawings.append(draw_distribution(position, same, COLOURS[1] if len(runs) == 1 else COLOURS[-1]))
     return drawings
 
@@ -170,13 +167,11 @@ def _answers(runs: Sequence[Shown]) -> list[dict[str, Any]]:
     snapshots = _snapshots(runs)
     if not snapshots:
         return []
-    last = snapshots[-1][1]
-    shown = []
+    last, shown = snapshots[-1][1], []
     for number, prompt in enumerate(last["prompts"]):
         answers = [("teacher", last["teacher_answers"][number])] if last["teacher_answers"] else []
-        for key, snapshot in snapshots:
-            if prompt in snapshot["prompts"]:
-                answers.append((key.label, snapshot["answers"][snapshot["prompts"].index(prompt)]))
+        of_all = [(key, snapshot) for key, snapshot in snapshots if prompt in snapshot["prompts"]]
+        answers += [(key.label, of["answers"][of["prompts"].index(prompt)]) for key, of in of_all]
         shown.append({"prompt": prompt, "answers": answers})
     return shown
 
