@@ -50,15 +50,13 @@ def read_table(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
         sound = (steps >= 0) & (steps <= HIGHEST_STEP) & (steps == np.floor(steps))
         if not sound.all():
             notes.append(f"{np.count_nonzero(~sound):,} rows without a step are left out")
-        columns = {name: _in_range(column[sound]) for name, column in columns.items()}
+        columns = {name: column[sound] for name, column in columns.items()}
+        for column in columns.values():
+            # infinite is what single precision, in which plots have it, cannot hold
+            column[np.abs(column) > np.finfo(np.float32).max] *= np.inf
         if not any(np.isfinite(column).any() for name, column in columns.items() if name != "step"):
             raise ValueError("it holds no rows of numbers")
         return columns, notes
-
-
-def _in_range(column: np.ndarray) -> np.ndarray:
-    """What single precision, in which plots have it, cannot hold is infinite."""
-    return np.where(np.abs(column) > np.finfo(np.float32).max, np.copysign(np.inf, column), column)
 
 
 def _whole_columns(path: Path) -> dict[str, np.ndarray] | None:
@@ -75,9 +73,8 @@ def _whole_columns(path: Path) -> dict[str, np.ndarray] | None:
         # Arrow's own for what is no table, Python's for a name that is no UTF-8
         return None
     are_numbers = (pa.types.is_integer, pa.types.is_floating, pa.types.is_null)
-    if "step" not in names or len({*names}) < len(names):
-        return None
-    if not all(any(is_number(kind) for is_number in are_numbers) for kind in table.schema.types):
+    is_whole = all(any(is_number(kind) for is_number in are_numbers) for kind in table.schema.types)
+    if not is_whole or "step" not in names or len({*names}) < len(names):
         return None
     return {name: table[name].cast(pa.float64()).to_numpy() for name in names}
 
@@ -146,11 +143,7 @@ class History:
 
 
 def read_history(run_dir: Path, tell: Callable[[str], None] = say) -> History:
-    """Read what ``finetune_akl`` wrote into its ``out_dir``.
-
-    Args:
-        run_dir: That directory.
-        tell: Is told, in one line for each file, what is damaged and what is done about it.
+    """Read what ``finetune_akl`` wrote into its ``out_dir``; ``tell`` is told in a line for each file what is damaged.
 
     Raises:
         UserError: it is no such directory, or nothing that was logged can be read.
@@ -163,13 +156,11 @@ def read_history(run_dir: Path, tell: Callable[[str], None] = say) -> History:
             f"{run_dir} holds no metrics (logs/csv/version_*/metrics.csv).\n"
             "Give the --out_dir of a run of litgpt finetune_akl that has logged a step or a validation."
         )
-    validated = np.zeros(len(columns["step"]), dtype=bool)
-    for name, column in columns.items():
-        if name.startswith("val_"):
-            validated |= np.isfinite(column)
-    validation = {name.removeprefix("val_"): c[validated] for name, c in columns.items() if name.startswith("val_")}
-    training = {name: column[~validated] for name, column in columns.items() if not name.startswith("val_")}
-    validation["step"] = columns["step"][validated]
+    step, of_validation = columns["step"], [name for name in columns if name.startswith("val_")]
+    validated = np.any([np.zeros(len(step)), *(np.isfinite(columns[name]) for name in of_validation)], axis=0)
+    validation = {name.removeprefix("val_"): columns[name][validated] for name in of_validation}
+    training = {name: columns[name][~validated] for name in columns if name not in of_validation}
+    validation["step"] = step[validated]
     return History(run_dir.resolve().name, read_recipe(run_dir, tell), training, validation)
 
 
@@ -234,9 +225,7 @@ def read_recipe(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any]:
 
 def finite(x: np.ndarray, *values: np.ndarray) -> tuple[np.ndarray, ...]:
     """The rows in which all values are finite."""
-    kept = np.isfinite(x)
-    for column in values:
-        kept &= np.isfinite(column)
+    kept = np.isfinite([x, *values]).all(axis=0)
     return x[kept], *(column[kept] for column in values)
 
 

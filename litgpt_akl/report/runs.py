@@ -43,24 +43,21 @@ def write_examples(run_dir: Path, first: dict[str, Any], latest: dict[str, Any])
 def take_examples(run_dir: Path, are_expected: bool, tell: Callable[[str], None]) -> dict[str, Any] | None:
     """What :func:`read_examples` gives; something else of that name is set aside, so that it is not replaced.
 
-    Args:
-        run_dir: The run's, to which nothing else writes.
-        are_expected: Whether it is told that there are none.
-        tell: Is told in one line what becomes of what is there.
+    ``tell`` is told in one line what becomes of it, and if examples ``are_expected``, that there are none.
     """
-    path, examples = run_dir / EXAMPLES, None
+    path = run_dir / EXAMPLES
     try:
         examples = read_examples(run_dir)
-    except UserError as error:
-        what = first_line(error)
-        try:
-            tell(f"{what} It is renamed to {set_aside(path).name}, and new examples begin.")
-        except OSError as failure:
-            tell(f"{what} It cannot be renamed ({reason(failure)}).")
-    else:
         if examples is None and are_expected:
             tell(f"{path} is gone: new examples begin.")
-    return examples
+        return examples
+    except UserError as error:
+        what = first_line(error)
+    try:
+        tell(f"{what} It is renamed to {set_aside(path).name}, and new examples begin.")
+    except OSError as failure:
+        tell(f"{what} It cannot be renamed ({reason(failure)}).")
+    return None
 
 
 def forget(run_dir: Path) -> None:
@@ -106,11 +103,7 @@ def _expect(kind: Any, values: Iterable[Any]) -> None:
 
 
 def read_run(run_dir: Path, tell: Callable[[str], None]) -> Shown:
-    """What a page can show of a run.
-
-    Args:
-        run_dir: Its ``out_dir``.
-        tell: Is told, in one line for each file, what cannot be shown.
+    """What a page can show of a run; ``tell`` is told, in one line for each file, what cannot be shown.
 
     Raises:
         UserError: there is neither a row of metrics nor an example.
