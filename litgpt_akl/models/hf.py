@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, replace
-from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -142,35 +142,30 @@ def _refuse(checkpoint_dir: Path, config: Config, name: str) -> None:
 INDEX = "model.safetensors.index.json"
 """Says which tensor is in which of several files."""
 
-BY_NAME: dict[str, Callable] = {
-    # LitGPT asks for gemma-2, which Gemma-2b begins with, too
-    "gemma-2-": lambda config: partial(convert.copy_weights_gemma_2, {}),
-    "gemma-3": lambda config: partial(convert.copy_weights_gemma_3, {}, config=config),
-    "phi": lambda config: partial(convert.copy_weights_phi, config, {}),
-    "qwen2.5": lambda config: partial(convert.copy_weights_qwen_2_5, config, {}),
-    "qwq": lambda config: partial(convert.copy_weights_qwen_2_5, config, {}),
-    "olmo-2-": lambda config: partial(convert.copy_weights_olmo2, config, {}),
-    "qwen3": lambda config: partial(convert.copy_weights_qwen_3, config, {}),
-}
-"""LitGPT's own translations, by how the name of a configuration begins; which one it takes is not to be asked of it."""
+
+def _phi_back(config: Config, state_dict: dict[str, Tensor], lit_weights: dict[str, Tensor]) -> None:
+    # of models named Phi-4 in LitGPT's spelling its translation loses the LM head, also where it is not tied
+    convert_back.copy_weights_phi(replace(config, name=config.name.lower()), state_dict, lit_weights)
 
 
-def _olmo_2_back(config: Config, translated: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+def _olmo_2_back(config: Config, state_dict: dict[str, Tensor], lit_weights: dict[str, Tensor]) -> None:
     # LitGPT's translation knows one of its own model's norms by another name
-    renamed = {name.replace(".post_attention_norm.", ".norm_2."): tensor for name, tensor in weights.items()}
-    convert_back.copy_weights_olmo2(config, translated, renamed)
+    renamed = {name.replace(".post_attention_norm.", ".norm_2."): tensor for name, tensor in lit_weights.items()}
+    convert_back.copy_weights_olmo2(config, state_dict, renamed)
 
 
-BACK_BY_NAME: dict[str, Callable] = {
-    "gemma-2-": partial(convert_back.copy_weights_gemma_2, untie_weights=False),
-    "gemma-3": partial(convert_back.copy_weights_gemma_3, untie_weights=False),
-    "phi": convert_back.copy_weights_phi,
-    "qwen2.5": convert_back.copy_weights_qwen_2_5,
-    "qwq": convert_back.copy_weights_qwen_2_5,
-    "olmo-2-": _olmo_2_back,
-    "qwen3": convert_back.copy_weights_qwen_3,
+BY_NAME: dict[str, tuple[Callable, Callable]] = {
+    # LitGPT asks for gemma-2, which Gemma-2b begins with, too
+    "gemma-2-": (convert.copy_weights_gemma_2, convert_back.copy_weights_gemma_2),
+    "gemma-3": (convert.copy_weights_gemma_3, convert_back.copy_weights_gemma_3),
+    "phi": (convert.copy_weights_phi, _phi_back),
+    "qwen2.5": (convert.copy_weights_qwen_2_5, convert_back.copy_weights_qwen_2_5),
+    "qwq": (convert.copy_weights_qwen_2_5, convert_back.copy_weights_qwen_2_5),
+    "olmo-2-": (convert.copy_weights_olmo2, _olmo_2_back),
+    "qwen3": (convert.copy_weights_qwen_3, convert_back.copy_weights_qwen_3),
 }
-"""The same for the way back. None leaves out the LM head by itself: whether it is tied, a name does not tell."""
+"""LitGPT's own translations from Hugging Face's names and back, by how the name of a configuration begins; which one it
+takes is not to be asked of it."""
 
 
 def files_in(directory: Path) -> list[Path]:
@@ -179,14 +174,17 @@ def files_in(directory: Path) -> list[Path]:
     Raises:
         UserError: the index is damaged, or names something else than files beside it.
     """
-    if not (directory / INDEX).is_file():
+    places = _read_index(directory)
+    if places is None:
         return sorted(directory.glob("*.safetensors"))
-    return [directory / name for name in sorted(set(_read_index(directory).values()))]
+    return [directory / name for name in sorted(set(places.values()))]
 
 
-def _read_index(directory: Path) -> dict[str, str]:
-    """The names of tensors, and of the files that they are in."""
+def _read_index(directory: Path) -> dict[str, str] | None:
+    """The names of tensors, and of the files that they are in; None if there is no index."""
     path = directory / INDEX
+    if not path.is_file():
+        return None
     places = read_json(path).get("weight_map")
     with explain_damage(path, "an index of safetensors files"):
         plain_names(dict.fromkeys(places.values()), path)
@@ -200,7 +198,7 @@ def read(directory: Path, way_out: str) -> dict[str, Tensor]:
         UserError: a file is damaged or missing, or lacks what the index says is in it; ``way_out`` is its second line.
     """
     found: dict[str, Tensor] = {}
-    places = _read_index(directory) if (directory / INDEX).is_file() else {}
+    places = _read_index(directory) or {}
     for path in files_in(directory):
         with explain_damage(path, "safetensors", way_out):
             watch([path])
@@ -215,33 +213,21 @@ def read(directory: Path, way_out: str) -> dict[str, Tensor]:
 
 def translate(config: Config, found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by LitGPT's names from those by Hugging Face's; new are only joined query, key and value weights."""
-    weights: dict[str, Tensor] = {}
-    _translation(config)(weights, found)
+    translation, weights = _translations(config)[0], {}
+    known = {"config": config, "qkv_weights": {}, "state_dict": weights, "hf_weights": found}
+    translation(**{name: known[name] for name in signature(translation).parameters.keys() & known})
     return weights
 
 
-def _translation(config: Config) -> Callable:
-    for begin, translation in BY_NAME.items():
+def _translations(config: Config) -> tuple[Callable, Callable]:
+    for begin, translations in BY_NAME.items():
         if config.name.lower().startswith(begin):
-            return translation(config)
+            return translations
     if "falcon" in config.name:
-        return partial(convert.copy_weights_falcon, config)
+        return convert.copy_weights_falcon, convert_back.copy_weights_falcon
     if config.mlp_class_name in ("LLaMAMLP", "GemmaMLP", "LLaMAMoE"):
-        return partial(convert.copy_weights_hf_llama, config, {})
-    return partial(convert.copy_weights_gpt_neox, config)
-
-
-def _translation_back(config: Config) -> Callable:
-    # of models named Phi-4 in LitGPT's spelling its translation loses the LM head, also where it is not tied
-    named = replace(config, name=config.name.lower())
-    for begin, translation in BACK_BY_NAME.items():
-        if named.name.startswith(begin):
-            return partial(translation, named)
-    if "falcon" in config.name:
-        return partial(convert_back.copy_weights_falcon, config)
-    if config.mlp_class_name in ("LLaMAMLP", "GemmaMLP", "LLaMAMoE"):
-        return partial(convert_back.copy_weights_llama, config)
-    return partial(convert_back.copy_weights_gpt_neox, config)
+        return convert.copy_weights_hf_llama, convert_back.copy_weights_llama
+    return convert.copy_weights_gpt_neox, convert_back.copy_weights_gpt_neox
 
 
 def translate_back(config: Config, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -254,12 +240,14 @@ def translate_back(config: Config, weights: dict[str, Tensor]) -> Iterator[tuple
     for name, tensor in weights.items():
         parts = name.split(".")
         layers[".".join(parts[:3]) if parts[:2] == ["transformer", "h"] else name][name] = tensor
-    translation = _translation_back(config)
+    translation = _translations(config)[1]
+    # the LM head is never left out: whether it is tied, a name does not tell
+    kept = {"untie_weights": False} if "untie_weights" in signature(translation).parameters else {}
     for layer in layers.values():
         translated: dict[str, Tensor] = {}
         try:
             # the one for Phi-3 fails where a layer begins with its MLP
-            translation(translated, dict(sorted(layer.items())))
+            translation(config, translated, dict(sorted(layer.items())), **kept)
         except (KeyError, NotImplementedError) as error:
             raise UserError(
                 f"LitGPT cannot convert {config.name} to Hugging Face's names ({type(error).__name__}:"

@@ -35,38 +35,27 @@ def count_ids(checkpoint_dir: Path, tokenizer: Tokenizer | None = None) -> int:
         UserError: one of these files is damaged.
     """
     highest = max(token_map(read_tokenizer(checkpoint_dir) if tokenizer is None else tokenizer))
-    named = [
-        id
-        for name, ids_in in (
-            ("added_tokens.json", _added_ids),
-            ("tokenizer_config.json", _listed_ids),
-            ("config.json", _named_ids),
-        )
-        if (path := checkpoint_dir / name).is_file()
-        for id in _read_ids(path, ids_in)
-    ]
-    return 1 + max([highest, *named])
+    for name, ids_in in NAMED_IN.items():
+        if (path := checkpoint_dir / name).is_file():
+            content = read_json(path)
+            with explain_damage(path, "a file that names ids"):
+                highest = max([highest, *map(int, ids_in(content))])
+    return 1 + highest
 
 
-def _read_ids(path: Path, ids_in: Callable[[dict[str, Any]], Iterable[int]]) -> list[int]:
-    content = read_json(path)
-    with explain_damage(path, "a file that names ids"):
-        return [*map(int, ids_in(content))]
-
-
-def _added_ids(added_tokens: dict[str, Any]) -> Iterable[int]:
-    return added_tokens.values()
-
-
-def _listed_ids(tokenizer_config: dict[str, Any]) -> Iterable[int]:
-    return tokenizer_config.get("added_tokens_decoder") or {}
-
-
-def _named_ids(config: dict[str, Any]) -> Iterable[int]:
+def _ids_of_model(config: dict[str, Any]) -> Iterable[int]:
     for part in (config, config.get("text_config") or {}):
         for entry, value in part.items():
             if entry.endswith("_token_id"):
                 yield from (id for id in (value if isinstance(value, list) else [value]) if isinstance(id, int))
+
+
+NAMED_IN: dict[str, Callable[[dict[str, Any]], Iterable]] = {
+    "added_tokens.json": dict.values,
+    "tokenizer_config.json": lambda config: config.get("added_tokens_decoder") or {},
+    "config.json": _ids_of_model,
+}
+"""Files that name ids, and the ids in their content."""
 
 
 def config_without_padding(config: Config, ids: int) -> Config:
