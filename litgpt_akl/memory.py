@@ -7,18 +7,17 @@ parameters, where a search for ways out compares up to a hundred runs.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from litgpt.args import TrainArgs
 from litgpt.config import Config
 from torch import Tensor, nn
 
-from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.config.args import OPTIONS, Options
 from litgpt_akl.data.workers import available_memory
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.messages import UserError
@@ -40,11 +39,10 @@ QUANTIZED = {"int8": 1, "nf4": 0.5 + 4 / 64}
 
 
 class Moment(NamedTuple):
-    """One of the moments at which much is in memory."""
+    """A moment at which much is in memory, and the bytes of one device by :data:`PARTS`."""
 
     name: str
     parts: dict[str, float]
-    """Bytes of one device by :data:`PARTS`."""
 
     @property
     def total(self) -> float:
@@ -107,11 +105,6 @@ class MemoryEstimate:
         return min(self.micro_batch_size, self.global_batch_size)
 
     @property
-    def student_dtype(self) -> torch.dtype:
-        """Of weights, gradients and optimizer."""
-        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
-
-    @property
     def sizes(self) -> tuple[ModelSize, ModelSize]:
         """Of student and teacher."""
         return measure_size(self.student, self.student_tied), measure_size(self.teacher, self.teacher_tied)
@@ -119,16 +112,8 @@ class MemoryEstimate:
     @cached_property
     def moments(self) -> list[Moment]:
         """What a device holds at the moments of a step, in their order."""
-        step, found = _Step(self), {}
-        if self.on_policy_prompts and self.teacher_role != "fill":
-            found["student's on-policy samples"] = step.on_policy_samples()
-        if self.teacher_role != "cached":
-            found["teacher's forward"] = step.teacher_forward()
-        if self.teacher_role != "fill":
-            found |= {"student's forward": step.student_forward(), "student's loss": step.student_loss()}
-            found |= {"begin of the backward": step.backward_begins(), "end of the backward": step.backward_ends()}
-            found |= {"embeddings' gradient": step.embeddings_gradient(), "optimizer's step": step.optimizer_step()}
-        return [Moment(name, dict.fromkeys(PARTS, 0) | step.always | parts) for name, parts in found.items()]
+        step = _Step(self)
+        return [Moment(name, dict.fromkeys(PARTS, 0) | step.always | parts) for name, parts in step.moments()]
 
     @property
     def peak(self) -> Moment:
@@ -139,144 +124,149 @@ class MemoryEstimate:
 class _Step:
     """What is in memory at each moment of a step, beside what always is."""
 
-    def __init__(self, run: MemoryEstimate) -> None:
-        self.run, is_cached, has_student = run, run.teacher_role == "cached", run.teacher_role != "fill"
-        self.student, teacher = run.sizes
+    def __init__(self, estimate: MemoryEstimate) -> None:
+        self.estimate, is_cached = estimate, estimate.teacher_role == "cached"
+        self.has_student, self.has_teacher = estimate.teacher_role != "fill", not is_cached
+        self.student, teacher = estimate.sizes
         if is_cached:
             teacher = teacher._replace(whole=teacher.head, root=teacher.head, block=0)
-        self.width, self.teacher_width = width, teacher_width = run.student_dtype.itemsize, run.teacher_dtype.itemsize
-        shape, mixed = (run.samples, run.sequence_length), run.precision == "bf16-mixed"
+        self.dtype = torch.bfloat16 if estimate.precision == "bf16-true" else torch.float32
+        self.width, self.teacher_width = self.dtype.itemsize, estimate.teacher_dtype.itemsize
+        shape, mixed = (estimate.samples, estimate.sequence_length), estimate.precision == "bf16-mixed"
         self.tokens = math.prod(shape)
-        self.hidden = self.tokens * run.student.n_embd * width
-        self.teacher_hidden = self.tokens * run.teacher.n_embd * teacher_width
-        self.blocks = measure_blocks(run.student, *shape, run.student_dtype, mixed)
+        self.hidden = self.tokens * estimate.student.n_embd * self.width
+        self.teacher_hidden = self.tokens * estimate.teacher.n_embd * self.teacher_width
+        self.blocks = measure_blocks(estimate.student, *shape, self.dtype, mixed)
         # autocast's copies of weights, which each product keeps for its backward
         self.copies, self.copies_of_block = self.student.products * 2 * mixed, self.student.block * 2 * mixed
         self.kept = self.hidden + sum(block.kept for block in self.blocks) - self.copies
-        if run.activation_checkpointing:
+        if estimate.activation_checkpointing:
             self.kept = self.hidden * (1 + len(self.blocks))
             self.blocks = [block._replace(kept=0) for block in self.blocks]
-        self.kept_by_norm = measure_block(run.student, None, *shape, run.student_dtype, False).kept
-        self.gradients = self.student.trained * width / run.shards
+        self.kept_by_norm = measure_block(estimate.student, None, *shape, self.dtype, False).kept
+        self.gradients = self.student.trained * self.width / estimate.shards
         # from the second micro-batch on they are there before a backward
-        self.accumulates = math.ceil(run.global_batch_size / run.samples) > run.processes
+        self.accumulates = math.ceil(estimate.global_batch_size / estimate.samples) > estimate.processes
         # what is whole while it is gathered, and gradients while those of another block are shared out, in float32
-        self.sharded = run.shards > 1
-        self.root, self.block = self.student.root * width * self.sharded, self.student.block * width * self.sharded
-        gathered_width = teacher_width * self.sharded
-        self.teacher_root, self.teacher_block = teacher.root * gathered_width, teacher.block * gathered_width
-        self.shared_out = self.student.trained_block * (width + FLOAT32) * self.sharded
-        self.inference = max(b.no_grad for b in measure_blocks(run.teacher, *shape, run.teacher_dtype, False))
-        self.inference += 2 * self.teacher_hidden
+        self.sharded = estimate.shards > 1
+        gathered, teacher_gathered = self.width * self.sharded, self.teacher_width * self.sharded
+        self.root, self.block = self.student.root * gathered, self.student.block * gathered
+        self.teacher_root, self.teacher_block = teacher.root * teacher_gathered, teacher.block * teacher_gathered
+        self.shared_out = self.student.trained_block * (self.width + FLOAT32) * self.sharded
+        inference = max(b.no_grad for b in measure_blocks(estimate.teacher, *shape, estimate.teacher_dtype, False))
+        inference += 2 * self.teacher_hidden
         # memory of a stream of the teacher's own serves nothing else when it is free
-        runs_ahead = run.device == "cuda" and run.processes == 1 and self.accumulates and run.teacher_role == "live"
-        stream, self.inference = (self.inference + self.teacher_hidden, 0) if runs_ahead else (0, self.inference)
-        is_elsewhere = run.shares_base or (run.cpu_offload and not is_cached)
-        teacher_blocks = (teacher.whole - teacher.root) * QUANTIZED.get(run.quantize, teacher_width)
+        alone = estimate.device == "cuda" and estimate.processes == 1
+        runs_ahead = alone and self.accumulates and estimate.teacher_role == "live"
+        self.inference = 0 if runs_ahead else inference
+        is_elsewhere = estimate.shares_base or (estimate.cpu_offload and not is_cached)
+        teacher_blocks = (teacher.whole - teacher.root) * QUANTIZED.get(estimate.quantize, self.teacher_width)
+        teacher_tables = self.has_teacher * _position_tables(estimate.teacher)
         self.always = {
-            STUDENT: has_student * self.student.whole * width / run.shards,
-            OPTIMIZER: has_student * run.optimizer_states * self.gradients,
-            TEACHER: (not is_elsewhere) * (teacher.root * teacher_width + teacher_blocks) / run.shards,
-            TABLES: has_student * _position_tables(run.student) + (not is_cached) * _position_tables(run.teacher),
-            GRADIENTS: has_student * self.gradients * self.accumulates,
-            STREAM: stream,
+            STUDENT: self.has_student * self.student.whole * self.width / estimate.shards,
+            OPTIMIZER: self.has_student * estimate.optimizer_states * self.gradients,
+            TEACHER: (not is_elsewhere) * (teacher.root * self.teacher_width + teacher_blocks) / estimate.shards,
+            TABLES: self.has_student * _position_tables(estimate.student) + teacher_tables,
+            GRADIENTS: self.has_student * self.gradients * self.accumulates,
+            STREAM: (inference + self.teacher_hidden) * runs_ahead,
         }
 
-    def on_policy_samples(self) -> dict[str, float]:
+    def moments(self) -> Iterator[tuple[str, dict[str, float]]]:
+        """Their names and parts, in the order of time."""
+        if self.has_student and self.estimate.on_policy_prompts:
+            yield "student's on-policy samples", self._on_policy_samples()
+        if self.has_teacher:
+            gathered = _gathered(self.teacher_root, self.teacher_block)
+            # offloaded, the device's own shards, until they are gathered
+            shards = self.estimate.cpu_offload * max(self.teacher_root, self.teacher_block) / self.estimate.shards
+            yield "teacher's forward", {GATHERED: gathered + shards, ACTIVATIONS: self.inference}
+        if self.has_student:
+            # the last block, when the others have left what their backwards need
+            last = max(block.forward - block.kept for block in self.blocks)
+            gathered = self.teacher_root + _gathered(self.root, self.block)
+            activations = self.kept + self.teacher_hidden + last
+            yield "student's forward", {GATHERED: gathered, COPIES: self.copies, ACTIVATIONS: activations}
+            yield "student's loss", self._loss()
+            yield from self._backward()
+            working = self.gradients
+            if self.estimate.device == "cpu":
+                # there AdamW takes one parameter after the other, with two copies of it and one of the one before
+                working = self.student.two_largest * self.width / self.estimate.shards
+            states = self.always[OPTIMIZER] + working * (not self.estimate.optimizer_is_fused)
+            yield "optimizer's step", {GRADIENTS: self.gradients, OPTIMIZER: states}
+
+    def _on_policy_samples(self) -> dict[str, float]:
         """The last block reads the prompts, which may be nearly as long as samples; no gradients are there yet."""
-        run, config, prompts = self.run, self.run.student, self.run.on_policy_prompts
-        tokens, keys_and_values = prompts * run.sequence_length, 2 * config.n_query_groups * config.head_size
-        held = tokens * (keys_and_values * config.n_layer + config.n_embd) * self.width
-        blocks = measure_blocks(config, prompts, run.sequence_length, run.student_dtype, False)
+        config, prompts, length = self.estimate.student, self.estimate.on_policy_prompts, self.estimate.sequence_length
+        keys_and_values = 2 * config.n_query_groups * config.head_size * config.n_layer
+        held = prompts * length * (keys_and_values + config.n_embd) * self.width
         return {
             GRADIENTS: 0,
             GATHERED: _gathered(self.root, self.block),
-            ACTIVATIONS: held + max(block.no_grad for block in blocks),
+            ACTIVATIONS: held + max(b.no_grad for b in measure_blocks(config, prompts, length, self.dtype, False)),
             # logits, probabilities, and what is drawn from them
-            LOSS: 4 * prompts * run.vocab_size * FLOAT32,
+            LOSS: 4 * prompts * self.estimate.vocab_size * FLOAT32,
         }
 
-    def teacher_forward(self) -> dict[str, float]:
-        gathered = _gathered(self.teacher_root, self.teacher_block)
-        if self.run.cpu_offload:
-            # the device's own shards, until they are gathered
-            gathered += max(self.teacher_root, self.teacher_block) / self.run.shards
-        return {GATHERED: gathered, ACTIVATIONS: self.inference}
-
-    def student_forward(self) -> dict[str, float]:
-        """The last block, when the others have left what their backwards need."""
-        return {
-            GATHERED: self.teacher_root + _gathered(self.root, self.block),
-            COPIES: self.copies,
-            ACTIVATIONS: self.kept + self.teacher_hidden + max(block.forward - block.kept for block in self.blocks),
-        }
-
-    def student_loss(self) -> dict[str, float]:
-        run, width, teacher_width = self.run, self.width, self.teacher_width
-        hidden, teacher_hidden = self.tokens * run.student.n_embd, self.tokens * run.teacher.n_embd
-        blocks = math.ceil(self.tokens / run.loss.tokens_per_block(run.vocab_size, run.device))
-        buffers = 2 if run.loss.temperature == 1.0 else 4
-        if run.device == "cuda":
+    def _loss(self) -> dict[str, float]:
+        loss, vocab_size, device = self.estimate.loss, self.estimate.vocab_size, self.estimate.device
+        blocks = math.ceil(self.tokens / loss.tokens_per_block(vocab_size, device))
+        buffers = 2 if loss.temperature == 1.0 else 4
+        if device == "cuda":
             # the gradient, before it takes the place of the logits; where nothing is fused, four of the comparison
-            buffers += 1 + max((run.loss.compile is False) * 4, run.loss.working_blocks)
+            buffers += 1 + max((loss.compile is False) * 4, loss.working_blocks)
         # both models' final hidden states, and the gradient of the student's
-        at_head = hidden * (width + FLOAT32) + self._copied(hidden, width)
-        at_head += teacher_hidden * teacher_width + self._copied(teacher_hidden, teacher_width)
-        teacher_head = self._copied(run.vocab_size * run.teacher.n_embd, teacher_width)
+        hidden, teacher_hidden = (self.tokens * c.n_embd for c in (self.estimate.student, self.estimate.teacher))
+        at_head = hidden * (self.width + FLOAT32) + self._copied(hidden, self.width)
+        at_head += self.teacher_hidden + self._copied(teacher_hidden, self.teacher_width)
+        teacher_head = self._copied(vocab_size * self.estimate.teacher.n_embd, self.teacher_width)
         return {
             GRADIENTS: self.always[GRADIENTS] + self.student.trained_head * FLOAT32,
             GATHERED: self.teacher_root + self.root + self.block,
-            COPIES: self.copies + self._copied(self.student.head, width) + teacher_head,
+            COPIES: self.copies + self._copied(self.student.head, self.width) + teacher_head,
             ACTIVATIONS: self.kept + self.kept_by_norm + at_head,
-            LOSS: buffers * math.ceil(self.tokens / blocks) * run.vocab_size * FLOAT32,
+            LOSS: buffers * math.ceil(self.tokens / blocks) * vocab_size * FLOAT32,
         }
 
     def _copied(self, numbers: int, width: int) -> int:
         """Bytes of the copy that the loss needs if it multiplies in another type: float32 but for half on CUDA."""
-        wanted = 2 if self.run.device == "cuda" and self.run.precision != "32-true" else FLOAT32
-        return numbers * wanted if width != wanted else 0
+        wanted = 2 if self.estimate.device == "cuda" and self.estimate.precision != "32-true" else FLOAT32
+        return numbers * wanted * (width != wanted)
 
-    def backward_begins(self) -> dict[str, float]:
-        """All activations are there, and the gradient of the head is handed back in the student's type."""
-        head, width = self.student.trained_head, self.width
+    def _backward(self) -> Iterator[tuple[str, dict[str, float]]]:
+        trained_head, tied, width = self.student.trained_head, self.estimate.student_tied, self.width
+        head, embeddings = trained_head * width, self.student.trained_embeddings * width
+        # all activations are there, the next block is gathered as well, and the head's gradient is given back
         running = max(block.backward - block.kept for block in self.blocks)
-        handed_back = head * FLOAT32 + (head * 2 if width == 2 or self._copied(1, width) else 0)
-        return {
-            GRADIENTS: self.always[GRADIENTS] + max(head * width + self.shared_out, handed_back),
-            # the next block is gathered as well
-            GATHERED: self.root + 2 * self.block,
-            COPIES: self._copied(self.student.head, width) + self.copies * (not self.run.activation_checkpointing),
-            ACTIVATIONS: self.kept + self.kept_by_norm + 2 * self.hidden + running,
-        }
-
-    def backward_ends(self) -> dict[str, float]:
-        """The first block's backward, when all other gradients are there."""
-        # of a tied matrix the head's gradient waits for that of the embeddings
-        waits = self.sharded or (self.accumulates and self.run.student_tied)
-        return {
-            GRADIENTS: self.gradients + waits * self.student.trained_head * self.width + self.shared_out,
-            GATHERED: self.root + self.block,
-            COPIES: self.copies_of_block,
-            ACTIVATIONS: 2 * self.hidden + max(block.backward for block in self.blocks),
-        }
-
-    def embeddings_gradient(self) -> dict[str, float]:
-        """The gradient of the embeddings is as large as they are, and comes last."""
-        head, embeddings = self.student.trained_head * self.width, self.student.trained_embeddings * self.width
+        given_back = trained_head * (FLOAT32 + 2 * (width == 2 or self._copied(1, width) > 0))
+        copied = self._copied(self.student.head, width) + self.copies * (not self.estimate.activation_checkpointing)
+        yield (
+            "begin of the backward",
+            {
+                GRADIENTS: self.always[GRADIENTS] + max(head + self.shared_out, given_back),
+                GATHERED: self.root + 2 * self.block,
+                COPIES: copied,
+                ACTIVATIONS: self.kept + self.kept_by_norm + 2 * self.hidden + running,
+            },
+        )
+        # the first block's, when all other gradients are there; of a tied matrix the head's waits for the embeddings'
+        waiting = head * (self.sharded or (self.accumulates and tied))
+        yield (
+            "end of the backward",
+            {
+                GRADIENTS: self.gradients + waiting + self.shared_out,
+                GATHERED: self.root + self.block,
+                COPIES: self.copies_of_block,
+                ACTIVATIONS: 2 * self.hidden + max(block.backward for block in self.blocks),
+            },
+        )
         # without earlier gradients these two are the gradients, of one matrix if they are tied
-        whole, gathered = embeddings * self.accumulates + head * self.run.student_tied, 0
+        whole, gathered = embeddings * self.accumulates + head * tied, 0
         if self.sharded:
             # the parameters are let go before the gradients are copied to be shared out, in float32
             whole, gathered = head + embeddings, max(self.root, (embeddings > 0) * self.student.root * FLOAT32)
-        return {GRADIENTS: self.gradients + whole, GATHERED: gathered, ACTIVATIONS: 2 * self.hidden}
-
-    def optimizer_step(self) -> dict[str, float]:
-        working = self.gradients
-        if self.run.device == "cpu":
-            # there AdamW takes one parameter after the other, with two copies of it and one of the one before
-            working = self.student.two_largest * self.width / self.run.shards
-        states = self.always[OPTIMIZER] + working * (not self.run.optimizer_is_fused)
-        return {GRADIENTS: self.gradients, OPTIMIZER: states}
+        parts = {GRADIENTS: self.gradients + whole, GATHERED: gathered, ACTIVATIONS: 2 * self.hidden}
+        yield "embeddings' gradient", parts
 
 
 def _gathered(root: float, block: float) -> float:
@@ -290,72 +280,57 @@ def _position_tables(config: Config) -> int:
 
 
 def make_estimate(
-    models: Models,
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
-    distill: DistillArgs,
-    train: TrainArgs,
-    data: Any,
-    lora: LoRAArgs,
-    teacher: TeacherArgs,
-    *,
-    precision: str,
-    cuda: bool,
-    **options: Any,
+    options: Options, models: Models, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
 ) -> MemoryEstimate:
-    """The estimate of a run whose samples are as long as they may be, from the options of the command.
-
-    Args:
-        models: what is known of them.
-        make_optimizer: from a module to its optimizer.
-        distill: of the command, as ``train``, ``data``, ``lora`` and ``teacher``.
-        precision: of the student.
-        cuda: whether the devices are GPUs.
-        options: other fields of :class:`MemoryEstimate`.
+    """The estimate of a run, with precision and devices chosen, whose samples are as long as they may be.
 
     Raises:
-        UserError: samples may be longer than the models read, or a teacher that is the student's base is to lie
-            elsewhere.
+        UserError: samples may be longer than the models read, or the student's base is to lie elsewhere as its teacher.
     """
+    distill, train, teacher = options.distill, options.train, options.teacher
     context, shorter = min((models.student.block_size, "student"), (models.teacher.block_size, "teacher"))
-    length = train.max_seq_length or context
+    length, device = train.max_seq_length or context, "cuda" if options.cuda else "cpu"
     if length > context:
         raise UserError(
             f"--train.max_seq_length {length} is more than the {context} tokens that the {shorter} reads. Set it to"
             f" {context} or less."
         )
-    shares_base = lora.r is not None and models.is_one and teacher.quantize is None
-    shares_base = shares_base and teacher.precision in (None, precision)
+    adapts, same_type = options.lora.r is not None, teacher.precision in (None, options.precision)
+    shares_base = adapts and models.is_one and teacher.quantize is None and same_type
     if shares_base and teacher.cpu_offload:
         raise UserError(
             "--teacher.cpu_offload true, but the teacher is the LoRA student's base, held in memory once, with it."
             " Leave it out."
         )
-    states, fused = try_optimizer(make_optimizer, torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    states, fused = try_optimizer(make_optimizer, torch.bfloat16 if options.precision == "bf16-true" else torch.float32)
     # no cache has what a student is about to write
     reads = "cached" if teacher.cache_mode == "read" and distill.on_policy == 0 else "live"
-    prompts = min(BATCH, math.ceil(train.global_batch_size / (options["devices"] * options["num_nodes"])))
+    prompts = min(BATCH, math.ceil(train.global_batch_size / (options.devices * options.num_nodes)))
     return MemoryEstimate(
-        student=models.student if lora.r is None else lora_config(models.student, lora),
+        student=lora_config(models.student, options.lora) if adapts else models.student,
         teacher=models.teacher,
         student_tied=models.student_tied if train.tie_embeddings is None else train.tie_embeddings,
         teacher_tied=models.teacher_tied,
         vocab_size=models.vocab_size,
         loss=distill.loss(),
-        device="cuda" if cuda else "cpu",
-        precision=precision,
-        teacher_dtype=teacher.dtype("cuda" if cuda else "cpu"),
+        device=device,
+        devices=options.devices,
+        num_nodes=options.num_nodes,
+        hybrid_sharding=options.hybrid_sharding,
+        precision=options.precision,
+        teacher_dtype=teacher.dtype(device),
         optimizer_states=states,
         optimizer_is_fused=fused,
         global_batch_size=train.global_batch_size,
         micro_batch_size=train.micro_batch_size,
-        micro_batch_tokens=getattr(data, "micro_batch_tokens", None),
+        micro_batch_tokens=getattr(options.data, "micro_batch_tokens", None),
         sequence_length=length,
+        activation_checkpointing=options.activation_checkpointing,
         shares_base=shares_base,
         quantize=teacher.quantize,
         cpu_offload=teacher.cpu_offload,
         teacher_role="fill" if teacher.cache_mode == "fill" else reads,
         on_policy_prompts=prompts * (distill.on_policy > 0),
-        **options,
     )
 
 
@@ -370,57 +345,46 @@ def try_optimizer(make: Callable[[nn.Module], torch.optim.Optimizer], dtype: tor
 
 
 def device_bytes(device_memory: float | None, cuda: bool, processes: int) -> float | None:
-    """Bytes that a device has for this run: as told in GB, else a GPU's own, or None if that is not here.
-
-    On a CPU the ``processes`` of a node share what is free, of a container's limit if there is one.
-    """
+    """Bytes that a device has for this run: as told in GB, else a GPU's own, or None if that is not here."""
     if device_memory is not None:
         return device_memory * GB
     if not cuda:
+        # the processes of a node share what is free, of a container's limit if there is one
         return available_memory() / processes
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def report_memory(run: MemoryEstimate, device_memory: float | None, options: Collection[str]) -> None:
-    """Print a run's table, and see that the run fits.
-
-    Args:
-        run: what its memory depends on.
-        device_memory: GB of a device, if told.
-        options: names of the options that the command has, those of groups without the groups' members.
-
-    Raises:
-        UserError: it does not; says what is needed, what there is, and which options would make it fit.
-    """
-    limit = device_bytes(device_memory, run.device == "cuda", run.devices)
-    print(describe_memory(run, limit), flush=True)
+def report_memory(estimate: MemoryEstimate, device_memory: float | None) -> None:
+    """Print a run's table; raises UserError if it takes more than ``device_memory``, in GB, or what a device has."""
+    limit = device_bytes(device_memory, estimate.device == "cuda", estimate.devices)
+    print(describe_memory(estimate, limit), flush=True)
     if limit is not None:
-        check_fit(run, limit, options)
+        check_fit(estimate, limit, OPTIONS)
 
 
-def describe_memory(run: MemoryEstimate, limit: float | None) -> str:
+def describe_memory(estimate: MemoryEstimate, limit: float | None) -> str:
     """A table of a device's memory at its peak, in GB; ``limit`` are the bytes of a device, if known."""
-    peak, name, plural = run.peak, *(("GPU", "GPUs") if run.device == "cuda" else ("process", "processes"))
-    device = f"the {name}" if run.processes == 1 else f"each of {run.processes} {plural}"
+    peak, name, plural = estimate.peak, *(("GPU", "GPUs") if estimate.device == "cuda" else ("process", "processes"))
+    device = f"the {name}" if estimate.processes == 1 else f"each of {estimate.processes} {plural}"
     sizes = {part: size for part, size in peak.parts.items() if size > 0} | {"together": peak.total}
     cells = {part: _in_gb(size, peak.total) for part, size in sizes.items()}
     width, digits = max(map(len, cells)), max(map(len, cells.values()))
     rows = "\n".join(f"  {part:<{width}}  {cell:>{digits}}" for part, cell in cells.items())
     most = sorted(peak.parts, key=peak.parts.get, reverse=True)[:2]
-    others = [f"{moment.name} {_in_gb(moment.total, peak.total)}" for moment in run.moments if moment is not peak]
-    teacher = f"{run.teacher.name} in {'bf16' if run.teacher_dtype == torch.bfloat16 else 'float32'}"
-    if run.teacher_role == "cached":
+    others = [f"{moment.name} {_in_gb(moment.total, peak.total)}" for moment in estimate.moments if moment is not peak]
+    teacher = f"{estimate.teacher.name} in {'bf16' if estimate.teacher_dtype == torch.bfloat16 else 'float32'}"
+    if estimate.teacher_role == "cached":
         teacher += ", cached: its LM head only"
-    elif run.cpu_offload:
+    elif estimate.cpu_offload:
         teacher += ", from CPU memory"
-    student = "" if run.teacher_role == "fill" else f"{run.student.name} in {run.precision}, taught by "
+    student = "" if estimate.teacher_role == "fill" else f"{estimate.student.name} in {estimate.precision}, taught by "
     together = "" if limit is None else f" of {_in_gb(limit)}"
     others = f" At other moments: {', '.join(others)}." if others else ""
-    sharded = f", sharded over {run.shards}" if run.shards > 1 else ""
+    sharded = f", sharded over {estimate.shards}" if estimate.shards > 1 else ""
     return (
         f"Predicted memory of {device} in GB, at its peak, the {peak.name}:\n{rows}{together}\n"
         f"Most of it: {' and '.join(most)}.{others}\n"
-        f"For {student}{teacher}; micro-batches of {run.samples} x {run.sequence_length:,} tokens{sharded}."
+        f"For {student}{teacher}; micro-batches of {estimate.samples} x {estimate.sequence_length:,} tokens{sharded}."
     )
 
 
@@ -429,67 +393,78 @@ def _in_gb(size: float, beside: float | None = None) -> str:
     return f"{size / GB:.{1 if (beside or size) >= GB else 3}f}"
 
 
-def check_fit(run: MemoryEstimate, limit: float, options: Collection[str]) -> None:
-    """See that a run fits into ``limit`` bytes of each device; options and error are those of :func:`report_memory`."""
-    peak, device = run.peak, "GPU" if run.device == "cuda" else "process"
+def check_fit(estimate: MemoryEstimate, limit: float, options: Collection[str]) -> None:
+    """See that a run fits into ``limit`` bytes of each device.
+
+    Raises:
+        UserError: it does not; says what is needed, what there is, and which of ``options`` would make it fit.
+    """
+    peak, device = estimate.peak, "GPU" if estimate.device == "cuda" else "process"
     if peak.total <= limit:
         return
     advice = "No option of this command makes it fit: choose a smaller teacher or student."
-    if single := [f"{option} ({_in_gb(need)} GB)" for option, need in ways_out(run, limit, options)]:
+    if single := [f"{option} ({_in_gb(need)} GB)" for option, need in ways_out(estimate, limit, options)]:
         advice = f"It would fit with {' or '.join(filter(None, [', '.join(single[:-1]), single[-1]]))}."
-    elif together := ways_out_together(run, limit, options):
+    elif together := ways_out_together(estimate, limit, options):
         advice = f"It would fit with {' '.join(together[0])} together ({_in_gb(together[1])} GB)."
     needed = f"This run needs {_in_gb(peak.total)} GB on each {device} ({peak.name})"
     raise UserError(f"{needed}, and there are {_in_gb(limit)} GB.\n{advice}")
 
 
-def ways_out(run: MemoryEstimate, limit: float, options: Collection[str]) -> list[tuple[str, float]]:
+def ways_out(estimate: MemoryEstimate, limit: float, options: Collection[str]) -> list[tuple[str, float]]:
     """Up to three changes of which each alone would make a run fit, as options and the bytes that it needs then."""
-    found = filter(None, (_first_fitting(kind, limit) for kind in _changes(run, options)))
+    found = filter(None, (_first_fitting(kind, limit) for kind in _changes(estimate, options)))
     return [(option, changed.peak.total) for option, changed in islice(found, 3)]
 
 
-def ways_out_together(run: MemoryEstimate, limit: float, options: Collection[str]) -> tuple[list[str], float] | None:
+def ways_out_together(
+    estimate: MemoryEstimate, limit: float, options: Collection[str]
+) -> tuple[list[str], float] | None:
     """Changes that would make a run fit together, as few as are found one after the other, and what is needed then."""
     chosen: dict[str, str] = {}
-    while run.peak.total > limit:
-        kinds = [kind for kind in _changes(run, options) if kind and kind[-1][0].split()[0] not in chosen]
+    while estimate.peak.total > limit:
+        kinds = [kind for kind in _changes(estimate, options) if kind and kind[-1][0].split()[0] not in chosen]
         if not kinds:
             return None
         # the last of a kind is the one that saves most
         best = min(kinds, key=lambda kind: kind[-1][1].peak.total)
-        option, run = _first_fitting(best, limit) or best[-1]
+        option, estimate = _first_fitting(best, limit) or best[-1]
         chosen[option.split()[0]] = option
-    return [*chosen.values()], run.peak.total
+    return [*chosen.values()], estimate.peak.total
 
 
 def _first_fitting(kind: list[tuple[str, MemoryEstimate]], limit: float) -> tuple[str, MemoryEstimate] | None:
     return next((change for change in kind if change[1].peak.total <= limit), None)
 
 
-def _changes(run: MemoryEstimate, options: Collection[str]) -> list[list[tuple[str, MemoryEstimate]]]:
+def _changes(estimate: MemoryEstimate, options: Collection[str]) -> list[list[tuple[str, MemoryEstimate]]]:
     """Kinds of changes that save memory, those first that cost least; each kind from little to much."""
 
-    def change(possible: bool, option: str, *fields: dict[str, Any]) -> list[tuple[str, MemoryEstimate]]:
-        return [(option.format(*values.values()), replace(run, **values)) for values in fields if possible]
+    def change(possible: bool, option: str, **fields: list) -> list[tuple[str, MemoryEstimate]]:
+        found = [dict(zip(fields, values, strict=True)) for values in zip(*fields.values(), strict=True) if possible]
+        return [(option.format(*values.values()), replace(estimate, **values)) for values in found]
 
-    cuda = run.device == "cuda"
-    can_checkpoint = "activation_checkpointing" in options and not run.activation_checkpointing
-    can_offload = cuda and run.processes > 1 and run.teacher_role == "live" and not (run.cpu_offload or run.shares_base)
+    cuda, on_one = estimate.device == "cuda", estimate.processes == 1
+    holds_teacher = estimate.teacher_role == "live" and not (estimate.cpu_offload or estimate.shares_base)
+    can_checkpoint = "activation_checkpointing" in options and not estimate.activation_checkpointing
+    is_wide, teacher_is_wide = estimate.precision != "bf16-true", estimate.teacher_dtype == torch.float32
     # on a CPU more processes share the same memory
-    devices = [n for k in range(1, 4) if (n := run.devices << k) <= 8]
-    most = max(devices, default=run.devices)
-    nodes = [n for k in range(1, 7) if (n := run.num_nodes << k) * most < 2 * MOST_DEVICES]
-    samples, lengths = ([n >> k for k in range(1, n.bit_length())] for n in (run.samples, run.sequence_length))
-    by_number, more_nodes = run.micro_batch_tokens is None, cuda and not run.hybrid_sharding
+    devices = [n for k in range(1, 4) if (n := estimate.devices << k) <= 8]
+    most = max(devices, default=estimate.devices)
+    nodes = [n for k in range(1, 7) if (n := estimate.num_nodes << k) * most < 2 * MOST_DEVICES]
+    by_number, more_nodes = estimate.micro_batch_tokens is None, cuda and not estimate.hybrid_sharding
     return [
-        change(by_number, "--train.micro_batch_size {}", *({"micro_batch_size": n} for n in samples)),
-        change(can_checkpoint, "--activation_checkpointing true", {"activation_checkpointing": True}),
-        change(run.hybrid_sharding, "--hybrid_sharding false", {"hybrid_sharding": False}),
-        change(run.teacher_dtype == torch.float32, "--teacher.precision bf16-true", {"teacher_dtype": torch.bfloat16}),
-        change(run.precision != "bf16-true", "--precision bf16-true", {"precision": "bf16-true"}),
-        change(can_offload, "--teacher.cpu_offload true", {"cpu_offload": True}),
-        change(cuda, "--devices {}", *({"devices": n} for n in devices))
-        + change(more_nodes, "--devices {} --num_nodes {}", *({"devices": most, "num_nodes": n} for n in nodes)),
-        change(True, "--train.max_seq_length {}", *({"sequence_length": n} for n in lengths if n >= 128)),
+        change(by_number, "--train.micro_batch_size {}", micro_batch_size=_halves(estimate.samples)),
+        change(can_checkpoint, "--activation_checkpointing true", activation_checkpointing=[True]),
+        change(estimate.hybrid_sharding, "--hybrid_sharding false", hybrid_sharding=[False]),
+        change(teacher_is_wide, "--teacher.precision bf16-true", teacher_dtype=[torch.bfloat16]),
+        change(is_wide, "--precision bf16-true", precision=["bf16-true"]),
+        change(cuda and holds_teacher and not on_one, "--teacher.cpu_offload true", cpu_offload=[True]),
+        change(cuda, "--devices {}", devices=devices)
+        + change(more_nodes, "--devices {} --num_nodes {}", devices=[most] * len(nodes), num_nodes=nodes),
+        change(True, "--train.max_seq_length {}", sequence_length=_halves(estimate.sequence_length, 128)),
     ]
+
+
+def _halves(number: int, lowest: int = 1) -> list[int]:
+    return [half for k in range(1, number.bit_length()) if (half := number >> k) >= lowest]

@@ -11,7 +11,7 @@ from litgpt.data import Alpaca, DataModule
 from litgpt.types import LoggerChoice
 from litgpt.utils import init_out_dir, parse_devices
 
-from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.config.args import DistillArgs, LoRAArgs, Options, TeacherArgs
 from litgpt_akl.config.checks import (
     check_cpu_offload,
     check_lora_args,
@@ -38,7 +38,7 @@ from litgpt_akl.training.logging import SpeakingFabric, make_loggers, silence_kn
 from litgpt_akl.training.main import fill, main
 from litgpt_akl.training.optimizer import check_optimizer, make_optimizer
 from litgpt_akl.training.out_dir import check_places
-from litgpt_akl.training.run import OPTIONS, Options, Run
+from litgpt_akl.training.run import Run
 
 NOT_IN_RECIPE = ("access_token", "dry_run", "overwrite")
 """Options that a repeated run is not to have."""
@@ -209,21 +209,8 @@ def find_pair(options: Options) -> Pair:
 
 def estimate_memory(options: Options, pair: Pair | None, fused: bool) -> MemoryEstimate:
     """The memory of a run; of a dry run, which has no pair, from what can be known of the models' names."""
-    return make_estimate(
-        find_models(options.checkpoint_dir, options.teacher_dir, pair),
-        partial(make_optimizer, options.optimizer, fused=fused),
-        options.distill,
-        options.train,
-        options.data,
-        options.lora,
-        options.teacher,
-        precision=options.precision,
-        cuda=options.cuda,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        hybrid_sharding=options.hybrid_sharding,
-        activation_checkpointing=options.activation_checkpointing,
-    )
+    models = find_models(options.checkpoint_dir, options.teacher_dir, pair)
+    return make_estimate(options, models, partial(make_optimizer, options.optimizer, fused=fused))
 
 
 def tell_memory(options: Options, memory: MemoryEstimate) -> None:
@@ -234,7 +221,7 @@ def tell_memory(options: Options, memory: MemoryEstimate) -> None:
         size = bytes_of_token(memory.teacher.n_embd, dtype)
         epochs = None if teacher.cache_mode == "fill" else options.train.epochs
         say(describe_without_data(teacher.cache_dir, size, *memory.sizes, epochs))
-    report_memory(memory, options.device_memory, OPTIONS)
+    report_memory(memory, options.device_memory)
 
 
 def launch(run: Run) -> None:

@@ -3,9 +3,12 @@
 import dataclasses
 import re
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
+from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.data import DataModule
 
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.objective import DivergenceName, HeadRule, takers
@@ -250,3 +253,51 @@ class GenerationArgs:
             raise UserError(f"--generation.temperature must not be negative, got {self.temperature}.")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0:
             raise UserError(f"--generation.seeds must be different numbers from 0 on, got {self.seeds}.")
+
+
+@dataclass
+class Options:
+    """The options of ``litgpt finetune_akl``, under the names that its signature has and its docstring explains."""
+
+    checkpoint_dir: Path
+    teacher_checkpoint_dir: Path | None
+    out_dir: Path
+    precision: str | None
+    devices: int | str
+    num_nodes: int
+    hybrid_sharding: bool
+    activation_checkpointing: bool
+    compile: bool
+    resume: bool | Literal["auto"] | Path | None
+    accept_changes: bool
+    overwrite: bool
+    save_minutes: float | None
+    keep_last: int | None
+    export_hf: bool
+    on_nonfinite: Literal["stop", "skip"]
+    data: DataModule | None
+    teacher: TeacherArgs
+    lora: LoRAArgs
+    distill: DistillArgs
+    train: TrainArgs
+    eval: EvalArgs
+    log: LogArgs
+    optimizer: str | dict
+    logger_name: str
+    seed: int
+    access_token: str | None
+    dry_run: bool
+    device_memory: float | None
+
+    @property
+    def cuda(self) -> bool:
+        """Whether the devices are GPUs, which in a dry run need not be there."""
+        return torch.cuda.is_available() or (self.dry_run and self.device_memory is not None)
+
+    @property
+    def teacher_dir(self) -> Path | None:
+        """Where the teacher is, as it was given."""
+        return self.checkpoint_dir if self.teacher.use_base else self.teacher_checkpoint_dir
+
+
+OPTIONS = tuple(field.name for field in fields(Options))

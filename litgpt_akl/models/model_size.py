@@ -8,6 +8,7 @@ import math
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from heapq import nlargest
 from typing import Any, NamedTuple
 
 import torch
@@ -35,13 +36,11 @@ def _once_a_config(function: Callable) -> Callable:
 
 
 class ModelSize(NamedTuple):
-    """Numbers of parameters of a model."""
+    """Numbers of parameters of a model, of its largest block, and of its root: all that is not in a block."""
 
     whole: int
     block: int
-    """The largest."""
     root: int
-    """All that is not in a block."""
     head: int
     products: int
     """In the weights of the blocks' linear layers."""
@@ -59,20 +58,23 @@ def measure_size(config: Config, tied: bool) -> ModelSize:
     with torch.device("meta"):
         gpt = build_model(config, tied)
     head, blocks = config.padded_vocab_size * config.n_embd, gpt.transformer.h
-    whole, in_blocks = (sum(p.numel() for p in module.parameters()) for module in (gpt, blocks))
-    trained = sorted((p.numel() for p in gpt.parameters() if p.requires_grad), reverse=True)
+    most, second = nlargest(2, (p.numel() for p in gpt.parameters() if p.requires_grad))
     return ModelSize(
-        whole=whole,
-        block=max(sum(p.numel() for p in block.parameters()) for block in blocks),
-        root=whole - in_blocks,
+        whole=_count(gpt),
+        block=max(map(_count, blocks)),
+        root=_count(gpt) - _count(blocks),
         head=head,
         products=sum(module.weight.numel() for module in blocks.modules() if isinstance(module, nn.Linear)),
-        trained=sum(trained),
-        trained_block=max(sum(p.numel() for p in block.parameters() if p.requires_grad) for block in blocks),
+        trained=_count(gpt, trained=True),
+        trained_block=max(_count(block, trained=True) for block in blocks),
         trained_head=head * any(p.requires_grad for p in gpt.lm_head.parameters()),
         trained_embeddings=head * gpt.transformer.wte.weight.requires_grad,
-        two_largest=2 * trained[0] + trained[1],
+        two_largest=2 * most + second,
     )
+
+
+def _count(module: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 class RunningMemory(NamedTuple):
@@ -118,26 +120,18 @@ class _Ledger(TorchDispatchMode):
 def measure_block(
     config: Config, index: int | None, batch: int, time: int, dtype: torch.dtype, mixed: bool
 ) -> RunningMemory:
-    """Memory of a block, or of a model's last norm, for hidden states ``[batch, time, n_embd]``.
+    """Memory of the block ``index``, or if that is None of the last norm, for hidden states ``[batch, time, n_embd]``.
 
-    Args:
-        config: LitGPT's, or that of ``litgpt.lora``.
-        index: of the block, from 0; None for the norm.
-        batch: samples.
-        time: tokens of each.
-        dtype: of weights and hidden states.
-        mixed: whether the products run under autocast in bfloat16.
+    Weights and hidden states have ``dtype``; ``mixed``, products run under autocast in bfloat16.
     """
     with FakeTensorMode():
-        hidden, position = (
-            torch.empty(batch, time, config.n_embd, dtype=dtype),
-            torch.empty(1, time, config.rope_n_elem),
-        )
+        hidden = torch.empty(batch, time, config.n_embd, dtype=dtype)
         if index is None:
             return _measure(config.norm_class(config.n_embd, eps=config.norm_eps), [hidden], mixed, experts=1)
-        inputs, mask_bytes = [hidden, position, position], 0
-        block = (lora if isinstance(config, lora.Config) else model).Block(config, index)
-        if isinstance(config, lora.Config):
+        inputs, mask_bytes = [hidden, *torch.empty(2, 1, time, config.rope_n_elem)], 0
+        has_lora = isinstance(config, lora.Config)
+        block = (lora if has_lora else model).Block(config, index)
+        if has_lora:
             lora.mark_only_lora_as_trainable(block)
         if getattr(block.attn, "apply_sliding_window_attention", False):
             # LitGPT fills the mask row by row, which takes its time

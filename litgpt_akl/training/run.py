@@ -3,17 +3,15 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
-import torch
-from litgpt.args import EvalArgs, LogArgs, TrainArgs
-from litgpt.data import DataModule
+from litgpt.args import TrainArgs
 
-from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.config.args import Options
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import HiddenStateCache, MicroBatch, StepBatches, StepSampler, in_order, load
 from litgpt_akl.data.workers import Fetched
@@ -56,54 +54,6 @@ def _date_of(entries: Any) -> str | None:
     with suppress(ValueError, TypeError, AttributeError):
         return date.fromisoformat(entries.get("date")).isoformat()
     return None
-
-
-@dataclass
-class Options:
-    """The options of ``litgpt finetune_akl``, under the names that its signature has and its docstring explains."""
-
-    checkpoint_dir: Path
-    teacher_checkpoint_dir: Path | None
-    out_dir: Path
-    precision: str | None
-    devices: int | str
-    num_nodes: int
-    hybrid_sharding: bool
-    activation_checkpointing: bool
-    compile: bool
-    resume: bool | Literal["auto"] | Path | None
-    accept_changes: bool
-    overwrite: bool
-    save_minutes: float | None
-    keep_last: int | None
-    export_hf: bool
-    on_nonfinite: Literal["stop", "skip"]
-    data: DataModule | None
-    teacher: TeacherArgs
-    lora: LoRAArgs
-    distill: DistillArgs
-    train: TrainArgs
-    eval: EvalArgs
-    log: LogArgs
-    optimizer: str | dict
-    logger_name: str
-    seed: int
-    access_token: str | None
-    dry_run: bool
-    device_memory: float | None
-
-    @property
-    def cuda(self) -> bool:
-        """Whether the devices are GPUs, which in a dry run need not be there."""
-        return torch.cuda.is_available() or (self.dry_run and self.device_memory is not None)
-
-    @property
-    def teacher_dir(self) -> Path | None:
-        """Where the teacher is, as it was given."""
-        return self.checkpoint_dir if self.teacher.use_base else self.teacher_checkpoint_dir
-
-
-OPTIONS = tuple(field.name for field in fields(Options))
 
 
 @dataclass

@@ -45,7 +45,6 @@ from litgpt_akl.training.on_policy import OnPolicySamples, check_prompts
 from litgpt_akl.training.optimizer import make_optimizer, make_scheduler
 from litgpt_akl.training.out_dir import is_finished, open_out_dir
 from litgpt_akl.training.run import (
-    OPTIONS,
     Day,
     Run,
     choose_day,
@@ -92,7 +91,7 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[tuple[TokenizedDataset, Tok
     run.memory = replace(run.memory, sequence_length=max(splits[0].longest, written))
     caches = Caches() if run.teacher.cache_dir is None else _open_cache(fabric, run, splits)
     if fabric.is_global_zero:
-        report_memory(run.memory, run.device_memory, OPTIONS)
+        report_memory(run.memory, run.device_memory)
     # no other process goes on if that is too much
     fabric.barrier()
     fabric.seed_everything(run.seed, verbose=False)

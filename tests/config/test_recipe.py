@@ -22,10 +22,9 @@ from litgpt.prompts import ChatML, Default, PromptStyle
 from litgpt_akl.cli.main import extend
 from litgpt_akl.cli.parser import Parser
 from litgpt_akl.commands.finetune_akl import setup
-from litgpt_akl.config.args import DistillArgs
+from litgpt_akl.config.args import OPTIONS, DistillArgs
 from litgpt_akl.config.checks import optimizer_config
 from litgpt_akl.config.recipe import recipe_as_yaml
-from litgpt_akl.training.run import OPTIONS
 
 MODELS = ["student", "--teacher_checkpoint_dir", "teacher"]
 pytestmark = pytest.mark.filterwarnings("ignore:The `json_path` points to a single file")
