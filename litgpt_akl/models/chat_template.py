@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import jinja2
 import jinja2.filters
+import psutil
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Name, Scope
 from jinja2.parser import Parser
@@ -137,8 +138,7 @@ class _Budget:
 
 def _size() -> int:
     """Bytes of addresses that this process has."""
-    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[0]
-    return int(pages) * resource.getpagesize()
+    return psutil.Process().memory_info().vms
 
 
 _budget = _Budget()
@@ -169,21 +169,15 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, variables: dict[str, str], date: str | None = None) -> None:
-        """Compiles the template.
-
-        Args:
-            source: in Jinja's language.
-            variables: ``bos_token``, ``eos_token`` and the like.
-            date: the day that it is to write, as 2026-11-27; by default the present one.
+        """Compiles the template; ``variables`` are ``bos_token`` and the like, ``date`` is as 2026-11-27 or of today.
 
         Raises:
             jinja2.TemplateSyntaxError: the source is no template.
             OverBudget: it cannot be compiled in the time and the memory that it may take.
         """
         self._source, self._variables, self.date = source, variables, date or today()
-        environment = BudgetedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-        )
+        extensions = [_GenerationTag, loopcontrols]
+        environment = BudgetedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, CLOCK: datetime.fromisoformat(self.date).strftime}
         # templates compare these two with none, which an undefined variable is not
@@ -223,12 +217,11 @@ class ChatTemplate:
             return None
         try:
             return cls(source, _special_tokens(checkpoint_dir, config), date)
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(
-                f"The chat template in {path} has an error in its line {error.lineno}: {error.message}\n{WAY_OUT}"
-            ) from error
-        except OverBudget as error:
-            raise UserError(f"The chat template in {path} {error}.\n{WAY_OUT}") from error
+        except (jinja2.TemplateSyntaxError, OverBudget) as error:
+            what = f"{error}."
+            if isinstance(error, jinja2.TemplateSyntaxError):
+                what = f"has an error in its line {error.lineno}: {error.message}"
+            raise UserError(f"The chat template in {path} {what}\n{WAY_OUT}") from error
 
     def render(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation and the character spans of what the assistant says in it.
@@ -326,12 +319,8 @@ def _special_tokens(checkpoint_dir: Path, config: dict) -> dict[str, str]:
     entries = config
     if "added_tokens_decoder" not in config:
         entries = config | _read_json(checkpoint_dir / "special_tokens_map.json")
-    tokens = {
-        name: entry.get("content") if isinstance(entry, dict) else entry
-        for name, entry in entries.items()
-        if name.endswith("_token")
-    }
-    return {name: token for name, token in tokens.items() if isinstance(token, str)}
+    contents = {name: of.get("content") if isinstance(of, dict) else of for name, of in entries.items()}
+    return {name: token for name, token in contents.items() if name.endswith("_token") and isinstance(token, str)}
 
 
 def _read_json(path: Path) -> dict:

@@ -35,13 +35,8 @@ def check_export(checkpoint_dir: Path, config: Config) -> None:
 def write_export(checkpoint_dir: Path, out_dir: Path, max_shard_size: int | str = MAX_SHARD_SIZE) -> None:
     """Write a checkpoint directory for Hugging Face's libraries; one that is there is replaced when it is whole.
 
-    Embeddings and LM head that are one matrix are written once; which they are is told as in
-    :func:`~litgpt_akl.models.gpt.is_tied`.
-
-    Args:
-        checkpoint_dir: LitGPT's.
-        out_dir: where it is to appear.
-        max_shard_size: bytes in a file of weights, or a text such as ``5GB``.
+    Embeddings and LM head that are one matrix by :func:`~litgpt_akl.models.gpt.is_tied` are written once. A file of
+    weights has at most ``max_shard_size`` bytes, which may be a text such as ``5GB``.
 
     Raises:
         UserError: the checkpoint cannot be read or converted, or ``out_dir`` not be written, which is then as it was.

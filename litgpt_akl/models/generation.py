@@ -15,6 +15,7 @@ from litgpt.model import GPT
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.parallel import all_reduce_max, reshard, unwrap
@@ -66,7 +67,6 @@ def generate(
     All processes of a sharded model must ask together; each may have other prompts, as many as it likes, or none.
 
     Args:
-        fabric: of the run.
         model: a GPT with a :class:`~litgpt_akl.models.gpt.Head`.
         prompts: the ids of each, ``[time]``.
         max_new_tokens: an answer ends after so many, or where ``max_length`` is reached.
@@ -99,7 +99,8 @@ def generate(
     rows, texts = list(range(len(answers))), [answer.prompt for answer in answers] or [[0]]
     capacity = max((len(answer.prompt) + answer.limit for answer in answers), default=1)
     _open_cache(unwrap(model), len(texts), capacity, fabric.device)
-    ids, positions = _padded(texts, fabric.device), torch.arange(max(map(len, texts)), device=fabric.device)
+    ids = pad_sequence([torch.tensor(text, device=fabric.device) for text in texts], batch_first=True)
+    positions = torch.arange(ids.size(1), device=fabric.device)
     last = torch.tensor([len(text) - 1 for text in texts], device=fabric.device)
     while all_reduce_max(fabric, len(rows)) > 0:
         logits = _next_logits(model, ids, positions, last)[:, :vocab_size].float()
@@ -184,11 +185,6 @@ def _next_logits(model: nn.Module, ids: Tensor, positions: Tensor, last: Tensor)
     rows = torch.arange(len(ids), device=ids.device)
     with model.lm_head.output_of_head(lambda head, hidden: head.logits(hidden[rows, last])):
         return model(ids, positions, input_pos_maxp1=int(positions.max()) + 1)
-
-
-def _padded(texts: list[list[int]], device: torch.device) -> Tensor:
-    rows = [torch.tensor(text, device=device) for text in texts]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def _open_cache(model: GPT, batch_size: int, capacity: int, device: torch.device) -> None:

@@ -26,7 +26,7 @@ from litgpt_akl.models.weights import is_said_to_be_tied, open_weights
 
 
 class Head(nn.Module):
-    """Put before a linear layer among a class's bases: its logits, softcap included, or in a `giving` block others."""
+    """Put before a linear layer among a class's bases: gives logits, softcap included, or as `output_of_head` says."""
 
     softcap: float | None = None
     _give: Callable[["Head", Tensor], Any] | None = None
@@ -191,10 +191,8 @@ def distillation_loss(
     """The loss of one micro-batch, computed inside the student's forward.
 
     Args:
-        student: as Fabric set it up.
         teacher: from :func:`set_up_teacher`, or the student for its base without adapters; its head is read here, after
-            its forward, or after ``sharding.unshard``.
-        loss: what to compute.
+            its forward, or after :func:`~litgpt_akl.models.parallel.unshard`.
         input_ids: ``[batch, time]``.
         positions: ``[n]``, flat positions in ``input_ids`` whose next token is a response token.
         labels: ``[n]``, those next tokens.
@@ -293,15 +291,7 @@ def load_frozen(
     quantize: Literal["int8", "nf4"] | None = None,
     compile: bool = False,
 ) -> GPT:
-    """A checkpoint's model, whose weights only process 0 reads.
-
-    Args:
-        fabric: of the run.
-        directory: of the checkpoint.
-        config: of the model.
-        dtype: what it is held in and computes in.
-        quantize: whether the weights of its blocks are held in fewer bits.
-        compile: whether torch.compile fuses what is in a block.
+    """A checkpoint's model, held in ``dtype``, in which it computes; only process 0 reads the weights.
 
     Raises:
         UserError: the weights cannot be read or do not fit.

@@ -27,7 +27,7 @@ SIZES = {
     "num_attention_heads": "n_head",
     "num_key_value_heads": "n_query_groups",
 }
-"""Entries that a model made from another one may still have from it, and LitGPT's names of them."""
+"""Entries that every config.json has, also when they are still those of another model, and LitGPT's names of them."""
 
 COMMON_TO_LLAMAS = {
     "norm_class_name": "RMSNorm",
@@ -47,13 +47,7 @@ DESCRIBED = (
 
 
 def make_hf_config(checkpoint_dir: Path, config: Config, tied: bool, dtype: torch.dtype) -> dict[str, Any]:
-    """The content of a config.json for the weights in a checkpoint directory.
-
-    Args:
-        checkpoint_dir: its own config.json is taken if it has one.
-        config: the model's.
-        tied: whether embeddings and LM head are one matrix.
-        dtype: of the weights.
+    """The content of a config.json for weights of a ``dtype``: from the one in the checkpoint directory if it has one.
 
     Raises:
         UserError: the checkpoint's config.json is none, or one of another model; or there is none and none can be made.
@@ -111,13 +105,10 @@ def _make(checkpoint_dir: Path, config: Config) -> dict[str, Any]:
         "architectures": [f"{family.capitalize()}ForCausalLM"],
         "model_type": family,
         "hidden_act": "silu",
-        "hidden_size": config.n_embd,
+        **{entry: getattr(config, name) for entry, name in SIZES.items()},
         "head_dim": config.head_size,
         "intermediate_size": config.intermediate_size,
         "max_position_embeddings": config.block_size,
-        "num_attention_heads": config.n_head,
-        "num_hidden_layers": config.n_layer,
-        "num_key_value_heads": config.n_query_groups,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": float(config.rope_base),
         "bos_token_id": tokenizer.bos_id,
@@ -259,11 +250,8 @@ def translate_back(config: Config, weights: dict[str, Tensor]) -> Iterator[tuple
 def write(directory: Path, config: Config, weights: dict[str, Tensor], max_shard_size: int | str) -> None:
     """Write LitGPT's weights as safetensors files, with an index if they are several; one file at a time is in memory.
 
-    Args:
-        directory: where they and nothing else of their names are to be.
-        config: of the model.
-        weights: may be memory-mapped; a tied LM head is left out by the caller.
-        max_shard_size: bytes in a file, or a text such as ``5GB``.
+    The weights may be memory-mapped, and have no LM head if it is tied. A file has at most ``max_shard_size`` bytes,
+    which may be a text such as ``5GB``.
 
     Raises:
         UserError: LitGPT has no names for the weights.

@@ -36,10 +36,7 @@ def adapters_of(model: nn.Module) -> dict[str, nn.Parameter]:
 def with_new_adapters(model: nn.Module, base: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """The parameters that a LoRA run starts from, by ``model``'s names; the adapters change nothing yet.
 
-    Args:
-        model: has the adapters; may be sharded, only the shapes are read.
-        base: a checkpoint's weights.
-        seed: of the adapters.
+    Of ``model``, which may be sharded, only the shapes are read; ``base`` are a checkpoint's weights.
 
     Raises:
         UserError: LitGPT's LoRA model lacks parts of the checkpoint's.

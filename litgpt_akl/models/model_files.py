@@ -20,15 +20,8 @@ from litgpt_akl.messages import UserError
 from litgpt_akl.models.tokenizer import OneBosTokenizer, bos_rules, write_bos_rule
 
 HF_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("generation_config.json", "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
 """What Hugging Face's libraries read beside config.json, tokenizer_config.json and the weights."""
 
@@ -129,12 +122,7 @@ def copy_model_files(source_dir: Path, out_dir: Path, style: PromptStyle | None 
 
     LitGPT decides by the folder's name whether a text starts with a BOS token, so the same files mean something else
     in another folder, and Hugging Face tokenizers ask tokenizer.json instead: both are made to say what holds for the
-    source, as in :func:`~litgpt_akl.models.tokenizer.bos_rules`.
-
-    Args:
-        source_dir: a checkpoint.
-        out_dir: where they are to be.
-        style: what makes prompts, if it is not what LitGPT would take for the source.
+    source, as in :func:`~litgpt_akl.models.tokenizer.bos_rules`. ``style`` makes its prompts, if not LitGPT's for it.
 
     Raises:
         UserError: The name of ``out_dir`` makes LitGPT add a BOS token that the source does not use.

@@ -92,16 +92,7 @@ def check_pair(
                 f"The {role}'s end-of-text id is {reader.eos_id}; its tokenizer has the ids 0 to {vocab_size - 1}.\n"
                 "Set eos_token in its tokenizer_config.json to a token of the tokenizer."
             )
-    return Pair(
-        student_dir,
-        teacher_dir,
-        configs["student"],
-        configs["teacher"],
-        tokenizer,
-        vocab_size,
-        student_files,
-        stamps,
-    )
+    return Pair(*directories.values(), *configs.values(), tokenizer, vocab_size, student_files, stamps)
 
 
 def token_map(tokenizer: Tokenizer) -> dict[int, str]:
@@ -141,10 +132,7 @@ class Models(NamedTuple):
 def find_models(checkpoint_dir: Path, teacher_checkpoint_dir: Path, pair: Pair | None = None) -> Models:
     """What can be known of two models that may be there or not; nothing is downloaded.
 
-    Args:
-        checkpoint_dir: a checkpoint directory, or a name or model id that LitGPT knows.
-        teacher_checkpoint_dir: likewise.
-        pair: the two, if they were checked.
+    Each is a checkpoint directory, or a name or model id that LitGPT knows; ``pair`` are the two, if they were checked.
 
     Raises:
         UserError: neither a directory nor a name; or two directories whose models do not fit.

@@ -25,13 +25,10 @@ _M_MMAP_THRESHOLD = -3
 
 
 def make_strategy(devices: int, num_nodes: int, hybrid_sharding: bool, offload_teacher: bool = False) -> Strategy | str:
-    """Fabric's strategy for that many processes.
+    """Fabric's strategy for ``devices`` processes on each node.
 
-    Args:
-        devices: processes on each node.
-        num_nodes: nodes.
-        hybrid_sharding: whether every node holds whole models, sharded over its own devices only.
-        offload_teacher: whether a frozen model's shards lie in CPU memory.
+    With ``hybrid_sharding`` every node holds whole models; with ``offload_teacher`` a frozen one's shards lie in CPU
+    memory.
     """
     if devices * num_nodes == 1:
         return "auto"
@@ -55,13 +52,10 @@ def return_freed_memory() -> None:
 
 
 def parallelize(model: nn.Module, mesh: DeviceMesh, replicas: int, offload_teacher: bool = False) -> nn.Module:
-    """Shard a GPT: each block is gathered when it runs; what is left, the LM head among it, when the model runs.
+    """Shard a GPT on the meta device: a block is gathered when it runs, and what is in no block when the model runs.
 
-    Args:
-        model: on the meta device.
-        mesh: of all processes.
-        replicas: how often it is there as a whole.
-        offload_teacher: whether its shards lie in CPU memory until they are gathered, if it is frozen.
+    The ``mesh`` is of all processes, which hold so many ``replicas``. With ``offload_teacher`` the shards of a frozen
+    model lie in CPU memory until they are gathered.
     """
     mesh = _replicated(mesh.device_type, replicas, mesh.size() // replicas) if replicas > 1 else mesh["data_parallel"]
     # positions are float32 whatever the blocks compute in, and so are sums over processes
@@ -117,16 +111,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     described, tensors = saved, {}
     if saved is not None:
+        described = saved | {"state": {number: dict(entries) for number, entries in saved["state"].items()}}
         for number, entries in saved["state"].items():
             for name, value in entries.items():
                 if isinstance(value, Tensor) and value.shape == parameters[number].shape:
-                    tensors[number, name] = value
-        # of what is sent by itself, the type
-        rest = {
-            number: {name: value.dtype if (number, name) in tensors else value for name, value in entries.items()}
-            for number, entries in saved["state"].items()
-        }
-        described = saved | {"state": rest}
+                    # sent by itself, and described by its type
+                    tensors[number, name], described["state"][number][name] = value, value.dtype
     described = broadcast_object(described)
     for number, entries in described["state"].items():
         for name, value in entries.items():

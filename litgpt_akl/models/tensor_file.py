@@ -27,13 +27,8 @@ READERS = 4
 def read_tensors(path: Path, what: str, way_out: str = COPY_AGAIN) -> Any:
     """What ``torch.save`` has written; its tensors are memory-mapped.
 
-    Args:
-        path: of the file.
-        what: it should be, for a message.
-        way_out: a sentence for the message, too.
-
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read as ``what`` it should be; ``way_out`` is the second line.
     """
     with explain_damage(path, what, way_out):
         watch([path])
@@ -41,11 +36,7 @@ def read_tensors(path: Path, what: str, way_out: str = COPY_AGAIN) -> Any:
 
 
 def check_tensors(path: Path, what: str, way_out: str = COPY_AGAIN) -> None:
-    """Hold a file against its own checksums, which ``torch.load`` does not look at; arguments as of ``read_tensors``.
-
-    Raises:
-        UserError: it is not as it was written.
-    """
+    """Hold a file against its own checksums, which ``torch.load`` does not look at; raises as :func:`read_tensors`."""
 
     def check(reader: int) -> None:
         # a ZipFile of its own: threads that share one move each other's position, in Python 3.12 at least
@@ -70,11 +61,7 @@ class TensorFile:
         self._stored: dict[int, tuple[Tensor, SavingProxyForTensor | None]] = {}
 
     def store(self, tensor: Tensor) -> SavingProxyForTensor | None:
-        """Write a tensor, of which a process may hold a part only; the same one again is written once.
-
-        Returns:
-            What stands for it in the object that is saved.
-        """
+        """Write a tensor, of which a process may hold a part only, once; what stands for it in what is saved."""
         if id(tensor) not in self._stored:
             # the process that writes may still be busy with the tensor before
             wait_for_all()

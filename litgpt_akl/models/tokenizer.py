@@ -73,12 +73,8 @@ def bos_rules(checkpoint_dir: Path, style: PromptStyle | None, for_transformers:
     """The rules for a copy of a checkpoint's tokenizer, under which no text gets a second BOS token from LitGPT.
 
     Where prompts have a BOS token of their own, tokenizer.json must not put another one before it. Where the original's
-    does all the same, as Llama 3's, it stays so for Transformers, whose ``apply_chat_template`` goes around it.
-
-    Args:
-        checkpoint_dir: the checkpoint's.
-        style: what makes a prompt of an instruction; None for what LitGPT would take.
-        for_transformers: whether the copy is for Transformers alone.
+    does all the same, as Llama 3's, it stays so in a copy for Transformers alone, whose ``apply_chat_template`` goes
+    around it. A ``style`` of None is what LitGPT would take.
     """
     if not any((checkpoint_dir / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return BosRules(bool(Tokenizer.check_if_bos_token_used(None, checkpoint_dir)), False, None, None, False)

@@ -27,10 +27,6 @@ def count_ids(checkpoint_dir: Path, tokenizer: Tokenizer | None = None) -> int:
 
     Beside the tokenizer's own these are what Hugging Face's files add to it or name, such as ``pad_token_id``.
 
-    Args:
-        checkpoint_dir: the checkpoint's.
-        tokenizer: its, if it has been read already.
-
     Raises:
         UserError: one of these files is damaged.
     """

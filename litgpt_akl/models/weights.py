@@ -72,16 +72,12 @@ def _find_checkpoint_dir(path: Path, role: str, access_token: str | None, weight
     files["tokenizer.json or tokenizer.model"] = any(
         (directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")
     )
-    missing = [name for name, exists in files.items() if not exists]
-    if missing:
-        raise UserError(
-            f"The {role}'s directory {path} is not a LitGPT checkpoint: it lacks {', '.join(missing)}.\n"
-            + (
-                f"Merge its LoRA weights first: litgpt merge_lora {path}"
-                if "lit_model.pth" in missing and (directory / ADAPTERS).is_file()
-                else "`litgpt convert_to_litgpt` makes one from a Hugging Face model."
-            )
-        )
+    if missing := [name for name, exists in files.items() if not exists]:
+        way_out = "`litgpt convert_to_litgpt` makes one from a Hugging Face model."
+        if "lit_model.pth" in missing and (directory / ADAPTERS).is_file():
+            way_out = f"Merge its LoRA weights first: litgpt merge_lora {path}"
+        lacking = f"it lacks {', '.join(missing)}"
+        raise UserError(f"The {role}'s directory {path} is not a LitGPT checkpoint: {lacking}.\n{way_out}")
     check_name(directory.absolute(), f"The {role}'s directory", "Rename it, or give a link to it.")
     _check_written(directory, lambda name: name not in READ_LATER)
     check_model_files(directory)
@@ -100,8 +96,7 @@ def _check_written(directory: Path, chosen: Callable[[str], bool]) -> bool:
     """See that chosen files of a directory are as its manifest says, if it has one; whether it has."""
     if not (directory / MANIFEST).is_file():
         return False
-    what = damage(directory, chosen)
-    if what is not None:
+    if what := damage(directory, chosen):
         raise UserError(
             f"{directory} is not as it was written: {what}.\n"
             f"Copy it again or take another one; if the change is meant, delete its {MANIFEST}."
@@ -222,11 +217,8 @@ def fingerprint(checkpoint_dir: Path, like: str | None = None) -> str:
     """Tells two checkpoints apart, wherever they lie: by their configuration, and by all of each weights file.
 
     What ``torch.save`` has written says so itself, by a checksum of each tensor. Other files are read once, and it is
-    remembered beside prepared data what was found; they are read again when they have changed.
-
-    Args:
-        checkpoint_dir: with weights.
-        like: a fingerprint that this one is to be compared with. One of before is made for one of before.
+    remembered beside prepared data what was found; they are read again when they have changed. One that is ``like``
+    another one, with which it is to be compared, has the form of that.
 
     Raises:
         UserError: a file cannot be read, or changes meanwhile.

@@ -235,10 +235,7 @@ def draw_distribution(
 ) -> Drawing:
     """Probabilities of the tokens that the teacher holds most probable, and of all others together; its head is shaded.
 
-    Args:
-        position: from ``examples.json``, for what it says of the teacher.
-        students: how each is drawn, and the same position as it sees it.
-        teacher_colour: of the teacher's line.
+    ``position``, from ``examples.json``, is asked about the teacher, and what stands beside a student's key about it.
     """
     curves = [(Key("teacher", teacher_colour, marker=True), [*position["p"], position["p_others"]])]
     curves += [(key, [*of["q"], of["q_others"]]) for key, of in students]
