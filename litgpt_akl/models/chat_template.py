@@ -95,11 +95,12 @@ class _Budget:
     """The limits, set while it is entered; that takes as long as a few steps of a template, so it is done with care."""
 
     def __init__(self) -> None:
-        self._is_armed = self._is_installed = False
+        self._is_armed = self._is_installed = self._is_over = False
         self._before: Any = None
         self._size: int | None = None
 
     def __enter__(self) -> None:
+        self._is_over = False
         if resource is not None:
             self._size = self._size or _size()
             self._limits = resource.getrlimit(resource.RLIMIT_AS)
@@ -112,7 +113,7 @@ class _Budget:
             # again and again, since what an exception meets on its way may drop it
             self._other = signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.5)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, *_: object) -> None:
         if self._is_armed:
             self._is_armed = False
             left, interval = self._other
@@ -121,10 +122,14 @@ class _Budget:
             signal.setitimer(signal.ITIMER_REAL, left, interval)
         if resource is not None:
             resource.setrlimit(resource.RLIMIT_AS, self._limits)
+        if self._is_over and kind is not None:
+            # now and then CPython loses an exception of a signal, and raises a SystemError in its place
+            raise OverBudget(f"does not end within {SECONDS:g} s") from None
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if self._is_armed:
-            raise OverBudget(f"does not end within {SECONDS:g} s")
+            self._is_over = True
+            raise OverBudget
         if callable(self._before):
             self._before(number, frame)
 

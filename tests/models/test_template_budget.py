@@ -63,6 +63,24 @@ def test_what_does_not_end_or_fills_the_memory_is_an_error_of_the_record(small, 
     assert ChatTemplate("{{ messages[0].content }}", {})._render(MESSAGES) == "Hello"
 
 
+def test_the_end_of_the_time_is_told_also_where_its_exception_is_lost(small):
+    # as CPython does now and then where a signal comes within code in C
+    def lose() -> None:
+        try:
+            while True:
+                pass
+        except OverBudget:
+            raise SystemError("error return without exception set") from None
+
+    def fail() -> None:
+        raise SystemError("of another kind")
+
+    with pytest.raises(OverBudget, match=TIME):
+        within_budget(lose)
+    with pytest.raises(SystemError, match="of another kind"):
+        within_budget(fail)
+
+
 def test_the_template_of_a_checkpoint_has_a_budget(small, tmp_path: Path):
     (tmp_path / "chat_template.jinja").write_text("{{ 'a'|center(3000000000) }}")
     (tmp_path / "tokenizer_config.json").write_text("{}")
