@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -194,14 +194,13 @@ class Fetched(Iterator):
     """What a loader gives, in its order; a user's mistake in a worker, or the loss of one, is raised here."""
 
     def __init__(self, loader: DataLoader, fewer: str) -> None:
-        self.loader, self._fewer = loader, fewer
-        handler = signal.getsignal(signal.SIGCHLD)
+        self.loader, self._fewer, self._iterator = loader, fewer, iter(())
         try:
-            self._iterator = iter(loader)
-        finally:
-            # torch's own would raise the loss of a worker wherever the main process is just then
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGCHLD, handler)
+            with _undisturbed():
+                self._iterator = iter(loader)
+        except KeyboardInterrupt:
+            self.stop()
+            raise
 
     def __next__(self) -> Any:
         try:
@@ -238,6 +237,25 @@ class Fetched(Iterator):
         gc.unfreeze()
         if hasattr(self._iterator, "_shutdown_workers"):
             self._iterator._shutdown_workers()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """For a block that starts workers: one that is lost, or an interrupt, is told of afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    interrupts = []
+    # what a handler raises while Python forks is printed and forgotten; torch's own of SIGCHLD raises at any moment
+    handlers = {signal.SIGCHLD: signal.getsignal(signal.SIGCHLD)}
+    handlers[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *arguments: interrupts.append(arguments))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if interrupts:
+        signal.raise_signal(signal.SIGINT)
 
 
 def fetch(dataset: Dataset, keys: Iterable, num_workers: int, fewer: str, prefetched: int = PREFETCHED) -> Fetched:

@@ -118,6 +118,24 @@ def test_keys_that_fail_leave_no_workers_behind(workers, good, error):
         os.close(writing)
 
 
+INTERRUPTED = []
+"""While there is something in it, a process that starts another one is interrupted just then."""
+os.register_at_fork(after_in_parent=lambda: INTERRUPTED and signal.raise_signal(INTERRUPTED.pop()))
+
+
+def test_an_interrupt_while_workers_are_started_is_not_lost():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    INTERRUPTED.append(signal.SIGINT)
+    try:
+        # of what such a function of the system raises, Python only prints that it is ignored
+        with pytest.raises(KeyboardInterrupt):
+            read(list(range(100)), 2)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert INTERRUPTED == [] and not multiprocessing.active_children() and gc.get_freeze_count() == 0
+
+
 def kill_first_worker() -> None:
     """Soon after this process has one."""
 
