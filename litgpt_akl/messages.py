@@ -80,11 +80,8 @@ def not_permitted(error: PermissionError, path: Path | str) -> UserError:
 
 def visible(text: str) -> str:
     """The same text with escapes such as ``\\x1b`` in place of control characters; lines and tabs stay."""
-    return CONTROL.sub(_escape, text.replace("\r\n", "\n"))
-
-
-def _escape(found: re.Match) -> str:
-    return found[0].encode("unicode_escape", "surrogatepass").decode("ascii")
+    text = text.replace("\r\n", "\n")
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 def shown(text: object) -> str:

@@ -30,15 +30,14 @@ def prepare_datasets(
     Args:
         data: a :class:`StreamingSFT`, one of LitGPT's data modules for finetuning, or its LitData.
         tokenizer: the student's.
-        train: LitGPT's ``TrainArgs``; ``micro_batch_size`` and ``max_seq_length`` are used.
+        train: of it, ``micro_batch_size`` and ``max_seq_length`` are used.
         context_length: tokens that both models can read.
         checkpoint_dir: the student's, for its chat template and its prompt style.
         cut_by: the command's option for ``max_seq_length``, for messages.
         date: the day that the student's chat template is to write, if it writes one (default: the present one).
 
-    Raises:
-        UserError: unreadable data, a bad record, a sample that is too long, no training samples. The message names file
-            and line where there is one.
+    Raises UserError for unreadable data, a bad record, a sample that is too long, or no training samples, with file and
+    line where there is one.
     """
     if isinstance(data, FOR_PRETRAINING):
         raise UserError(

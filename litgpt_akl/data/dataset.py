@@ -56,6 +56,12 @@ def digest(sample: dict[str, Tensor]) -> int:
     return int.from_bytes(found.digest(), "big", signed=True)
 
 
+def sample_keys(numbers: Sequence[int], samples: list[dict[str, Tensor]]) -> np.ndarray:
+    """The number and the digest of each sample, ``[samples, 2]``: by these a cache knows them."""
+    keys = [(number, digest(sample)) for number, sample in zip(numbers, samples, strict=True)]
+    return np.array(keys, dtype=np.int64).reshape(-1, 2)
+
+
 class InMemoryDataset:
     """Samples in two flat arrays."""
 
@@ -90,13 +96,9 @@ class InMemoryDataset:
         return np.fromiter((int((of != IGNORE_INDEX).argmax()) for of in labels), dtype=np.int64, count=len(ends))
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
-        return [self._sample(slice(self._ends[n] - self._lengths[n], self._ends[n])) for n in numbers]
-
-    def _sample(self, span: slice) -> dict[str, Tensor]:
-        return {
-            "input_ids": torch.from_numpy(self._input_ids[span].astype(np.int64)),
-            "labels": torch.from_numpy(self._labels[span].astype(np.int64)),
-        }
+        arrays = {"input_ids": self._input_ids, "labels": self._labels}
+        spans = [slice(self._ends[n] - self._lengths[n], self._ends[n]) for n in numbers]
+        return [{name: torch.from_numpy(ids[span].astype(np.int64)) for name, ids in arrays.items()} for span in spans]
 
 
 ALL = (0.0, math.inf)
@@ -123,16 +125,14 @@ class ArrowDataset:
     ) -> None:
         """Reads the rows' lengths, a hundred thousand at a time; ``place`` tells of a file, a line and a row."""
         dataset, (low, high) = dataset.with_format("arrow"), draws
-        self._mask_prompt = mask_prompt
-        self._place, self._numbers = place, numbers
-        self.tokens = self.longest = self.all_response_tokens = samples = 0
+        self._mask_prompt, self._place, self._numbers = mask_prompt, place, numbers
+        self.tokens = self.longest = self.all_response_tokens = samples = first = 0
         digest = xxhash.xxh3_128(f"{settings} {mask_prompt}".encode())
         is_meant = None
         if numbers is not None:
             digest.update(numbers)
             is_meant = np.zeros(len(dataset), dtype=bool)
             is_meant[numbers] = True
-        first = 0
         # before any rows are chosen, since reading two million chosen ones takes ten seconds
         for table in dataset.select_columns(["length", "draw", "response_tokens"]).iter(100_000):
             length, draw, count = (table[name].to_numpy() for name in ("length", "draw", "response_tokens"))
@@ -152,34 +152,33 @@ class ArrowDataset:
         if numbers is None and samples < len(dataset):
             self._numbers = _numbers_between(dataset, low, high) if samples else np.empty(0, dtype=np.int64)
         # a choice of columns is made once, as it copies the dataset's description
-        columns = {"lengths": ["length"], "counts": ["response_tokens"], "samples": ["input_ids", "responses"]}
-        columns |= {"places": ["file", "line"], "responses": ["responses"]}
-        self._views = {name: dataset.select_columns(chosen) for name, chosen in columns.items()}
+        views = (("length",), ("response_tokens",), ("responses",), ("input_ids", "responses"), ("file", "line"))
+        self._views = {names: dataset.select_columns([*names]) for names in views}
 
     def __len__(self) -> int:
-        return len(self._views["lengths"]) if self._numbers is None else len(self._numbers)
+        return len(self._views[("length",)]) if self._numbers is None else len(self._numbers)
 
-    def _rows(self, view: str, numbers: Sequence[int]) -> pa.Table:
-        return self._views[view][numbers if self._numbers is None else self._numbers[numbers]]
+    def _columns(self, numbers: Sequence[int], *names: str) -> list[pa.ChunkedArray]:
+        rows = self._views[names][numbers if self._numbers is None else self._numbers[numbers]]
+        return [rows[name] for name in names]
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
-        return self._rows("lengths", numbers)["length"].to_numpy()
+        return self._columns(numbers, "length")[0].to_numpy()
 
     def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
         if not self._mask_prompt:
             return self.lengths(numbers) - 1
-        return self._rows("counts", numbers)["response_tokens"].to_numpy()
+        return self._columns(numbers, "response_tokens")[0].to_numpy()
 
     def prompt_lengths(self, numbers: np.ndarray) -> np.ndarray:
         if not self._mask_prompt:
             return np.zeros(len(numbers), dtype=np.int64)
-        responses = self._rows("responses", numbers)["responses"].combine_chunks()
+        responses = self._columns(numbers, "responses")[0].combine_chunks()
         # every sample has one, and the first number of its list is where the first one begins
         return responses.values.to_numpy()[responses.offsets.to_numpy()[:-1]].astype(np.int64)
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
-        rows = self._rows("samples", numbers)
-        columns = (_split(rows["input_ids"]), _split(rows["responses"]))
+        columns = map(_split, self._columns(numbers, "input_ids", "responses"))
         return [self._sample(ids, responses) for ids, responses in zip(*columns, strict=True)]
 
     def _sample(self, input_ids: np.ndarray, responses: np.ndarray) -> dict[str, Tensor]:
@@ -193,18 +192,13 @@ class ArrowDataset:
 
     def prompt(self, number: int) -> Tensor:
         """The ids of a sample before its first response."""
-        row = self._rows("samples", [number])
+        ids, responses = (_split(column)[0] for column in self._columns([number], "input_ids", "responses"))
         # where whole samples count, a response may be cut off entirely
-        begin = next(iter(_split(row["responses"])[0].tolist()), None)
-        return torch.from_numpy(_split(row["input_ids"])[0][:begin].astype(np.int64))
+        return torch.from_numpy(ids[: responses[0] if len(responses) else None].astype(np.int64))
 
     def place(self, number: int) -> str:
-        row = self._rows("places", [number])
-        return self._place(
-            row["file"][0].as_py(),
-            row["line"][0].as_py(),
-            int(number if self._numbers is None else self._numbers[number]),
-        )
+        file, line = (column[0].as_py() for column in self._columns([number], "file", "line"))
+        return self._place(file, line, int(number if self._numbers is None else self._numbers[number]))
 
 
 def _split(column: pa.ChunkedArray) -> list[np.ndarray]:
@@ -218,11 +212,7 @@ def _choose(draw: np.ndarray, length: np.ndarray, low: float, high: float) -> np
 
 
 def _numbers_between(dataset: datasets.Dataset, low: float, high: float) -> np.ndarray:
-    """The numbers of the rows that are chosen, memory-mapped, since they may be more than memory holds.
-
-    Raises:
-        UserError: the disk for temporary files does not take them.
-    """
+    """Memory-mapped, since they may be more than memory holds; raises UserError if the disk does not take them."""
     directory = Path(gettempdir())
     way_out = "Make room there, or name another directory by the environment variable TMPDIR."
     # nameless, so that nobody else can change it, and gone when this process is

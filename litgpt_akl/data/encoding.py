@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from functools import cached_property
+from operator import itemgetter
 
 from litgpt.data import SFTDataset
 from litgpt.prompts import PromptStyle
@@ -30,15 +31,9 @@ class Encoder:
     ) -> None:
         """Reads which tokens are special.
 
-        Args:
-            tokenizer: the student's.
-            prompt_style: for instructions, and for messages if there is no template.
-            template: for messages. None for SentencePiece (``tokenizer.model``): there special tokens that a template
-                writes would be read as common text.
-            max_length: tokens after which a record is cut off; at least 2.
-
-        Raises:
-            ValueError: a template for a tokenizer that cannot read what it writes.
+        Messages take the template, or the prompt style if there is none, as for SentencePiece (``tokenizer.model``),
+        which would read the special tokens that a template writes as common text. A record is cut off after
+        ``max_length`` tokens, at least 2.
         """
         if template is not None and tokenizer.backend != "huggingface":
             raise ValueError("a chat template needs a tokenizer.json; with tokenizer.model give None")
@@ -55,16 +50,12 @@ class Encoder:
         An instruction gives the ids of ``litgpt.data.SFTDataset``, messages with a chat template those of
         Transformers' ``apply_chat_template``.
 
-        Args:
-            record: as read from JSON: nothing about it is taken for granted.
-
         Returns:
             ids: at most ``max_length``.
             spans: ``[begin, end, begin, end, ...]``, positions in ``ids`` of each response and of what ends it, in
                 ascending order; at least one, none empty, none with position 0, which no token predicts.
 
-        Raises:
-            ValueError: the record cannot be used. The message says why; where it stands is for the caller to add.
+        Raises ValueError if the record cannot be used, and says why; where it stands is for the caller to add.
         """
         if not isinstance(record, dict):
             raise ValueError(f"is {_kind(record)}, not a record")
@@ -163,10 +154,10 @@ class Encoder:
         A token may reach over an edge by white space: `` Hello`` after a colon is one token. Tokens of no width come
         from byte-level tokenizers: a space, whose place is before their offset.
         """
-        first = bisect_right(offsets, begin, key=_offset_end)
+        first = bisect_right(offsets, begin, key=itemgetter(1))
         if first < len(ids) and offsets[first][0] < begin and not text[offsets[first][0] : begin].isspace():
             first += 1
-        last = bisect_right(offsets, end, key=_offset_end)
+        last = bisect_right(offsets, end, key=itemgetter(1))
         if last < len(ids) and offsets[last][0] < end and text[end : offsets[last][1]].isspace():
             last += 1
         return first, self._find_turn_end(text, ids, offsets, last, end)
@@ -182,10 +173,6 @@ class Encoder:
             if text[end : offsets[number][1]].strip():
                 break
         return last
-
-
-def _offset_end(offset: tuple[int, int]) -> int:
-    return offset[1]
 
 
 def _without_limits(processor: Processor) -> Processor:
@@ -204,10 +191,8 @@ def _check_instruction(record: dict) -> None:
         raise ValueError("has neither 'instruction' and 'output' nor 'messages'")
     if missing:
         raise ValueError(f"has no field '{missing[0]}'")
-    for name in ("instruction", "output"):
-        _check_text(record[name], f"'{name}'")
-    for name in ("input", "sys_prompt"):
-        if record.get(name) is not None:
+    for name in ("instruction", "output", "input", "sys_prompt"):
+        if name in ("instruction", "output") or record.get(name) is not None:
             _check_text(record[name], f"'{name}'")
     if not record["output"].strip():
         raise ValueError("its response is empty")
@@ -233,9 +218,8 @@ def _check_order(turns: list[dict], first: int) -> None:
     for number, message in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if message["role"] != expected:
-            raise ValueError(
-                f"message {first + number} has the role '{quoted(message['role'], 40)}', expected '{expected}'"
-            )
+            found = quoted(message["role"], 40)
+            raise ValueError(f"message {first + number} has the role '{found}', expected '{expected}'")
 
 
 def _check_text(value, name: str) -> None:

@@ -50,12 +50,9 @@ VERSIONS += ("Last-Modified", "LastModified", "last_modified")
 def find_files(path: str) -> list[str]:
     """The data files that ``path`` names, sorted: local ones as absolute paths, others as URLs.
 
-    Args:
-        path: a file, a folder (all data files below it, without hidden ones and links to folders), a glob, or a URL of
-            any of these for which fsspec has a file system. An http folder has no dot in its last part, or ends in "/".
-
-    Raises:
-        UserError: nothing is there, it cannot be read, or no data file is among it.
+    It is a file, a folder (all data files below it, without hidden ones and links to folders), a glob, or a URL of any
+    of these for which fsspec has a file system. An http folder has no dot in its last part, or ends in "/".
+    Raises UserError if nothing is there, it cannot be read, or no data file is among it.
     """
     with _reporting(path):
         file_system, name = _file_system(path)
@@ -101,14 +98,8 @@ def _is_folder(file_system: fsspec.AbstractFileSystem, name: str) -> bool:
 def identify(files: list[str], anew: bool = False) -> list[list]:
     """For each file ``[path, bytes, ...]``: text and numbers that change when the file changes. Nothing is read.
 
-    The bytes are 0 where a server does not tell them.
-
-    Args:
-        files: as :func:`find_files` names them.
-        anew: whether to forget what file systems keep in mind of earlier answers.
-
-    Raises:
-        UserError: a file does not exist or cannot be reached.
+    The bytes are 0 where a server does not tell them. With ``anew``, what file systems know of earlier is forgotten.
+    Raises UserError if a file does not exist or cannot be reached.
     """
     if anew:
         for path in {path.partition("://")[0] if "://" in path else "": path for path in files}.values():
@@ -153,11 +144,7 @@ def _suffix(path: str) -> str | None:
 
 
 def read_chunks(path: str) -> Chunks:
-    """A file's bytes from its start to its end.
-
-    Raises:
-        UserError: the file does not exist, cannot be read, ends too early or is not compressed as its suffix says.
-    """
+    """A file's bytes from its start to its end; raises UserError if it cannot be read, or is not as its suffix says."""
     compression = file_format(path)[1]
     with _reporting(path), _open(path, block_size=0 if _is_http(path) else None) as file:
         chunks = _stored_chunks(file, PACKED_CHUNKS.get(compression, CHUNK))
@@ -201,10 +188,7 @@ def _decompress(chunks: Chunks, path: str, compression: str) -> Chunks:
 def read_rows(path: str, largest: int) -> Iterator[tuple[dict | None, int, int]]:
     """A Parquet file's rows, the bytes of each, and about how many of the file's bytes had been read for it.
 
-    A row of more than ``largest`` bytes is None.
-
-    Raises:
-        UserError: the file does not exist, cannot be read or is broken.
+    A row of more than ``largest`` bytes is None. Raises UserError if the file does not exist or cannot be read.
     """
     from pyarrow.parquet import ParquetFile  # slow to import, and only some need it
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import xxhash
+from filelock import FileLock
 from litgpt.data import LitData
 from torch import Tensor
 
@@ -41,9 +42,8 @@ class ChunkStore:
         with explain_damage(f"{input_dir}/index.json", "an index of LitData's chunks"):
             index = json.loads(content)
             self._chunks, config = index.get("chunks", []), index.get("config", {})
-            token_sizes = {
-                (chunk["chunk_bytes"] - _header_size(chunk)) / chunk["dim"] for chunk in self._chunks if chunk["dim"]
-            }
+            whole = [chunk for chunk in self._chunks if chunk["dim"]]
+            token_sizes = {(chunk["chunk_bytes"] - _header_size(chunk)) / chunk["dim"] for chunk in whole}
             names = plain_names((chunk["filename"] for chunk in self._chunks), f"{input_dir}/index.json")
             if not all(name.endswith(".bin") for name in names):
                 # in the cache for remote chunks there are other files, too
@@ -112,7 +112,6 @@ class ChunkStore:
             raise UserError(f"{path} is missing or breaks off. Copy it again, or delete it if it is a copy.")
 
     def _fetch(self, chunk: dict) -> None:
-        from filelock import FileLock
         from litdata.streaming.downloader import get_downloader
 
         if self._url is None:
@@ -162,16 +161,11 @@ def _header_size(chunk: dict) -> int:
 def open_chunks(
     data: LitData, block_size: int, cut_by: str = "--train.max_seq_length", vocab_size: int | None = None
 ) -> tuple[ChunkStore, ChunkStore]:
-    """Training and validation blocks; as in LitGPT the same ones, if ``split_names`` names no folders.
+    """Training and validation blocks of so many tokens; as in LitGPT the same, if ``split_names`` names no folders.
 
-    Args:
-        data: where they are.
-        block_size: tokens of each.
-        cut_by: the command's option that says how long a block is, for messages.
-        vocab_size: ids that the tokenizer has; a chunk with others is refused when it is read.
-
-    Raises:
-        UserError: no chunks of tokens are there, or litdata is not installed.
+    ``cut_by`` is the command's option that says how long a block is, for messages. A chunk with other ids than the
+    tokenizer's ``vocab_size`` is refused when it is read. Raises UserError if no chunks of tokens are there, or litdata
+    is not installed.
     """
     path = str(data.data_path)
     folders = [os.path.join(path, name) for name in data.split_names] if data.split_names else [path]

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
-import datasets
 import numpy as np
 import torch
 import xxhash
@@ -39,6 +38,7 @@ class SFTSettings(Settings):
 
     other_cache: ClassVar[str] = "Set the environment variable HF_DATASETS_CACHE to another directory."
     fewer_processes: ClassVar[str] = "Free some memory, or allow fewer than {} cores."
+    refusal: ClassVar[str] = "{place} {error}"
 
     @property
     def rules(self) -> list:
@@ -65,9 +65,7 @@ class SFTEncoder:
     def encode(self, record: dict) -> tuple[list[int], list[int]]:
         """Its ids, and where its response begins and ends, unless that is cut off and the prompt counts too.
 
-        Raises:
-            ValueError: the record lacks a field, cannot be read or is too long, or no token of it counts. The message
-                has two lines.
+        Raises ValueError, of two lines, if the record lacks a field, cannot be read or is too long, or no token counts.
         """
         self._dataset.data = [record]
         try:
@@ -109,18 +107,15 @@ class JSONRecords(FileRecords):
         for row, (number, record) in enumerate(super().__iter__()):
             if record.error == "the file is empty":
                 raise UserError(f"{file} is empty. It needs records with 'instruction' and 'output'.")
+            # "is not valid JSON: ..." is of the file, "is a text, not an object" is of one record
+            if record.error is not None and record.error.startswith("is not"):
+                raise UserError(f"{place(file, record.line)} {record.error}.")
             if record.error is not None:
-                # "is not valid JSON: ..." is of the file, "is a text, not an object" is of one record
-                is_broken = record.error.startswith("is not")
-                where = place(file, record.line) if is_broken else self.place(0, record.line, row)
-                raise UserError(f"{where} {'' if is_broken else 'cannot be read: it '}{record.error}.")
+                raise UserError(f"{self.place(0, record.line, row)} cannot be read: it {record.error}.")
             yield number, record
 
     def place(self, file: int, line: int, row: int) -> str:
-        return f"{place(self.files[file], line)} (record {row})"
-
-    def refusal(self, file: int, line: int, row: int, error: str, cut_by: str) -> UserError:
-        return UserError(f"{self.place(file, line, row)} {error}")
+        return f"{super().place(file, line, row)} (record {row})"
 
 
 class ModuleRecords:
@@ -154,9 +149,6 @@ class ModuleRecords:
     def place(self, file: int, line: int, row: int) -> str:
         return f"{self._module}: record {row}"
 
-    def refusal(self, file: int, line: int, row: int, error: str, cut_by: str) -> UserError:
-        return UserError(f"{self.place(file, line, row)} {error}")
-
 
 def open_module(
     data: DataModule,
@@ -166,13 +158,10 @@ def open_module(
     checkpoint_dir: Path,
     cut_by: str,
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
-    """The training and validation samples of a connected data module.
+    """The training and validation samples of a connected data module; ``cut_by`` is the option for ``max_seq_length``.
 
-    ``cut_by`` is the command's option for ``max_seq_length``, for messages.
-
-    Raises:
-        UserError: unreadable data, a record without its fields, a response cut off entirely, a sample that is too long,
-            no training samples. The message names file and line where there is one.
+    Raises UserError for unreadable data, a record without its fields, a response cut off entirely, a sample that is too
+    long, or no training samples, with file and line where there is one.
     """
     settings = SFTSettings(
         checkpoint_dir,
@@ -188,7 +177,9 @@ def open_module(
     else:
         splits = [_open(data, split, dataset, settings) for split, dataset in _load(data).items()]
         if all(isinstance(dataset, ArrowDataset) for dataset in splits):
-            _release(data)
+            # let go of records that were prepared, which a module holds as Python objects
+            for name in [name for name, value in vars(data).items() if type(value) is SFTDataset]:
+                setattr(data, name, None)
     if len(splits[0]) == 0:
         raise UserError(f"{type(data).__name__} has no training samples. Check its path and its split fraction.")
     return splits[0], splits[1]
@@ -199,16 +190,17 @@ def _open_json(data: JSON, settings: SFTSettings) -> list[ArrowDataset]:
         files = [data.find_split(split) for split in ("train", "val")]
         if None in files:
             raise UserError(f"{data.json_path} lacks train.json or val.json (or .jsonl). Add them, or give one file.")
-        return [_prepared(_json_records(file), settings) for file in files]
-    records = _json_records(data.json_path)
-    rows = _prepare(records, settings)
+        return [_prepared(_json_records(file), settings)[0] for file in files]
     shares = [1.0 - data.val_split_fraction, data.val_split_fraction]
-    try:
-        parts = random_split(range(len(rows)), shares, generator=torch.Generator().manual_seed(data.seed))
-    except ValueError as error:
-        raise UserError(f"JSON cannot split its data by --data.val_split_fraction {shares[1]}: {error}") from error
-    numbers = (np.array(part.indices, dtype=np.int64) for part in parts)
-    return [_store(rows, records, settings, some) for some in numbers]
+
+    def split(samples: int) -> list[np.ndarray]:
+        try:
+            parts = random_split(range(samples), shares, generator=torch.Generator().manual_seed(data.seed))
+        except ValueError as error:
+            raise UserError(f"JSON cannot split its data by --data.val_split_fraction {shares[1]}: {error}") from error
+        return [np.array(part.indices, dtype=np.int64) for part in parts]
+
+    return _prepared(_json_records(data.json_path), settings, split)
 
 
 def _json_records(file: Path) -> JSONRecords:
@@ -226,31 +218,19 @@ def _open(data: DataModule, split: str, dataset: Dataset, settings: SFTSettings)
         max_seq_length=dataset.max_seq_length if dataset.max_seq_length > 0 else None,
         mask_prompt=dataset.mask_prompt,
     )
-    return _prepared(ModuleRecords(type(data).__name__, dataset.data, dataset.transform), settings)
+    return _prepared(ModuleRecords(type(data).__name__, dataset.data, dataset.transform), settings)[0]
 
 
-def _prepared(records: JSONRecords | ModuleRecords, settings: SFTSettings) -> ArrowDataset:
-    return _store(_prepare(records, settings), records, settings)
-
-
-def _prepare(records: JSONRecords | ModuleRecords, settings: SFTSettings) -> datasets.Dataset:
-    num_proc = available_cores() if sum(records.sizes) > SMALL[records.unit] else 0
-    return prepare(records, settings, default_cache_dir(), num_proc)
-
-
-def _store(
-    rows: datasets.Dataset,
+def _prepared(
     records: JSONRecords | ModuleRecords,
     settings: SFTSettings,
-    numbers: np.ndarray | None = None,
-) -> ArrowDataset:
-    return ArrowDataset(
-        rows,
-        numbers=numbers,
-        mask_prompt=settings.mask_prompt,
-        settings=settings.fingerprint,
-        place=records.place,
-    )
+    split: Callable[[int], list[np.ndarray | None]] = lambda samples: [None],
+) -> list[ArrowDataset]:
+    """A dataset of each part of the records, whose numbers ``split`` tells, or None for all."""
+    num_proc = available_cores() if sum(records.sizes) > SMALL[records.unit] else 0
+    rows = prepare(records, settings, default_cache_dir(), num_proc)
+    common = {"mask_prompt": settings.mask_prompt, "settings": settings.fingerprint, "place": records.place}
+    return [ArrowDataset(rows, numbers=numbers, **common) for numbers in split(len(rows))]
 
 
 def _load(data: DataModule) -> dict[str, Dataset]:
@@ -261,13 +241,6 @@ def _load(data: DataModule) -> dict[str, Dataset]:
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{type(data).__name__} cannot load its data: {error}") from error
     return {split: _map_style_dataset(loader, data) for split, loader in loaders.items()}
-
-
-def _release(data: DataModule) -> None:
-    """Let go of records that were prepared, which a module holds as Python objects."""
-    for name, value in list(vars(data).items()):
-        if type(value) is SFTDataset:
-            setattr(data, name, None)
 
 
 def _map_style_dataset(loader: DataLoader, data: DataModule) -> Dataset:

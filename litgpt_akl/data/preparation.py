@@ -4,10 +4,9 @@ import hashlib
 import inspect
 import json
 import pickle
-import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -18,7 +17,6 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import xxhash
-from datasets.builder import Key
 from filelock import FileLock, Timeout
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
@@ -30,7 +28,7 @@ from litgpt_akl.data.records import TOO_DEEP, Record, is_too_deep, place, read
 from litgpt_akl.data.workers import fetch
 from litgpt_akl.files.changed_files import WAY_OUT, watch
 from litgpt_akl.files.directories import check_name, explain_failure, write_directory
-from litgpt_akl.files.manifest import damage, read_manifest, write_manifest
+from litgpt_akl.files.manifest import damage, write_manifest
 from litgpt_akl.messages import UserError, progress_bar, reason, say
 from litgpt_akl.models.chat_template import ChatTemplate
 
@@ -108,6 +106,11 @@ class Settings:
     """What to do where prepared data cannot be kept."""
     fewer_processes: ClassVar[str] = "Prepare in fewer processes than --data.num_proc {}, or free some memory."
     """What to do where so many do not fit."""
+    refusal: ClassVar[str] = (
+        "{place}: {error}.\n"
+        "Mend or remove it ({cut_by} cuts long ones), or leave bad records out with --data.on_error skip."
+    )
+    """What a user is told of a bad record."""
 
     @property
     def rules(self) -> list:
@@ -118,25 +121,15 @@ class Settings:
     @cached_property
     def fingerprint(self) -> str:
         """Differs when what becomes of a record could differ: by the tokenizer, the prompt style or a length."""
-        tokenizer_files = [self.checkpoint_dir / name for name in TOKENIZER_FILES]
-        hashes = [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in tokenizer_files]
-        return xxhash.xxh3_128_hexdigest(
-            json.dumps([FORMAT, style_identity(self.prompt_style), hashes, self.rules]).encode()
-        )
+        files = [self.checkpoint_dir / name for name in TOKENIZER_FILES]
+        hashes = [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in files]
+        return _hash([FORMAT, style_identity(self.prompt_style), hashes, self.rules])
 
-    def encoder(self) -> "RecordEncoder":
+    def encoder(self) -> Encoder:
         """What makes token ids of records."""
-        template = (
-            ChatTemplate.find(self.checkpoint_dir, self.date) if self.tokenizer.backend == "huggingface" else None
-        )
+        has_template = self.tokenizer.backend == "huggingface"
+        template = ChatTemplate.find(self.checkpoint_dir, self.date) if has_template else None
         return Encoder(self.tokenizer, self.prompt_style, template, self.max_seq_length)
-
-
-class RecordEncoder(Protocol):
-    """Makes token ids of records; see :class:`Encoder`."""
-
-    def encode(self, record: dict) -> tuple[list[int], list[int]]:
-        """A record's token ids and the spans of its responses; raises ValueError if it cannot be used."""
 
 
 class Source(Protocol):
@@ -155,8 +148,8 @@ class Source(Protocol):
     def check_unchanged(self) -> None:
         """See that the records are still those that ``identity`` stands for; raises UserError."""
 
-    def refusal(self, file: int, line: int, row: int, error: str, cut_by: str) -> UserError:
-        """What a user is told of a bad record: the ``row``-th of all, counted from 0; ``cut_by`` cuts long ones."""
+    def place(self, file: int, line: int, row: int) -> str:
+        """Where a record is from: the ``row``-th of all, counted from 0."""
 
 
 @dataclass
@@ -180,11 +173,8 @@ class FileRecords:
             if before != now:
                 raise UserError(f"{before[0]} was changed or replaced while its records were read.\n{WAY_OUT}")
 
-    def refusal(self, file: int, line: int, row: int, error: str, cut_by: str) -> UserError:
-        return UserError(
-            f"{place(self.files[file], line)}: {error}.\n"
-            f"Mend or remove it ({cut_by} cuts long ones), or leave bad records out with --data.on_error skip."
-        )
+    def place(self, file: int, line: int, row: int) -> str:
+        return place(self.files[file], line)
 
 
 @dataclass
@@ -194,7 +184,7 @@ class Rows(Dataset):
     settings: Settings
 
     @cached_property
-    def _encoder(self) -> RecordEncoder:
+    def _encoder(self) -> Encoder:
         return self.settings.encoder()
 
     def __getitem__(self, packed: Portion | bytes) -> tuple[int, int, pa.RecordBatch]:
@@ -230,53 +220,35 @@ class Rows(Dataset):
         }
 
 
-@dataclass
-class PreparationConfig(datasets.BuilderConfig):
-    """What a :class:`Preparation` works on."""
+def _write_rows(path: Path, source: Source, settings: Settings, num_proc: int) -> int:
+    """Reads all records in this process, encodes them in others, and writes the rows in the records' order.
 
-    source: Source | None = None
-    settings: Settings | None = None
-    num_proc: int = 1
-
-
-class Preparation(datasets.ArrowBasedBuilder):
-    """Reads all records in one process, encodes them in others, and writes the rows in the records' order."""
-
-    BUILDER_CONFIG_CLASS = PreparationConfig
-
-    def _info(self) -> datasets.DatasetInfo:
-        return datasets.DatasetInfo(features=COLUMNS)
-
-    def _split_generators(self, download_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
-        return [datasets.SplitGenerator("train")]
-
-    def _generate_tables(self) -> Iterator[tuple[Key, pa.Table]]:
-        config = self.config
-        starts = list(accumulate(config.source.sizes, initial=0))
-        options = {"unit": config.source.unit, "unit_scale": True, "leave": False}
-        with progress_bar(total=starts[-1], desc="preparing data", **options) as bar:
-            fewer = config.settings.fewer_processes.format(config.num_proc)
-            keys = _portions(config.source)
-            if config.num_proc > 0:
-                keys = map(_pack, keys)
-            portions = fetch(Rows(config.settings), keys, config.num_proc, fewer)
-            batches: list[pa.RecordBatch] = []
-            size = first_row = 0
-            try:
-                for number, (file, bytes_read, rows) in enumerate(portions):
-                    if config.settings.on_error == "stop":
-                        _check(rows, first_row, config.source, config.settings.cut_by)
-                    first_row += len(rows)
-                    bar.update(starts[file] + bytes_read - bar.n)
-                    batches.append(rows)
-                    size += rows.nbytes
-                    if size >= BATCH_BYTES:
-                        yield Key(0, number), pa.Table.from_batches(batches).combine_chunks()
-                        batches, size = [], 0
-                if batches:
-                    yield Key(0, number + 1), pa.Table.from_batches(batches).combine_chunks()
-            finally:
-                portions.stop()
+    Returns how many there are.
+    """
+    starts, keys = list(accumulate(source.sizes, initial=0)), _portions(source)
+    batches, size, count = [], 0, 0
+    with (
+        progress_bar(total=starts[-1], desc="preparing data", unit=source.unit, unit_scale=True, leave=False) as bar,
+        path.open("wb") as file,
+        pa.ipc.new_stream(file, COLUMNS.arrow_schema) as writer,
+    ):
+        fewer = settings.fewer_processes.format(num_proc)
+        portions = fetch(Rows(settings), map(_pack, keys) if num_proc > 0 else keys, num_proc, fewer)
+        try:
+            for number, bytes_read, rows in portions:
+                if settings.on_error == "stop":
+                    _check(rows, count, source, settings)
+                count += len(rows)
+                bar.update(starts[number] + bytes_read - bar.n)
+                batches.append(rows)
+                size += rows.nbytes
+                if size >= BATCH_BYTES:
+                    writer.write_table(pa.Table.from_batches(batches).combine_chunks())
+                    batches, size = [], 0
+        finally:
+            portions.stop()
+        writer.write_table(pa.Table.from_batches(batches, COLUMNS.arrow_schema).combine_chunks())
+    return count
 
 
 def _portions(source: Source) -> Iterator[Portion]:
@@ -296,11 +268,10 @@ def _portions(source: Source) -> Iterator[Portion]:
 
 def _pack(portion: Portion) -> bytes:
     """For another process; a queue would drop what cannot be pickled, and it would be waited for without end."""
-    try:
+    # an object of a data module may fail in every way
+    with suppress(Exception):
         return pickle.dumps(portion)
-    except Exception:
-        # an object of a data module may fail in every way
-        return pickle.dumps([(file, _sendable(record)) for file, record in portion])
+    return pickle.dumps([(file, _sendable(record)) for file, record in portion])
 
 
 def _sendable(record: Record) -> Record:
@@ -312,11 +283,11 @@ def _sendable(record: Record) -> Record:
     return record
 
 
-def _check(rows: pa.RecordBatch, first_row: int, source: Source, cut_by: str) -> None:
-    bad = np.flatnonzero(rows["length"].to_numpy() == 0)
-    if len(bad):
-        row = rows.slice(bad[0], 1).to_pylist()[0]
-        raise source.refusal(row["file"], row["line"], first_row + int(bad[0]), row["error"], cut_by)
+def _check(rows: pa.RecordBatch, first_row: int, source: Source, settings: Settings) -> None:
+    for bad in np.flatnonzero(rows["length"].to_numpy() == 0):
+        row = rows.slice(bad, 1).to_pylist()[0]
+        place = source.place(row["file"], row["line"], first_row + int(bad))
+        raise UserError(settings.refusal.format(place=place, error=row["error"], cut_by=settings.cut_by))
 
 
 LARGE = 2**30
@@ -332,20 +303,11 @@ def prepare(source: Source, settings: Settings, cache_dir: Path, num_proc: int) 
         cache_dir: where prepared data is kept, in a folder for each fingerprint of records and settings.
         num_proc: processes that encode; with 0 this one does.
 
-    Raises:
-        UserError: a bad record, unless they are to be skipped; unreadable files, or such as change meanwhile; a full
-            disk.
+    Raises UserError for a bad record, unless they are to be skipped, for files that are unreadable or change meanwhile,
+    and for a full disk.
     """
-    # preparation has a progress line of its own, with an end in sight
-    datasets.disable_progress_bars()
-    fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([settings.fingerprint, source.identity]).encode())
-    folder = cache_dir / fingerprint
+    folder = cache_dir / _hash([settings.fingerprint, source.identity])
     check_name(folder.absolute(), "The directory for prepared data", settings.other_cache)
-    if "::" in str(folder.absolute()):
-        raise UserError(
-            f"Data cannot be prepared in {folder}: fsspec, which writes it, takes '::' for a chain of URLs.\n"
-            f"{settings.other_cache}"
-        )
     with explain_failure(folder, settings.other_cache):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _in_turn(folder):
@@ -388,33 +350,17 @@ def _flaw(folder: Path) -> str | None:
 
 def _write(folder: Path, source: Source, settings: Settings, num_proc: int) -> None:
     with write_directory(folder, settings.other_cache) as partial:
-        place = partial / "being-written"
-        # without an id, the package would make one by pickling all records that lie in memory
-        options = {"config_id": "rows", "source": source, "settings": settings, "num_proc": num_proc}
-        builder = Preparation(cache_dir=str(place), **options)
-        try:
-            builder.download_and_prepare()
-        except datasets.exceptions.DatasetGenerationError as error:
-            raise _cause(error) from error
+        rows = _write_rows(partial / "preparation-train.arrow", source, settings, num_proc)
         source.check_unchanged()
-        # what else the package writes it would read only if it were to look for the data itself
-        for path in place.rglob("*.arrow"):
-            path.rename(partial / path.name)
-        shutil.rmtree(place)
-        write_manifest(partial, 0, None, rows=builder.info.splits["train"].num_examples)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What a user is to be told about: the package that prepares the data wraps what went wrong."""
-    while not isinstance(error, (UserError, OSError)) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
+        write_manifest(partial, 0, None, rows=rows)
 
 
 def _open(folder: Path) -> datasets.Dataset:
-    # of no rows at all the package writes no file
-    rows, paths = read_manifest(folder)["rows"], sorted(folder.glob("*.arrow"))
-    if rows == 0:
-        return datasets.Dataset.from_dict({name: [] for name in COLUMNS}, features=COLUMNS)
+    # data of before may be in several files
+    paths = sorted(folder.glob("*.arrow"))
     watch(paths, read_to_the_end=True)
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
+
+
+def _hash(content: list) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())

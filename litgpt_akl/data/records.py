@@ -60,11 +60,8 @@ def is_too_deep(value: object) -> bool:
 def read(path: str) -> Iterator[Record]:
     """The records of a file, bad ones among them.
 
-    A broken list of records ends with one bad record, as there is no telling where the next one would begin.
-
-    Raises:
-        UserError: the file is of an unknown format, does not exist, cannot be read, or is cut off or broken by its
-            compression or as a Parquet file.
+    A broken list of records ends with one bad record, as there is no telling where the next one would begin. Raises
+    UserError if the file is of an unknown format, cannot be read, or is broken by its compression or as Parquet.
     """
     form, _ = file_format(path)
     if form == "parquet":
@@ -183,9 +180,7 @@ def _read_list(chunks: Chunks) -> Iterator[Record]:
 def _items(text: "_Text") -> Iterator[tuple[object, int]]:
     """A list's values and where their text ends; it begins at the text's position, which the caller moves to the end.
 
-    Raises:
-        ValueError: the list is not valid JSON.
-        RecursionError: a value is nested too deeply.
+    Raises ValueError if the list is not valid JSON, RecursionError if a value is nested too deeply.
     """
     text.next_character()
     text.advance(text.position + 1)

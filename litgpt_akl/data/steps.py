@@ -2,25 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from litgpt_akl.data.dataset import TokenizedDataset, digest
-from litgpt_akl.data.workers import (
-    PREFETCHED,
-    SHARED_MEMORY,
-    Fetched,
-    available_cores,
-    fetch,
-    free_shared_memory,
-    steps_ahead,
-)
+from litgpt_akl.data.dataset import TokenizedDataset, sample_keys
+from litgpt_akl.data.workers import SHARED_MEMORY, Fetched, available_cores, fetch, free_shared_memory, steps_ahead
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 
 POOL = 512
@@ -67,9 +60,6 @@ class StepSampler:
         positions = np.arange(pool * size, min((pool + 1) * size, self.samples))
         numbers = self.order(epoch, positions)
         numbers = numbers[np.argsort(self.lengths(numbers), kind="stable")]
-        return self._cut(epoch, pool, numbers)
-
-    def _cut(self, epoch: int, pool: int, numbers: np.ndarray) -> list[np.ndarray]:
         random = np.random.default_rng((self.seed, epoch, pool))
         whole, left = divmod(len(numbers), self.global_batch_size)
         # the epoch's last step takes what is left over, from anywhere among the lengths
@@ -131,11 +121,7 @@ class HiddenStateCache(Protocol):
     """Of a hidden state once it is read."""
 
     def read(self, keys: np.ndarray) -> Tensor | None:
-        """The final hidden states ``[n, D]`` of samples, one sample after the other, if all are cached.
-
-        Args:
-            keys: ``[samples, 2]``: the number of each in its dataset, and its digest.
-        """
+        """Hidden states ``[n, D]`` of samples, if all are cached; ``keys`` ``[samples, 2]`` are numbers and digests."""
 
 
 @dataclass
@@ -161,17 +147,6 @@ class MicroBatch:
         rows = self.positions // self.input_ids.size(1)
         return torch.bincount(rows, minlength=len(self.input_ids)).tolist()
 
-    def to(self, device: torch.device) -> "MicroBatch":
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "MicroBatch":
-        return self._mapped(Tensor.pin_memory)
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        tensors = (self.input_ids, self.positions, self.labels)
-        hidden = None if self.teacher_hidden is None else change(self.teacher_hidden)
-        return MicroBatch(*map(change, tensors), self.keys, hidden, self.is_on_policy)
-
 
 @dataclass
 class StepBatch:
@@ -195,7 +170,7 @@ class StepBatch:
     recorded responses are not in the micro-batches, and not among the tokens."""
 
     def pin_memory(self) -> "StepBatch":
-        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
+        return apply_to_collection(self, Tensor, Tensor.pin_memory)
 
 
 @dataclass
@@ -243,10 +218,8 @@ class StepBatches(Dataset):
         fits = (lengths > 0) & (lengths <= self.longest_prompt)
         drawn, lengths = drawn[fits], lengths[fits]
         samples = self.dataset.read(drawn) if len(drawn) else []
-        return {
-            int(number): sample["input_ids"][:length]
-            for number, sample, length in zip(drawn, samples, lengths, strict=True)
-        }
+        prompts = [sample["input_ids"][:length] for sample, length in zip(samples, lengths, strict=True)]
+        return dict(zip(drawn.tolist(), prompts, strict=True))
 
 
 def cut(lengths: np.ndarray, micro_batch_size: int, micro_batch_tokens: int | None = None) -> list[slice]:
@@ -264,10 +237,7 @@ def cut(lengths: np.ndarray, micro_batch_size: int, micro_batch_tokens: int | No
 def together(prompts: Sequence[Tensor], most: int, most_tokens: int | None) -> list[list[int]]:
     """The places of the prompts of each batch, those of like length together.
 
-    Args:
-        prompts: the ids of each, ``[time]``.
-        most: prompts of a batch.
-        most_tokens: of a batch, padding counted; None for no such limit. A longer prompt comes alone.
+    A batch has at most ``most`` prompts, and ``most_tokens`` with padding; a longer prompt comes alone.
     """
     order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     parts = cut(np.array([len(prompts[place]) for place in order]), most, most_tokens)
@@ -299,8 +269,7 @@ def _share(
         samples = dataset.read(own) if len(own) else []
         batch = collate(samples)
         if cache is not None:
-            pairs = [(number, digest(sample)) for number, sample in zip(own, samples, strict=True)]
-            batch.keys = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+            batch.keys = sample_keys(own, samples)
             batch.teacher_hidden = cache.read(batch.keys)
         yield batch
 
@@ -353,7 +322,7 @@ def load(step_batches: StepBatches, numbers: Sequence[int], num_workers: int) ->
     if (fitting, prefetched) != wished and step_batches.rank == 0:
         print(
             f"{SHARED_MEMORY} has {free / 1e6:,.1f} MB free, and a step takes up to {size / 1e6:,.1f} MB of it:"
-            f" {fitting * prefetched} of {workers * PREFETCHED} steps are fetched ahead, by {fitting} of {workers}"
+            f" {fitting * prefetched} of {math.prod(wished)} steps are fetched ahead, by {fitting} of {workers}"
             " processes. A larger one lifts this, in Docker by `docker run --shm-size 8g`."
         )
     fewer = f"Lower --data.num_workers {num_workers}; with 0 the run itself fetches, without such processes."

@@ -13,11 +13,9 @@ from litgpt.model import Config
 from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_akl.data import preparation
 from litgpt_akl.data.dataset import ALL, ArrowDataset
 from litgpt_akl.data.files import find_files
-from litgpt_akl.data.preparation import FileRecords, prepare
-from litgpt_akl.data.records import place
+from litgpt_akl.data.preparation import FileRecords, Settings, prepare
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.files.directories import default_cache_dir
 from litgpt_akl.files.reading import explain_damage
@@ -92,31 +90,16 @@ class StreamingSFT(DataModule):
         cut_by: str = "--train.max_seq_length",
         date: str | None = None,
     ) -> tuple[ArrowDataset, ArrowDataset]:
-        """The training and the validation records as stores.
+        """The training and the validation records; arguments are those of ``prepare_datasets``.
 
-        Args:
-            checkpoint_dir: the student's, for its tokenizer, chat template and prompt style.
-            context_length: tokens that both models can read.
-            cut_by: the command's option for ``max_seq_length``, for messages.
-            date: the day that the chat template is to write, if it writes one (default: the present one).
-
-        Raises:
-            UserError: no data, a bad record, more than 1 % of them, a sample longer than ``micro_batch_tokens``.
+        Raises UserError for no data, a bad record, more than 1 % of them, a sample longer than ``micro_batch_tokens``.
         """
         if self.prompt_style is None:
             self.prompt_style = own_prompt_style(checkpoint_dir)
         template = ChatTemplate.find(checkpoint_dir, date) if self.tokenizer.backend == "huggingface" else None
         self.date = template.date if template is not None and template.writes_date else None
-        settings = preparation.Settings(
-            checkpoint_dir,
-            self.tokenizer,
-            self.prompt_style,
-            self.max_seq_length,
-            context_length,
-            self.on_error,
-            cut_by,
-            self.date,
-        )
+        common = checkpoint_dir, self.tokenizer, self.prompt_style, self.max_seq_length, context_length
+        settings = Settings(*common, self.on_error, cut_by, self.date)
         if self.val_path is not None:
             train, validation = (self._stores(path, settings, [ALL])[0] for path in (self.path, self.val_path))
         else:
@@ -132,43 +115,31 @@ class StreamingSFT(DataModule):
             )
         return train, validation
 
-    def _stores(
-        self, path: str, settings: preparation.Settings, ranges: list[tuple[float, float]]
-    ) -> list[ArrowDataset]:
-        files = find_files(path)
-        cache_dir, num_proc = self.cache_dir or default_cache_dir(), self.num_proc or available_cores()
-        dataset = prepare(FileRecords(files), settings, cache_dir, num_proc)
-        if len(dataset) == 0:
-            raise UserError(f"There are no records in {', '.join(files[:3])}. Give a file that has some.")
+    def _stores(self, path: str, settings: Settings, ranges: list[tuple[float, float]]) -> list[ArrowDataset]:
+        records = FileRecords(find_files(path))
+        rows = prepare(records, settings, self.cache_dir or default_cache_dir(), self.num_proc or available_cores())
+        if len(rows) == 0:
+            raise UserError(f"There are no records in {', '.join(records.files[:3])}. Give a file that has some.")
         if self.on_error == "skip":
-            self._report_bad_records(dataset, path, files, settings.cut_by)
-        return [
-            ArrowDataset(
-                dataset,
-                draws,
-                mask_prompt=self.mask_prompt,
-                settings=settings.fingerprint,
-                place=lambda file, line, row: place(files[file], line),
-            )
-            for draws in ranges
-        ]
+            _report_bad_records(rows, path, records, settings.cut_by)
+        common = {"mask_prompt": self.mask_prompt, "settings": settings.fingerprint, "place": records.place}
+        return [ArrowDataset(rows, draws, **common) for draws in ranges]
 
-    def _report_bad_records(self, dataset: datasets.Dataset, path: str, files: list[str], cut_by: str) -> None:
-        lengths = dataset.select_columns("length").with_format("numpy")
-        bad = np.concatenate(
-            [np.flatnonzero(rows["length"] == 0) + 100_000 * n for n, rows in enumerate(lengths.iter(100_000))]
+
+def _report_bad_records(rows: datasets.Dataset, path: str, records: FileRecords, cut_by: str) -> None:
+    lengths = rows.select_columns("length").with_format("numpy")
+    bad = np.flatnonzero(np.concatenate([part["length"] == 0 for part in lengths.iter(100_000)]))
+    if len(bad) == 0:
+        return
+    for row, number in zip(rows.select(bad[:10]), bad, strict=False):
+        say(f"Left out: {records.place(row['file'], row['line'], number)}: {row['error']}.", file=sys.stderr)
+    share = len(bad) / len(rows)
+    if share > MAX_BAD_SHARE:
+        raise UserError(
+            f"{len(bad):,} of {len(rows):,} records in {path} are bad ({share:.1%}), more than 1 %.\n"
+            f"The first ones are named above; see whether the fields and {cut_by} are as meant."
         )
-        if len(bad) == 0:
-            return
-        for row in dataset.select(bad[:10]):
-            say(f"Left out: {place(files[row['file']], row['line'])}: {row['error']}.", file=sys.stderr)
-        share = len(bad) / len(dataset)
-        if share > MAX_BAD_SHARE:
-            raise UserError(
-                f"{len(bad):,} of {len(dataset):,} records in {path} are bad ({share:.1%}), more than 1 %.\n"
-                f"The first ones are named above; see whether the fields and {cut_by} are as meant."
-            )
-        say(f"Left out {len(bad):,} bad records of {len(dataset):,}.", file=sys.stderr)
+    say(f"Left out {len(bad):,} bad records of {len(rows):,}.", file=sys.stderr)
 
 
 def own_prompt_style(checkpoint_dir: Path) -> PromptStyle:

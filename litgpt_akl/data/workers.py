@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
@@ -21,41 +21,25 @@ from torch.utils.data import DataLoader, Dataset
 from litgpt_akl.files.changed_files import describe_cut
 from litgpt_akl.messages import UserError
 
-
-class _Names(NamedTuple):
-    """The files of a group in one of the two versions of control groups, and fields of its ``memory.stat``."""
-
-    limits: tuple[str, ...]
-    usage: str
-    page_cache: tuple[str, ...]
-
-
 _MEMORY = {
-    "cgroup2": _Names(("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file")),
-    "cgroup": _Names(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
+    "cgroup2": (("memory.max", "memory.high"), "memory.current", ("active_file", "inactive_file")),
+    "cgroup": (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
 }
+"""By the version of control groups: a group's files of limits, that of usage, and ``memory.stat``'s page cache."""
 
 
 def available_memory(root: Path = Path("/")) -> float:
-    """Bytes that this process can still take: what the machine has available, or less if a container has less left.
-
-    Args:
-        root: where ``/proc`` and ``/sys`` are.
-    """
+    """Bytes that this process can still take: what the machine has available, or less if a container has less left."""
     return min(psutil.virtual_memory().available, _least(root, "memory", _memory_left))
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
-    """Cores whose time this process's control groups allow it, such as 1.5; infinity if they set no limit.
-
-    Args:
-        root: where ``/proc`` and ``/sys`` are.
-    """
+    """Cores whose time this process's control groups allow it, such as 1.5; infinity if they set no limit."""
     return _least(root, "cpu", _cores)
 
 
 def _least(root: Path, controller: str, ask: Callable[[str, Path], float]) -> float:
-    """The least that this process's group or one above it allows; infinity if none says anything."""
+    """The least that this process's group or one above it allows; ``/proc`` and ``/sys`` are below ``root``."""
     least = math.inf
     for version, group in _groups(root, controller):
         # a group has files only for what it controls
@@ -72,13 +56,14 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[str, Path]]:
     except OSError:
         # no Linux
         return
-    paths = {tuple(line.split(":", 2)[1].split(",")): line.split(":", 2)[2] for line in memberships}
+    paths = {}
+    for line in memberships:
+        _, controllers, path = line.split(":", 2)
+        paths |= dict.fromkeys(controllers.split(","), path)
     for mount in mounts:
         before, _, after = mount.partition(" - ")
         version, _, options = after.split(" ", 2)
-        own = next(
-            (path for names, path in paths.items() if (controller if version == "cgroup" else "") in names), None
-        )
+        own = paths.get(controller if version == "cgroup" else "")
         if version not in _MEMORY or own is None or (version == "cgroup" and controller not in options.split(",")):
             continue
         top, mounted_at = before.split()[3:5]
@@ -86,18 +71,15 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[str, Path]]:
         # a container may see its own group as the top, or the path that the group has outside of it
         within = PurePosixPath(own).relative_to(top) if PurePosixPath(own).is_relative_to(top) else PurePosixPath()
         group = top_directory / within
-        while group != top_directory:
-            yield version, group
-            group = group.parent
-        yield version, top_directory
+        yield from ((version, above) for above in (group, *group.parents) if above.is_relative_to(top_directory))
 
 
 def _memory_left(version: str, group: Path) -> float:
-    names = _MEMORY[version]
-    limit = min(_number(group / name) for name in names.limits if (group / name).exists())
+    limits, usage, page_cache = _MEMORY[version]
+    limit = min(_number(group / name) for name in limits if (group / name).exists())
     fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     # the kernel takes the page cache back when memory is short
-    taken = _number(group / names.usage) - sum(int(fields.get(name, 0)) for name in names.page_cache)
+    taken = _number(group / usage) - sum(int(fields.get(name, 0)) for name in page_cache)
     return max(0.0, limit - max(0.0, taken))
 
 
@@ -133,21 +115,14 @@ def free_shared_memory() -> float:
 
     A container has 64 MB of them, if it is not told to have more.
     """
-    if not os.path.isdir(SHARED_MEMORY):
-        return math.inf
-    status = os.statvfs(SHARED_MEMORY)
-    return status.f_bavail * status.f_frsize
+    return psutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else math.inf
 
 
 def steps_ahead(size: int, num_workers: int, free: float) -> tuple[int, int]:
     """How many processes fetch ahead, and how many keys each, so that shared memory takes all; (0, 0) if it cannot.
 
-    A worker for which it is full loses what it has fetched, and the main process waits for that for ever.
-
-    Args:
-        size: bytes of what lies under one key, at most.
-        num_workers: how many processes are wished for.
-        free: bytes of shared memory.
+    A worker for which it is full loses what it has fetched, and the main process waits for that for ever. ``size`` is
+    that of what lies under one key, at most, and ``free`` that of shared memory, in bytes.
     """
     # the main process holds one that it works on and the one that it takes next
     room = math.inf if size == 0 else SHARE * free / size - 2
@@ -298,13 +273,14 @@ def _depend_on_the_main_process(worker: int) -> None:
 
 def end_with_parent() -> None:
     """From now on this process ends when the one that started it does, whatever it is waiting for."""
-    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+    parent = os.getppid()
 
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
 
-def _end_after(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @atexit.register

@@ -39,11 +39,7 @@ def changed_meanwhile(path: Path, what: str) -> UserError:
 
 
 def check_unchanged(stamps: Iterable[Stamp]) -> None:
-    """See that files are as they were when their stamps were taken.
-
-    Raises:
-        UserError: one is gone, or was changed or replaced.
-    """
+    """See that files are as they were when their stamps were taken; raises UserError if not."""
     for stamp in stamps:
         try:
             what = "changed or replaced" if stamp_of(stamp.path) != stamp else None
@@ -55,11 +51,7 @@ def check_unchanged(stamps: Iterable[Stamp]) -> None:
 
 @contextmanager
 def unchanged_meanwhile(paths: Iterable[Path]) -> Iterator[None]:
-    """For a block that reads files: what it has read is of one version of each.
-
-    Raises:
-        UserError: one was changed, replaced or removed; as :func:`check_unchanged`.
-    """
+    """For a block that reads files: raises UserError if what it has read is not of one version of each."""
     stamps = [stamp_of(path) for path in paths]
     yield
     check_unchanged(stamps)
@@ -71,27 +63,20 @@ _handlers: list[Callable] = []
 
 
 def watch(paths: Iterable[Path], read_to_the_end: bool = False) -> None:
-    """From now on a process that is ended by a cut one of these files names it.
+    """From now on a process that is ended by a cut one of these files, which are about to be mapped, names it.
 
-    Args:
-        paths: of files that are about to be mapped.
-        read_to_the_end: whether they are read as long as the command runs, so that :func:`check_mapped_files` asks for
-            them.
+    :func:`check_mapped_files` asks for those that are read as long as the command runs.
     """
-    for path in paths:
-        _watched[path] = stamp_of(path)
-        if read_to_the_end:
-            _read_to_the_end.add(path)
+    stamps = {path: stamp_of(path) for path in paths}
+    _watched.update(stamps)
+    if read_to_the_end:
+        _read_to_the_end.update(stamps)
     if not _handlers and hasattr(signal, "SIGBUS"):
         _name_cut_files()
 
 
 def check_mapped_files() -> None:
-    """See that what the command has read until now is what was there when it began.
-
-    Raises:
-        UserError: a file was changed in its place.
-    """
+    """See that what the command has read is what was there when it began; raises UserError if not."""
     for path in _read_to_the_end:
         if what := _change(_watched[path]):
             raise changed_meanwhile(path, what)
@@ -102,9 +87,10 @@ def describe_cut(read_to_the_end: bool = False) -> str | None:
 
     Weights are mapped while they are loaded, and by one process: what has become of them since ends nobody.
     """
-    changes = {path: _change(_watched[path]) for path in (_read_to_the_end if read_to_the_end else _watched)}
-    cut = ((path, what) for path, what in changes.items() if what is not None and what.startswith("cut"))
-    return next((str(changed_meanwhile(path, what)) for path, what in cut), None)
+    for path in _read_to_the_end if read_to_the_end else _watched:
+        if (what := _change(_watched[path])) and what.startswith("cut"):
+            return str(changed_meanwhile(path, what))
+    return None
 
 
 def _change(before: Stamp) -> str | None:

@@ -2,8 +2,10 @@
 
 import errno
 import glob
+import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -27,15 +29,8 @@ def write_directory(out_dir: Path, way_out: str = WAY_OUT) -> Iterator[Path]:
 
     Until then an existing ``out_dir`` stays as it is; after an error (or an interrupt) it is still as it was and the
     temporary directory is gone. What a killed process left behind is cleared by the next call for the same path.
-    One process at a time may write to a path.
-
-    Args:
-        out_dir: Where the directory is to appear. The yielded directory lies on the same disk and has the same name,
-            because LitGPT reads rules from a folder's name.
-        way_out: A sentence for the message.
-
-    Raises:
-        UserError: The directory cannot be created or replaced.
+    One process at a time may write to a path. The yielded directory lies on the same disk and has the same name,
+    because LitGPT reads rules from a folder's name. Raises UserError, with ``way_out``, if the system refuses.
     """
     out_dir = out_dir.resolve()
     partial = _hidden(out_dir, PARTIAL)
@@ -52,11 +47,7 @@ def write_directory(out_dir: Path, way_out: str = WAY_OUT) -> Iterator[Path]:
 
 
 def check_new_directory(out_dir: Path) -> None:
-    """Refuse to write where something is.
-
-    Raises:
-        UserError: ``out_dir`` is a file, or a directory that is not empty.
-    """
+    """Refuse to write where something is: raises UserError for a file, or a directory that is not empty."""
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"out_dir {out_dir} is a file. Give a directory that does not exist yet.")
     if out_dir.is_dir() and any(out_dir.iterdir()):
@@ -64,25 +55,16 @@ def check_new_directory(out_dir: Path) -> None:
 
 
 def check_name(path: Path, what: str, way_out: str) -> None:
-    """Refuse a path that the libraries which read and write there cannot be given.
-
-    Raises:
-        UserError: it is not UTF-8; ``way_out`` is the second line.
-    """
+    """Raises UserError, with ``way_out``, for a path that is not UTF-8, as libraries need it."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise UserError(
-            f"{what} {path} is not UTF-8, and tokenizers and Arrow take no other names.\n{way_out}"
-        ) from None
+        told = f"{what} {path} is not UTF-8, and tokenizers and Arrow take no other names."
+        raise UserError(f"{told}\n{way_out}") from None
 
 
 def make_writable(out_dir: Path) -> None:
-    """Make a command's ``--out_dir``, if need be.
-
-    Raises:
-        UserError: It cannot be made or written to.
-    """
+    """Make a command's ``--out_dir``, if need be; raises UserError if it cannot be made or written to."""
     check_name(out_dir.absolute(), "--out_dir", "Give another directory.")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -96,8 +78,7 @@ def make_writable(out_dir: Path) -> None:
 def explain_failure(out_dir: Path, way_out: str = WAY_OUT) -> Iterator[None]:
     """For a block that writes ``out_dir``: what the system refuses becomes one clear message.
 
-    Raises:
-        UserError: In place of an OSError: the directory, the reason and how much room there is.
+    Raises UserError in place of an OSError: the directory, the reason and how much room there is.
     """
     try:
         yield
@@ -119,11 +100,7 @@ def default_cache_dir() -> Path:
 
 
 def write_file(path: Path, data: bytes, replace: bool = True) -> None:
-    """Write a file that appears whole or not at all; what was there is replaced, or stays.
-
-    Raises:
-        OSError: the disk does not take it.
-    """
+    """Write a file that appears whole or not at all; what was there is replaced, or stays. Raises OSError."""
     partial = path.with_name(f".{uuid4().hex}{PARTIAL}")
     try:
         with partial.open("wb") as file:
@@ -154,11 +131,7 @@ def _rename_if_free(partial: Path, path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Give what a run has not written another name, ``NAME.other``, which nothing has yet; returns the new path.
-
-    Raises:
-        OSError: It cannot be renamed; it is as it was.
-    """
+    """Rename what a run has not written to ``NAME.other``, or another free name, and return that; raises OSError."""
     names = (f"{path.name}.other{number or ''}" for number in count())
     free = next(other for other in map(path.with_name, names) if not os.path.lexists(other))
     return path.rename(free)
@@ -167,10 +140,8 @@ def set_aside(path: Path) -> Path:
 def remove_directory(directory: Path) -> None:
     """Deletes a directory under a hidden name, so that no part of it is ever found under its own.
 
-    What cannot be deleted, and what a killed process left, goes with the next :func:`clear_leftovers`.
-
-    Raises:
-        OSError: The directory cannot be renamed; it is as it was.
+    What cannot be deleted, and what a killed process left, goes with the next :func:`clear_leftovers`. Raises OSError
+    if the directory cannot be renamed; it is then as it was.
     """
     removed = _hidden(directory, REMOVED)
     shutil.rmtree(removed, ignore_errors=True)
@@ -181,24 +152,22 @@ def remove_directory(directory: Path) -> None:
 
 
 def clear_leftovers(parent: Path, pattern: str) -> None:
-    """Deletes what killed processes left of the directories in ``parent`` whose names match ``pattern``.
-
-    No other process may be writing one of them.
-    """
+    """Deletes what killed processes left of directories of such names in ``parent``; none may be written just now."""
     restore_previous(parent, pattern)
     for ending in (PARTIAL, PREVIOUS, REMOVED):
         for leftover in parent.glob(f".{pattern}{ending}"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def clear_unfinished_files(directory: Path) -> None:
+def clear_unfinished_files(directory: Path, age: float = -math.inf) -> None:
     """Deletes what a killed process left of files that it was writing there by :func:`write_file`.
 
-    No other process may be writing there.
+    No other process may have been writing there for less than ``age`` seconds.
     """
     for leftover in directory.glob(f".*{PARTIAL}"):
-        if leftover.is_file():
-            with suppress(OSError):
+        # another process may do the same at this moment
+        with suppress(OSError):
+            if leftover.is_file() and time.time() - leftover.stat().st_mtime > age:
                 leftover.unlink()
 
 
@@ -230,9 +199,8 @@ def _swap_in(new_dir: Path, out_dir: Path) -> None:
 
 
 def _flush_tree(directory: Path) -> None:
-    for path in directory.rglob("*"):
+    for path in (*directory.rglob("*"), directory):
         _flush(path)
-    _flush(directory)
 
 
 def _flush(path: Path) -> None:

@@ -28,17 +28,11 @@ _held: set[int] = set()
 
 @contextmanager
 def locked(directory: Path, beside: bool = False) -> Iterator[None]:
-    """While entered, no other process that asks for the same directory gets it.
+    """While entered, no other process that asks for the same directory gets it; raises UserError if another one has it.
 
     The kernel's lock decides where there is one; over the network some file systems have it on each machine by itself,
-    or not at all. There the signs of life decide.
-
-    Args:
-        directory: What is written.
-        beside: Whether the lock is a file beside the directory, which is not there yet, and not a file in it.
-
-    Raises:
-        UserError: another process writes there; or the lock cannot be written.
+    or not at all. There the signs of life decide. The lock is a file in the directory, or ``beside`` one that is not
+    there yet.
     """
     directory = directory.resolve()
     file = directory.with_name(f".{directory.name}{LOCK}") if beside else directory / LOCK
@@ -49,7 +43,13 @@ def locked(directory: Path, beside: bool = False) -> Iterator[None]:
         os.pwrite(descriptor, json.dumps(_this_process()).encode(), 0)
     _held.add(descriptor)
     ended = threading.Event()
-    thread = threading.Thread(target=_show_signs, args=(descriptor, ended), daemon=True)
+
+    def show_signs() -> None:
+        while not ended.wait(BEAT):
+            with suppress(OSError):
+                os.utime(descriptor)
+
+    thread = threading.Thread(target=show_signs, daemon=True)
     thread.start()
     try:
         yield
@@ -65,11 +65,7 @@ def locked(directory: Path, beside: bool = False) -> Iterator[None]:
 
 @contextmanager
 def new_directory_locked(out_dir: Path) -> Iterator[None]:
-    """While entered, no other process makes ``out_dir``, where nothing is yet.
-
-    Raises:
-        UserError: something is there, or another process is writing it.
-    """
+    """While entered, no other process makes ``out_dir``; raises UserError if something is, or is being written."""
     check_new_directory(out_dir)
     with locked(out_dir, beside=True):
         # another one may have been quicker
@@ -82,11 +78,14 @@ def _take(file: Path, directory: Path) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            holder = _read(descriptor)
+            holder, has_locks = _read(descriptor), True
             try:
-                has_locks = _lock(descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise _taken(directory, holder) from None
+            except OSError:
+                # the file system has none
+                has_locks = False
             holder = _read(descriptor)
             if holder and _is_alive(holder, file, has_locks):
                 raise _taken(directory, holder)
@@ -103,17 +102,6 @@ def _take(file: Path, directory: Path) -> int:
         return descriptor
 
 
-def _lock(descriptor: int) -> bool:
-    """Whether the file system has locks; raises BlockingIOError if another process has this one."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        return False
-    return True
-
-
 def _is_alive(holder: dict[str, Any], file: Path, has_locks: bool) -> bool:
     """Whether the process that wrote a lock which this one has got is still there."""
     here = _this_process()
@@ -122,7 +110,10 @@ def _is_alive(holder: dict[str, Any], file: Path, has_locks: bool) -> bool:
             # one kernel knows all its locks, those of other containers too
             return False
         if holder["process_ids"] == here["process_ids"]:
-            return _runs(holder["process"], holder["process_began"])
+            with suppress(psutil.Error):
+                # numbers come again
+                return abs(psutil.Process(holder["process"]).create_time() - holder["process_began"]) < 2
+            return False
     before, deadline = _changed(file), time.monotonic() + PATIENCE
     say(f"{file} is of {_describe(holder)}; waiting up to {PATIENCE:.0f} s for a sign of life.")
     while time.monotonic() < deadline:
@@ -133,25 +124,11 @@ def _is_alive(holder: dict[str, Any], file: Path, has_locks: bool) -> bool:
     return False
 
 
-def _runs(process: int, began: float) -> bool:
-    try:
-        # numbers come again
-        return abs(psutil.Process(process).create_time() - began) < 2
-    except psutil.Error:
-        return False
-
-
 def _changed(file: Path) -> int | None:
     with suppress(OSError), file.open("rb") as opened:
         # over the network only an opened file is surely looked up
         return os.fstat(opened.fileno()).st_mtime_ns
     return None
-
-
-def _show_signs(descriptor: int, ended: threading.Event) -> None:
-    while not ended.wait(BEAT):
-        with suppress(OSError):
-            os.utime(descriptor)
 
 
 def _this_process() -> dict[str, Any]:
@@ -187,10 +164,9 @@ def _taken(directory: Path, holder: dict[str, Any] | None) -> UserError:
 
 
 def _is_at(descriptor: int, file: Path) -> bool:
-    try:
+    with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def _leave_to_parent() -> None:

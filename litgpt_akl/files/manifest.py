@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ METRICS_MARK = "metrics.json"
 METRICS_COPY = "metrics.csv"
 """In place of it, checkpoints of earlier versions hold the rows."""
 
-
 MANIFEST = "manifest.json"
 FORMAT = 1
 STEPS = "step-*"
@@ -31,17 +30,13 @@ KNOWN = 4096
 
 
 class Damaged(Exception):
-    """The message says what is wrong with a directory, in a short phrase."""
+    """The message says what is wrong with what was written, in a short phrase."""
 
 
 def write_manifest(directory: Path, step: int, validation_loss: float | None, **more: Any) -> None:
     """Write ``manifest.json``: step, validation loss, and size and checksum of every file there is.
 
-    Args:
-        directory: Complete but for the manifest.
-        step: Optimizer steps taken.
-        validation_loss: Of this very step, if it was validated; one that is not finite counts as none.
-        more: Other entries, plain data.
+    The loss is that of this very step, if it was validated; one that is not finite counts as none. ``more`` is plain.
     """
     paths = (path for path in sorted(directory.rglob("*")) if path.is_file())
     files = {
@@ -55,25 +50,20 @@ def write_manifest(directory: Path, step: int, validation_loss: float | None, **
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """``format``, ``step``, ``validation_loss``, ``files`` and what else was written.
-
-    Raises:
-        Damaged: There is no manifest, or it is not as it was written.
-    """
+    """``format``, ``step``, ``validation_loss``, ``files`` and what else was written; raises Damaged if it changed."""
     if not directory.is_dir():
         raise Damaged("does not exist")
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        found = manifest["format"]
     except FileNotFoundError:
         raise Damaged(f"has no {MANIFEST}") from None
     except OSError as error:
         raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from error
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
         raise Damaged(f"{MANIFEST} is garbled") from None
-    if not isinstance(manifest, dict) or "format" not in manifest:
-        raise Damaged(f"{MANIFEST} is garbled")
-    if manifest["format"] != FORMAT:
-        raise Damaged(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}")
+    if found != FORMAT:
+        raise Damaged(f"{MANIFEST} has format {found}, this version reads {FORMAT}")
     try:
         manifest = without_checksum(manifest, required=True)
     except ValueError:
@@ -90,14 +80,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def damage(directory: Path, chosen: Callable[[str], bool] = bool) -> str | None:
     """None if the directory holds what was written into it, else what is wrong, in a short phrase.
 
-    Args:
-        directory: with a manifest.
-        chosen: whether a file of that name is looked at; by default all are.
+    Only the ``chosen`` names are looked at, by default all.
     """
     try:
         files = {name: entry for name, entry in read_manifest(directory)["files"].items() if chosen(name)}
         for name, expected in files.items():
-            _check_size(directory / name, name, expected["bytes"])
+            if not (directory / name).is_file():
+                return f"lacks {name}"
+            if (found := (directory / name).stat().st_size) != expected["bytes"]:
+                return f"{name} has {found:,} bytes, {expected['bytes']:,} were written"
         for name, expected in files.items():
             if _checksum(directory / name) != expected["xxh3_128"]:
                 return f"{name} has changed (checksum)"
@@ -110,17 +101,11 @@ def damage(directory: Path, chosen: Callable[[str], bool] = bool) -> str | None:
 
 def step_of(directory: Path) -> float:
     """The step that a directory's manifest tells; infinity if it cannot be read, since that might be the newest."""
-    try:
-        return read_manifest(directory)["step"]
-    except Damaged:
-        return math.inf
+    return _entry(directory, "step", math.inf)
 
 
 def newest_first(out_dir: Path) -> list[Path]:
-    """The ``step-...`` directories by the steps in their manifests; those without one might be newest, and come first.
-
-    They may be damaged.
-    """
+    """The ``step-...`` directories, perhaps damaged, by the steps in their manifests; those without one come first."""
     directories = (path for path in out_dir.glob(STEPS) if path.is_dir())
     return sorted(directories, key=lambda path: (step_of(path), path.name), reverse=True)
 
@@ -128,58 +113,46 @@ def newest_first(out_dir: Path) -> list[Path]:
 def remove_old(out_dir: Path, keep_last: int, written: Path) -> None:
     """Deletes older ``step-...`` directories; damaged ones, and those that the clock asked for, count for nothing.
 
-    Args:
-        out_dir: Where they are.
-        keep_last: How many of the newest to keep, apart from the one with the lowest validation loss.
-        written: The directory just written, which is kept whatever step it holds.
+    Kept are so many of the newest, the one with the lowest validation loss, and that just written, whatever its step.
     """
     kept = [directory for directory in newest_first(out_dir) if not is_timed(directory)]
-    _keep_in_mind(sum(len(os.listdir(directory)) for directory in kept))
+    # looking through them again and again reads each file once; as many again may be of directories that are gone
+    _room[0] = max(KNOWN, 2 * sum(len(os.listdir(directory)) for directory in kept))
     whole = [directory for directory in kept if damage(directory) is None]
     losses = {directory: read_manifest(directory)["validation_loss"] for directory in whole}
     validated = [directory for directory in whole if losses[directory] is not None]
     best = min(validated, key=losses.get, default=None)
-    for directory in whole[keep_last:]:
-        if directory not in (written, best):
-            # what cannot be deleted must not end the run; the next save tries again
-            with suppress(OSError):
-                remove_directory(directory)
+    _remove(directory for directory in whole[keep_last:] if directory not in (written, best))
 
 
 def remove_timed(out_dir: Path, written: Path) -> None:
     """Deletes the ``step-...`` directories that the clock asked for, except the one just written."""
-    for directory in newest_first(out_dir):
-        if is_timed(directory) and directory != written:
-            with suppress(OSError):
-                remove_directory(directory)
+    _remove(directory for directory in newest_first(out_dir) if is_timed(directory) and directory != written)
+
+
+def _remove(directories: Iterable[Path]) -> None:
+    for directory in directories:
+        # what cannot be deleted must not end the run; the next save tries again
+        with suppress(OSError):
+            remove_directory(directory)
 
 
 def is_timed(directory: Path) -> bool:
     """Whether the clock, and nothing else, asked for this checkpoint."""
-    try:
-        return read_manifest(directory).get("timed", False)
-    except Damaged:
-        return False
+    return _entry(directory, "timed", False)
 
 
-def _check_size(path: Path, name: str, expected: int) -> None:
-    if not path.is_file():
-        raise Damaged(f"lacks {name}")
-    found = path.stat().st_size
-    if found != expected:
-        raise Damaged(f"{name} has {found:,} bytes, {expected:,} were written")
+def _entry(directory: Path, name: str, default: Any) -> Any:
+    """Of a directory's manifest; the default if it cannot be read, or has none of that name."""
+    with suppress(Damaged):
+        return read_manifest(directory).get(name, default)
+    return default
 
 
 # at every save the question which older directories are whole comes up anew, and each may hold many gigabytes
 _known: dict[Stamp, str] = {}
 """Those asked for last come last."""
 _room = [KNOWN]
-
-
-def _keep_in_mind(files: int) -> None:
-    """See to it that looking through so many files again and again reads each of them once."""
-    # as many again may be of directories that are gone
-    _room[0] = max(KNOWN, 2 * files)
 
 
 def know_checksum(path: Path, checksum: str) -> None:

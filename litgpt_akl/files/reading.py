@@ -20,15 +20,10 @@ CHECKSUM = "xxh3_128"
 
 @contextmanager
 def explain_damage(path: Path | str, what: str, way_out: str = COPY_AGAIN) -> Iterator[None]:
-    """For a block that reads a file: whatever a library raises at its content becomes one clear message.
+    """For a block that reads a file which should be ``what``: whatever a library raises becomes one clear message.
 
-    Args:
-        path: of the file, or of the directory if it cannot be told which file of it is meant.
-        what: it should be.
-        way_out: a sentence that says what to do.
-
-    Raises:
-        UserError: the file, its size, the reason and the way out.
+    The path is that of the directory if it cannot be told which file of it is meant. Raises UserError: the file, its
+    size, the reason and the way out.
     """
     try:
         yield
@@ -71,11 +66,7 @@ def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_checksum(content: dict[str, Any], required: bool = False) -> dict[str, Any]:
-    """What :func:`with_checksum` was given.
-
-    Raises:
-        ValueError: the checksum is wrong; or it is missing, as in older files, and required.
-    """
+    """What :func:`with_checksum` was given; raises ValueError if the checksum is wrong, or missing and required."""
     content = dict(content)
     checksum = content.pop(CHECKSUM, None)
     if checksum != _own_checksum(content) and (required or checksum is not None):
@@ -101,9 +92,7 @@ def plain_names(names: Iterable[Any], source: Path | str) -> list[str]:
     """The same names, known to be those of different files in one directory, whatever the system.
 
     Whoever wrote ``source`` chose them, and a path in place of a name would be read, overwritten or deleted elsewhere.
-
-    Raises:
-        UserError: one is empty, no text, a path, or there twice.
+    Raises UserError if one is empty, no text, a path, or there twice.
     """
     found: dict[str, None] = {}
     for name in names:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -16,37 +16,26 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 
-from litgpt_akl.data.dataset import TokenizedDataset, digest
-from litgpt_akl.files.directories import explain_failure, write_file
+from litgpt_akl.data.dataset import TokenizedDataset, sample_keys
+from litgpt_akl.files.directories import clear_unfinished_files, explain_failure, write_file
+from litgpt_akl.files.manifest import Damaged
 from litgpt_akl.messages import UserError, progress_bar, say
 from litgpt_akl.teacher.cache_identity import Identity, check_identity
 from litgpt_akl.teacher.cache_size import bytes_of_token
-from litgpt_akl.teacher.chunk_file import (
-    DTYPES,
-    Chunk,
-    Damaged,
-    Record,
-    list_chunks,
-    open_chunks,
-    read_records,
-    remove_leftovers,
-    write_chunk,
-)
+from litgpt_akl.teacher.chunk_file import DTYPES, Chunk, Record, list_chunks, open_chunks, read_records, write_chunk
 
 CHUNK_BYTES = 32 * 2**20
 """Of hidden states that are kept in memory until they are written together: what a killed process loses at most."""
+LEFT_BEHIND = 600
+"""Seconds after which a file that is not finished has been left by a killed process; writing one takes a few."""
 NONE = -1
 
 
 class TeacherCache:
     """A teacher's hidden states of the samples of a dataset, by their numbers.
 
-    Args:
-        directory: a folder of chunks, or the URL of one, which is only read.
-        samples: how many the dataset has.
-        dtype: of the hidden states on disk.
-        width: numbers in a hidden state.
-        writable: whether records may be added, and damaged chunks deleted.
+    The directory is a folder of chunks, or the URL of one, which is only read. ``dtype`` and ``width`` are those of a
+    hidden state on disk. If it is ``writable``, records may be added, and damaged chunks deleted.
     """
 
     def __init__(self, directory: str, samples: int, dtype: torch.dtype, width: int, writable: bool) -> None:
@@ -57,8 +46,11 @@ class TeacherCache:
         self._pending: list[Record] = []
         self._pending_bytes = 0
         self._stamp: int | None = None
+        self.bytes_of_token = bytes_of_token(width, dtype)
+        self._dtype_in_memory = torch.float32 if dtype.itemsize == 1 else dtype
+        self.bytes_of_token_in_memory = width * self._dtype_in_memory.itemsize
         if writable:
-            remove_leftovers(Path(directory))
+            clear_unfinished_files(Path(directory), LEFT_BEHIND)
         self.refresh()
 
     def refresh(self) -> None:
@@ -74,7 +66,6 @@ class TeacherCache:
                 self._add_chunk(found)
             else:
                 self._discard(*found)
-                self._delete(found[0])
 
     def absent(self, numbers: np.ndarray) -> np.ndarray:
         """Those of the samples of which nothing is on disk."""
@@ -97,12 +88,8 @@ class TeacherCache:
     def read(self, keys: np.ndarray) -> Tensor | None:
         """The hidden states of samples, one after the other, ``[tokens, width]``; None if not all are there.
 
-        Args:
-            keys: ``[samples, 2]``: number and digest of each.
-
-        Raises:
-            UserError: a sample is another one than when it was written, or what was written is damaged and nobody may
-                mend it.
+        ``keys``, ``[samples, 2]``, are the number and digest of each. Raises UserError if a sample is another one than
+        when it was written, or what was written is damaged and nobody may mend it.
         """
         if len(keys) == 0:
             return torch.empty(0, self.width, dtype=self._dtype_in_memory)
@@ -130,40 +117,18 @@ class TeacherCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added.
-
-        Raises:
-            UserError: the disk does not take it.
-        """
+        """Write what was added; raises UserError if the disk does not take it."""
         if self._pending:
             self._add_chunk(write_chunk(Path(self.directory), self._pending, self.dtype))
             self._pending, self._pending_bytes = [], 0
 
     def verify(self) -> None:
-        """Read everything; what is damaged is deleted, if it may be.
-
-        Raises:
-            UserError: one is, and may not.
-        """
+        """Read everything; what is damaged is deleted, or raises UserError if it may not be."""
         for chunk in progress_bar(list(self._chunks), desc="checking the teacher cache", leave=False, delay=2):
             rows = [(chunk, row) for row in range(len(chunk.index))]
             damage = [record for record in read_records(self.directory, rows) if isinstance(record, Damaged)]
             if damage:
                 self._salvage(chunk, str(damage[0]))
-
-    @property
-    def bytes_of_token(self) -> int:
-        """On disk."""
-        return bytes_of_token(self.width, self.dtype)
-
-    @property
-    def bytes_of_token_in_memory(self) -> int:
-        """Once it is read."""
-        return self.width * self._dtype_in_memory.itemsize
-
-    @property
-    def _dtype_in_memory(self) -> torch.dtype:
-        return torch.float32 if self.dtype.itemsize == 1 else self.dtype
 
     def _refresh_if_changed(self) -> None:
         # a listing takes long where there are many chunks, and most questions come while the first epoch fills them
@@ -178,7 +143,6 @@ class TeacherCache:
         self._known.add(chunk.path)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self._chunk_of):
             self._discard(chunk.path, f"it has sample {numbers.max()} of {len(self._chunk_of)}")
-            self._delete(chunk.path)
             return
         new = self._chunk_of[numbers] == NONE
         self._chunk_of[numbers[new]], self._row_of[numbers[new]] = len(self._chunks), np.flatnonzero(new)
@@ -193,13 +157,10 @@ class TeacherCache:
         if len(whole) == len(rows):
             say(f"The teacher cache: {chunk.path} is whole when it is read again ({damage}).", file=sys.stderr)
             return
-        self._discard(chunk.path, damage)
-        if whole:
-            self._add_chunk(write_chunk(Path(self.directory), whole, self.dtype))
-        self._delete(chunk.path)
+        self._discard(chunk.path, damage, whole)
 
-    def _discard(self, path: str, damage: str) -> None:
-        """Forget a chunk: its samples are asked of the teacher again."""
+    def _discard(self, path: str, damage: str, whole: Sequence[Record] = ()) -> None:
+        """Forget a chunk, and delete it once those of its records that are ``whole`` are in another one."""
         if not self.writable:
             raise UserError(
                 f"{path} is damaged: {damage}.\nFill it again with --teacher.cache_mode auto or fill, or copy it again."
@@ -209,8 +170,8 @@ class TeacherCache:
             if chunk.path == path:
                 self._chunk_of[self._chunk_of == number] = NONE
         say(f"The teacher cache: {path} is damaged ({damage}); what is lost is computed again.", file=sys.stderr)
-
-    def _delete(self, path: str) -> None:
+        if whole:
+            self._add_chunk(write_chunk(Path(self.directory), whole, self.dtype))
         # another process that found the damage may have been first
         Path(path).unlink(missing_ok=True)
 
@@ -233,17 +194,16 @@ class Caches(NamedTuple):
 
     def flush(self) -> None:
         """Write what was added; raises UserError if the disk does not take it."""
-        for cache in (self.training, self.validation):
-            if cache is not None:
-                cache.flush()
+        for cache in filter(None, self[:2]):
+            cache.flush()
 
     def share(self, fabric: L.Fabric) -> None:
         """From now on all processes know what each has added; all must call this together."""
         if self.writable:
             self.flush()
             fabric.barrier()
-            for cache in (self.training, self.validation):
-                cache.refresh()
+            self.training.refresh()
+            self.validation.refresh()
 
 
 def open_caches(
@@ -251,8 +211,7 @@ def open_caches(
 ) -> Caches:
     """The cache in ``directory``, if it is of ``identity`` and of the datasets' samples; begun if it may be.
 
-    Raises:
-        UserError: it is of something else, cannot be read or written, or is not there.
+    Raises UserError if it is of something else, cannot be read or written, or is not there.
     """
     if "://" not in directory:
         directory = os.path.abspath(directory)
@@ -270,15 +229,13 @@ def _compare(cache: TeacherCache, dataset: TokenizedDataset) -> None:
     there = cache.present()
     some = there[:: max(1, len(there) // PROBES)]
     if len(some):
-        keys = [(number, digest(sample)) for number, sample in zip(some, dataset.read(some), strict=True)]
-        cache.check(np.array(keys, dtype=np.int64))
+        cache.check(sample_keys(some, dataset.read(some)))
 
 
 def write_head(directory: str, tensors: dict[str, Tensor]) -> None:
     """Keep a teacher's LM head, by its parameters' names, so that the teacher itself is not needed any more; once.
 
-    Raises:
-        UserError: the disk does not take it.
+    Raises UserError if the disk does not take it.
     """
     if read_head(directory) is not None:
         return
@@ -289,21 +246,13 @@ def write_head(directory: str, tensors: dict[str, Tensor]) -> None:
 
 def read_head(directory: str) -> dict[str, Tensor] | None:
     """What :func:`write_head` kept; None if there is nothing, or nothing that is whole."""
-    system, _ = fsspec.core.url_to_fs(directory)
-    for path in _heads(directory):
-        try:
-            data = system.cat_file(path)
-        except OSError:
-            # as good as damaged: whoever may write here writes it anew
-            continue
-        if xxhash.xxh3_128_hexdigest(data) == Path(path).stem.removeprefix(HEAD):
-            try:
-                return safetensors.torch.load(data)
-            except SafetensorError:
-                continue
-    return None
-
-
-def _heads(directory: str) -> Iterable[str]:
     system, root = fsspec.core.url_to_fs(directory)
-    return [path for path in sorted(system.ls(root, detail=False)) if Path(path).name.startswith(HEAD)]
+    for path in sorted(system.ls(root, detail=False)):
+        if not Path(path).name.startswith(HEAD):
+            continue
+        # one that cannot be read is as good as damaged: whoever may write here writes it anew
+        with suppress(OSError, SafetensorError):
+            data = system.cat_file(path)
+            if xxhash.xxh3_128_hexdigest(data) == Path(path).stem.removeprefix(HEAD):
+                return safetensors.torch.load(data)
+    return None

@@ -60,15 +60,16 @@ class Identity:
 def check_identity(directory: str, identity: Identity, create: bool) -> str | None:
     """See that a cache is of ``identity``; one that is not there yet is begun, if it may be.
 
-    Returns:
-        The fingerprint of the teacher's weights that it was filled with.
-
-    Raises:
-        UserError: it is of something else, and of what; or it cannot be read or written, or is not there.
+    Returns the fingerprint of the teacher's weights that it was filled with. Raises UserError if it is of something
+    else, and of what; or if it cannot be read or written, or is not there.
     """
     saved = read_identity(directory)
     if saved is None and create:
-        _write(Path(directory), identity)
+        content = json.dumps(with_checksum(asdict(identity)), indent=2) + "\n"
+        with explain_failure(Path(directory)):
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            # that of another job, which may be of something else, stays
+            write_file(Path(directory) / IDENTITY, content.encode(), replace=False)
         # another job may have begun it at the same moment
         saved = read_identity(directory)
     if saved is None:
@@ -91,11 +92,7 @@ def check_identity(directory: str, identity: Identity, create: bool) -> str | No
 
 
 def read_identity(directory: str) -> dict[str, Any] | None:
-    """What is written in a cache; None if there is none.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """What is written in a cache; None if there is none. Raises UserError if it cannot be read."""
     path = f"{directory.rstrip('/')}/{IDENTITY}"
     try:
         with fsspec.open(path, "rt", encoding="utf-8") as file:
@@ -107,14 +104,6 @@ def read_identity(directory: str) -> dict[str, Any] | None:
     # every kind of remote storage has exceptions of its own
     except Exception as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from error
-
-
-def _write(directory: Path, identity: Identity) -> None:
-    content = json.dumps(with_checksum(asdict(identity)), indent=2) + "\n"
-    with explain_failure(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        # that of another job, which may be of something else, stays
-        write_file(directory / IDENTITY, content.encode(), replace=False)
 
 
 def make_identity(

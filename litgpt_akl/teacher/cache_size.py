@@ -44,14 +44,7 @@ def check_space(directory: str, needed: int) -> None:
 
 
 def describe_space(directory: str, bytes_of_token: int, tokens: int, to_write: int) -> str:
-    """A line for people.
-
-    Args:
-        directory: of the cache.
-        bytes_of_token: on disk.
-        tokens: response tokens that a run needs of it.
-        to_write: bytes of those that it lacks.
-    """
+    """A line for people, on the response ``tokens`` that a run needs of a cache, and the bytes of those it lacks."""
     text = f"Teacher cache {directory}: {bytes_of_token:,} bytes a response token,"
     text += f" {readable(bytes_of_token * tokens)} for {tokens:,} of them"
     if to_write == 0:
@@ -60,14 +53,7 @@ def describe_space(directory: str, bytes_of_token: int, tokens: int, to_write: i
 
 
 def describe_saving(student: ModelSize, teacher: ModelSize, share: float, epochs: float | None) -> str:
-    """When a cache pays off.
-
-    Args:
-        student: of the run.
-        teacher: of the run.
-        share: of all tokens that are response tokens.
-        epochs: of the run, if they are known and it does not only fill the cache.
-    """
+    """When a cache pays off, if a ``share`` of all tokens are response tokens; ``epochs`` are None if unknown."""
     saving = f"an epoch that reads it costs about {cached_cost(student, teacher, share):.2f} of one with the teacher"
     if epochs is None:
         return f"By matrix products, {saving}."
@@ -78,7 +64,7 @@ def describe_saving(student: ModelSize, teacher: ModelSize, share: float, epochs
 def describe_without_data(
     directory: str, bytes_of_token: int, student: ModelSize, teacher: ModelSize, epochs: float | None
 ) -> str:
-    """What can be said of a cache before there are data; arguments as of the others here."""
+    """What can be said of a cache before there are data."""
     return (
         f"Teacher cache {directory}: {bytes_of_token:,} bytes a response token,"
         f" {readable(bytes_of_token * 10**6)} for a million of them.\n"

@@ -6,9 +6,7 @@ one. Whatever is read is checked against what was written.
 
 import json
 import struct
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +18,8 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor
 
-from litgpt_akl.files.directories import PARTIAL, explain_failure, write_file
+from litgpt_akl.files.directories import explain_failure, write_file
+from litgpt_akl.files.manifest import Damaged
 from litgpt_akl.messages import UserError, reason
 
 NUMBER, DIGEST, START, TOKENS, CHECKSUM = range(5)
@@ -30,17 +29,11 @@ IN_MEMORY = np.dtype([("number", np.int32), ("digest", np.int64), ("tokens", np.
 ENDING = ".safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 """Of hidden states, by their names in safetensors."""
-LEFT_BEHIND = 600
-"""Seconds after which a file that is not finished has been left by a killed process; writing one takes a few."""
 
 _FIRST_READ = 2**16
 _READ_TOGETHER = 128
 """Files whose begins are in memory at a time: as many as fsspec asks a remote system for at once."""
 _LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max
-
-
-class Damaged(Exception):
-    """The message says what is wrong with a chunk, in a short phrase."""
 
 
 class Record(NamedTuple):
@@ -77,11 +70,7 @@ class Chunk:
         return found
 
     def decode(self, row: int, parts: list[bytes]) -> Tensor:
-        """A record's hidden states ``[tokens, width]`` from its bytes; those of float8 as float32.
-
-        Raises:
-            Damaged: they are not what was written.
-        """
+        """Hidden states ``[tokens, width]`` of a record from its bytes, float8 as float32; raises Damaged."""
         if _checksum(parts) != int(self.index["checksum"][row]):
             raise Damaged(f"the checksum of sample {self.index['number'][row]} is wrong")
         dtypes = (self.dtype, torch.float32)
@@ -91,11 +80,7 @@ class Chunk:
 
 
 def write_chunk(directory: Path, records: list[Record], dtype: torch.dtype) -> Chunk:
-    """Write records as a new chunk, which appears whole or not at all.
-
-    Raises:
-        UserError: the disk does not take it.
-    """
+    """Write a new chunk, which appears whole or not at all; raises UserError if the disk does not take it."""
     index, tensors = np.zeros((len(records), 5), dtype=np.int64), [encode(record.hidden, dtype) for record in records]
     for row, (record, parts) in enumerate(zip(records, tensors, strict=True)):
         checksum = _checksum([part.view(torch.uint8).numpy().tobytes() for part in parts])
@@ -126,31 +111,21 @@ def decode(parts: Sequence[Tensor]) -> Tensor:
 
 
 def list_chunks(directory: str) -> dict[str, int]:
-    """The bytes of each of a folder's chunks, by path, in the order of their names; a folder may be remote or missing.
-
-    Damaged ones are among them.
-    """
+    """The bytes of each of a folder's chunks, damaged ones too, by path; a folder may be remote or missing."""
     system, root = fsspec.core.url_to_fs(directory)
     try:
         entries = system.ls(root, detail=True, refresh=True)
     except FileNotFoundError:
         return {}
-    return {entry["name"]: entry["size"] for entry in sorted(entries, key=lambda e: e["name"]) if _is_chunk(entry)}
-
-
-def _is_chunk(entry: dict) -> bool:
-    return entry["type"] == "file" and entry["name"].endswith(ENDING)
+    chunks = (entry for entry in entries if entry["type"] == "file" and entry["name"].endswith(ENDING))
+    return dict(sorted((entry["name"], entry["size"]) for entry in chunks))
 
 
 def open_chunks(directory: str, sizes: dict[str, int]) -> Iterator[Chunk | tuple[str, str]]:
     """Chunks with their indices; of one that is damaged its path, and what is wrong.
 
-    Args:
-        directory: whose file system the chunks are on.
-        sizes: from :func:`list_chunks`.
-
-    Raises:
-        UserError: one cannot be read.
+    They are on the directory's file system, and ``sizes`` come from :func:`list_chunks`. Raises UserError if one cannot
+    be read.
     """
     system, _ = fsspec.core.url_to_fs(directory)
     paths = [*sizes]
@@ -169,12 +144,7 @@ def open_chunks(directory: str, sizes: dict[str, int]) -> Iterator[Chunk | tuple
 def read_records(directory: str, chunks: list[tuple[Chunk, int]]) -> list[Tensor | Damaged]:
     """Records, each given by its chunk and its row in the chunk's index; one that is damaged as what is wrong.
 
-    Args:
-        directory: whose file system the chunks are on.
-        chunks: of each record.
-
-    Raises:
-        UserError: one cannot be read.
+    Raises UserError if one cannot be read.
     """
     if not chunks:
         return []
@@ -201,15 +171,6 @@ def _check_read(path: str, found: bytes | Exception) -> bytes:
     return found
 
 
-def remove_leftovers(directory: Path) -> None:
-    """Delete the unfinished files of processes that were killed."""
-    for path in directory.glob(f".*{PARTIAL}"):
-        # another process may do the same at this moment
-        with suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > LEFT_BEHIND:
-                path.unlink()
-
-
 def _parse(path: str, head: bytes, size: int) -> Chunk:
     """A chunk from the begin of its file, checked against the file's name and size."""
     try:
@@ -217,17 +178,15 @@ def _parse(path: str, head: bytes, size: int) -> Chunk:
         header = json.loads(head[8:end])
         places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
         index_at, index_end = places["index"]
-        dtype, (tokens, width), (first, last) = (
-            DTYPES[header["hidden"]["dtype"]],
-            header["hidden"]["shape"],
-            places["hidden"],
-        )
+        dtype, (tokens, width) = DTYPES[header["hidden"]["dtype"]], header["hidden"]["shape"]
+        first, last = places["hidden"]
         index = np.frombuffer(head[end + index_at : end + index_end], dtype=np.int64).reshape(-1, 5)
         written = end + max(last for _, last in places.values())
         counts = index[:, TOKENS]
         fits = last - first == tokens * width * dtype.itemsize and tokens == counts.sum()
         fits = fits and (index[:, START] == np.cumsum(counts) - counts).all() and (counts >= 0).all()
-        fits = fits and abs(index[:, NUMBER]).max(initial=0) < 2**31
+        if not fits or abs(index[:, NUMBER]).max(initial=0) >= 2**31:
+            raise ValueError("its parts do not go together")
     # a header can be damaged in every way
     except Exception as error:
         raise Damaged("its header is garbled") from error
@@ -235,11 +194,9 @@ def _parse(path: str, head: bytes, size: int) -> Chunk:
         raise Damaged(f"it has {size:,} bytes, {written:,} were written")
     if Path(path).name != f"{_name(index)}{ENDING}":
         raise Damaged("the checksum of its index is wrong")
-    if not fits:
-        raise Damaged("its header is garbled")
     scales_at = end + places["scales"][0] if "scales" in places else None
     in_memory = np.empty(len(index), dtype=IN_MEMORY)
-    for name, column in (("number", NUMBER), ("digest", DIGEST), ("tokens", TOKENS), ("checksum", CHECKSUM)):
+    for name, column in zip(IN_MEMORY.names, (NUMBER, DIGEST, TOKENS, CHECKSUM), strict=True):
         in_memory[name] = index[:, column]
     return Chunk(path, in_memory, dtype, width, end + first, scales_at)
 
@@ -259,8 +216,6 @@ def _name(index: np.ndarray) -> str:
 
 
 def _checksum(parts: Iterable[bytes]) -> int:
-    digest = xxhash.xxh3_64()
-    for part in parts:
-        digest.update(part)
+    digest = xxhash.xxh3_64(b"".join(parts))
     # as a signed number, which is what an index holds
-    return struct.unpack("<q", digest.digest()[::-1])[0]
+    return int.from_bytes(digest.digest(), "big", signed=True)

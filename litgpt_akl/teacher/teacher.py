@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 from litgpt.config import Config
 from torch import Tensor, nn
 
@@ -26,10 +27,7 @@ class HeadOnly(nn.Module):
 class Teacher:
     """Gives hidden states for micro-batches, by computing them or from a cache.
 
-    Args:
-        fabric: of the run.
-        model: a frozen GPT, or a :class:`HeadOnly`.
-        load: makes the whole model if something turns out not to be cached; None if ``model`` is whole.
+    The model is a frozen GPT, or a :class:`HeadOnly` with what loads the whole if something turns out not to be cached.
     """
 
     def __init__(self, fabric: L.Fabric, model: nn.Module, load: Callable[[], nn.Module] | None = None) -> None:
@@ -52,7 +50,8 @@ class Teacher:
         # micro-batch has nothing to overlap with, and memory of another stream would serve the teacher only
         ahead = self.fabric.device.type == "cuda" and self.fabric.world_size == 1 and len(batches) > 1
         computed = []
-        for batch, found in zip(batches, (self._ahead if ahead else self._in_turn)(batches, live), strict=True):
+        answers = self._ahead(batches, live) if ahead else map(self._hidden_states, batches, live)
+        for batch, found in zip(batches, answers, strict=True):
             if cache is not None and batch.teacher_hidden is None and not batch.is_on_policy:
                 computed.append((batch, found[1]))
             yield found
@@ -68,12 +67,8 @@ class Teacher:
             if batch.teacher_hidden is None and not batch.is_on_policy:
                 # fetched ahead, it may have been too early
                 batch.teacher_hidden = cache.read(batch.keys)
-        return [
-            flag > 0 for flag in all_reduce_max_each(self.fabric, [batch.teacher_hidden is None for batch in batches])
-        ]
-
-    def _in_turn(self, batches: list[MicroBatch], live: list[bool]) -> Iterator[tuple[MicroBatch, Tensor]]:
-        return (self._hidden_states(*pair) for pair in zip(batches, live, strict=True))
+        lacking = [batch.teacher_hidden is None for batch in batches]
+        return [flag > 0 for flag in all_reduce_max_each(self.fabric, lacking)]
 
     def _ahead(self, batches: list[MicroBatch], live: list[bool]) -> Iterator[tuple[MicroBatch, Tensor]]:
         """The same on a stream of its own, so that it goes on while the student works on the micro-batch before."""
@@ -93,7 +88,7 @@ class Teacher:
             yield _handed_over(*last, main)
 
     def _hidden_states(self, batch: MicroBatch, live: bool) -> tuple[MicroBatch, Tensor]:
-        moved = batch.to(self.fabric.device)
+        moved = move_data_to_device(batch, self.fabric.device)
         if live:
             computed = hidden_states(self.model, moved.input_ids, moved.positions)
         else:

@@ -92,8 +92,8 @@ class Values:
     def check_unchanged(self) -> None:
         pass
 
-    def refusal(self, file: int, line: int, row: int, error: str, cut_by: str) -> UserError:
-        return UserError(f"record {row}: {error}")
+    def place(self, file: int, line: int, row: int) -> str:
+        return f"record {row}"
 
 
 UNSENDABLE = {
