@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
-from typing import Protocol
 
 import datasets
 import numpy as np
@@ -17,8 +16,8 @@ from litgpt_akl.files.directories import explain_failure
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 
 
-class TokenizedDataset(Protocol):
-    """Tokenised samples, read by number."""
+class TokenizedDataset:
+    """Tokenised samples, read by number; by default every token of them counts."""
 
     fingerprint: str
     """Equal for equal samples."""
@@ -28,25 +27,29 @@ class TokenizedDataset(Protocol):
     """Tokens of the longest sample."""
     all_response_tokens: int
     """Of all samples together: what :meth:`response_tokens` adds up to."""
-    chunk_ends: np.ndarray | None
+    chunk_ends: np.ndarray | None = None
     """``[chunks]``: where each chunk ends, if reading a sample means fetching the chunk that it lies in."""
+    place: Callable[[int], str]
+    """Where a sample comes from, for a person."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of each sample, ``[n]``."""
+        raise NotImplementedError
 
     def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of each sample that a token before them predicts and that count in the loss, ``[n]``."""
+        return self.lengths(numbers) - 1
 
     def prompt_lengths(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of each sample before the first that counts, ``[n]``."""
+        return np.zeros(len(numbers), dtype=np.int64)
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
         """``input_ids`` and ``labels`` of each, both ``[length]`` int64, labels not shifted, -100 where not counted."""
-
-    def place(self, number: int) -> str:
-        """Where a sample comes from, for a person."""
+        raise NotImplementedError
 
 
 def digest(sample: dict[str, Tensor]) -> int:
@@ -62,10 +65,8 @@ def sample_keys(numbers: Sequence[int], samples: list[dict[str, Tensor]]) -> np.
     return np.array(keys, dtype=np.int64).reshape(-1, 2)
 
 
-class InMemoryDataset:
+class InMemoryDataset(TokenizedDataset):
     """Samples in two flat arrays."""
-
-    chunk_ends = None
 
     def __init__(
         self, input_ids: np.ndarray, labels: np.ndarray, ends: np.ndarray, place: Callable[[int], str]
@@ -105,13 +106,11 @@ ALL = (0.0, math.inf)
 """Of the draws of records."""
 
 
-class ArrowDataset:
+class ArrowDataset(TokenizedDataset):
     """Rows of a prepared dataset, all of them good; see ``preparation.COLUMNS``.
 
     Given are the ends ``[low, high)`` between which their draws lie, or the rows' numbers, ``[samples]``, in order.
     """
-
-    chunk_ends = None
 
     def __init__(
         self,
@@ -166,13 +165,12 @@ class ArrowDataset:
         return self._columns(numbers, "length")[0].to_numpy()
 
     def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
-        if not self._mask_prompt:
-            return self.lengths(numbers) - 1
-        return self._columns(numbers, "response_tokens")[0].to_numpy()
+        counted = self._mask_prompt
+        return self._columns(numbers, "response_tokens")[0].to_numpy() if counted else super().response_tokens(numbers)
 
     def prompt_lengths(self, numbers: np.ndarray) -> np.ndarray:
         if not self._mask_prompt:
-            return np.zeros(len(numbers), dtype=np.int64)
+            return super().prompt_lengths(numbers)
         responses = self._columns(numbers, "responses")[0].combine_chunks()
         # every sample has one, and the first number of its list is where the first one begins
         return responses.values.to_numpy()[responses.offsets.to_numpy()[:-1]].astype(np.int64)

@@ -12,6 +12,7 @@ import zstandard
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from litgpt_akl.files.reading import COPY_AGAIN
 from litgpt_akl.messages import UserError, reason, without_credentials
 
 Chunks = Iterator[tuple[bytes, int]]
@@ -167,22 +168,19 @@ def _decompress(chunks: Chunks, path: str, compression: str) -> Chunks:
             try:
                 chunk = stream.decompress(packed)
             except (zlib.error, zstandard.ZstdError) as error:
+                told = f"is no valid {compression} data from line {line} on: {error}.\n{COPY_AGAIN}"
                 if "too much memory" in str(error):
-                    raise UserError(
-                        f"{path} needs a zstd window of more than {LARGEST_WINDOW >> 20} MiB to be read, from line"
-                        f" {line} on.\nCompress it again with `zstd --long=27`, or without --long."
-                    ) from error
-                raise UserError(
-                    f"{path} is no valid {compression} data from line {line} on: {error}.\nCopy or download it again."
-                ) from error
+                    told = (
+                        f"needs a zstd window of more than {LARGEST_WINDOW >> 20} MiB to be read, from line {line} on."
+                    )
+                    told += "\nCompress it again with `zstd --long=27`, or without --long."
+                raise UserError(f"{path} {told}") from error
             line += chunk.count(b"\n")
             for start in range(0, len(chunk), CHUNK):
                 yield chunk[start : start + CHUNK], bytes_read
             packed, stream = (stream.unused_data, None) if stream.eof else (b"", stream)
     if stream is not None:
-        raise UserError(
-            f"{path} ends too early: its {compression} data breaks off in line {line}.\nCopy or download it again."
-        )
+        raise UserError(f"{path} ends too early: its {compression} data breaks off in line {line}.\n{COPY_AGAIN}")
 
 
 def read_rows(path: str, largest: int) -> Iterator[tuple[dict | None, int, int]]:

@@ -16,6 +16,7 @@ from filelock import FileLock
 from litgpt.data import LitData
 from torch import Tensor
 
+from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.files.reading import explain_damage, plain_names
 from litgpt_akl.messages import UserError, quoted, reason
 
@@ -23,7 +24,7 @@ LEAST_CACHED = 4
 """Remote chunks that are kept, however little room there is."""
 
 
-class ChunkStore:
+class ChunkStore(TokenizedDataset):
     """Blocks of as many tokens each, every one of which counts; reading one fetches its chunk if it is not there."""
 
     def __init__(
@@ -72,12 +73,6 @@ class ChunkStore:
 
     def lengths(self, numbers: np.ndarray) -> np.ndarray:
         return np.full(len(numbers), self._block_size)
-
-    def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
-        return self.lengths(numbers) - 1
-
-    def prompt_lengths(self, numbers: np.ndarray) -> np.ndarray:
-        return np.zeros(len(numbers), dtype=np.int64)
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
         blocks = [self._read(int(number)) for number in numbers]

@@ -16,7 +16,7 @@ import torch
 import xxhash
 from litgpt.data import JSON, DataModule, SFTDataset
 from litgpt.tokenizer import Tokenizer
-from torch.utils.data import DataLoader, Dataset, random_split
+from torch.utils.data import Dataset, random_split
 
 from litgpt_akl.data.dataset import ArrowDataset, InMemoryDataset, TokenizedDataset
 from litgpt_akl.data.preparation import FileRecords, Settings, prepare
@@ -53,14 +53,8 @@ class SFTEncoder:
 
     def __init__(self, settings: SFTSettings) -> None:
         self._settings = settings
-        self._dataset = SFTDataset(
-            [],
-            settings.tokenizer,
-            settings.prompt_style,
-            max_seq_length=-1 if settings.max_seq_length is None else settings.max_seq_length,
-            mask_prompt=True,
-            ignore_index=IGNORE_INDEX,
-        )
+        limit = settings.max_seq_length or -1
+        self._dataset = SFTDataset([], settings.tokenizer, settings.prompt_style, limit, True, IGNORE_INDEX)
 
     def encode(self, record: dict) -> tuple[list[int], list[int]]:
         """Its ids, and where its response begins and ends, unless that is cut off and the prompt counts too.
@@ -163,15 +157,8 @@ def open_module(
     Raises UserError for unreadable data, a record without its fields, a response cut off entirely, a sample that is too
     long, or no training samples, with file and line where there is one.
     """
-    settings = SFTSettings(
-        checkpoint_dir,
-        tokenizer,
-        getattr(data, "prompt_style", None),
-        max_seq_length,
-        context_length,
-        "stop",
-        cut_by,
-    )
+    style = getattr(data, "prompt_style", None)
+    settings = SFTSettings(checkpoint_dir, tokenizer, style, max_seq_length, context_length, "stop", cut_by)
     if type(data) is JSON:
         splits = _open_json(data, replace(settings, mask_prompt=data.mask_prompt))
     else:
@@ -212,12 +199,8 @@ def _json_records(file: Path) -> JSONRecords:
 def _open(data: DataModule, split: str, dataset: Dataset, settings: SFTSettings) -> TokenizedDataset:
     if type(dataset) is not SFTDataset or dataset.tokenizer is not settings.tokenizer:
         return _tokenise(dataset, split, data, settings)
-    settings = replace(
-        settings,
-        prompt_style=dataset.prompt_style,
-        max_seq_length=dataset.max_seq_length if dataset.max_seq_length > 0 else None,
-        mask_prompt=dataset.mask_prompt,
-    )
+    own = {"prompt_style": dataset.prompt_style, "mask_prompt": dataset.mask_prompt}
+    settings = replace(settings, max_seq_length=max(0, dataset.max_seq_length) or None, **own)
     return _prepared(ModuleRecords(type(data).__name__, dataset.data, dataset.transform), settings)[0]
 
 
@@ -240,17 +223,13 @@ def _load(data: DataModule) -> dict[str, Dataset]:
         loaders = {"training": data.train_dataloader(), "validation": data.val_dataloader()}
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{type(data).__name__} cannot load its data: {error}") from error
-    return {split: _map_style_dataset(loader, data) for split, loader in loaders.items()}
-
-
-def _map_style_dataset(loader: DataLoader, data: DataModule) -> Dataset:
-    dataset = getattr(loader, "dataset", None)
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    datasets = {split: getattr(loader, "dataset", None) for split, loader in loaders.items()}
+    if not all(hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__") for dataset in datasets.values()):
         raise UserError(
             f"--data {type(data).__name__} has samples that cannot be read by number, which shuffling here needs.\n"
             "Give it a dataset with __len__ and __getitem__."
         )
-    return dataset
+    return datasets
 
 
 def _tokenise(dataset: Dataset, split: str, data: DataModule, settings: SFTSettings) -> InMemoryDataset:

@@ -52,21 +52,14 @@ COLUMNS = datasets.Features(
         "error": datasets.Value("string"),
     }
 )
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
+TOKENIZER_FILES += ("special_tokens_map.json", "chat_template.jinja")
 
 
 def probe(style: PromptStyle) -> list[str]:
     """What a prompt style does, by which two are compared: another version of LitGPT may have another text."""
-    probes: list[dict[str, str]] = [{}, {"input": "input"}, {"sys_prompt": "system"}]
     texts = []
-    for fields in probes:
+    for fields in ({}, {"input": "input"}, {"sys_prompt": "system"}):
         try:
             texts.append(style.apply("probe", **fields))
         except (KeyError, TypeError) as error:
@@ -221,10 +214,7 @@ class Rows(Dataset):
 
 
 def _write_rows(path: Path, source: Source, settings: Settings, num_proc: int) -> int:
-    """Reads all records in this process, encodes them in others, and writes the rows in the records' order.
-
-    Returns how many there are.
-    """
+    """Reads all records here, encodes them in other processes, writes the rows in their order; returns how many."""
     starts, keys = list(accumulate(source.sizes, initial=0)), _portions(source)
     batches, size, count = [], 0, 0
     with (
@@ -315,8 +305,14 @@ def prepare(source: Source, settings: Settings, cache_dir: Path, num_proc: int) 
             if flaw is not None:
                 say(f"The prepared data in {folder} is damaged ({flaw}): preparing it again.", file=sys.stderr)
             if flaw is not None or not folder.exists():
-                _write(folder, source, settings, num_proc)
-        return _open(folder)
+                with write_directory(folder, settings.other_cache) as partial:
+                    rows = _write_rows(partial / "preparation-train.arrow", source, settings, num_proc)
+                    source.check_unchanged()
+                    write_manifest(partial, 0, None, rows=rows)
+        # data of before may be in several files
+        paths = sorted(folder.glob("*.arrow"))
+        watch(paths, read_to_the_end=True)
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
 
 
 @contextmanager
@@ -346,20 +342,6 @@ def _flaw(folder: Path) -> str | None:
     if size > LARGE:
         say(f"Checking {size / 1e9:,.1f} GB of prepared data in {folder}.", file=sys.stderr)
     return damage(folder)
-
-
-def _write(folder: Path, source: Source, settings: Settings, num_proc: int) -> None:
-    with write_directory(folder, settings.other_cache) as partial:
-        rows = _write_rows(partial / "preparation-train.arrow", source, settings, num_proc)
-        source.check_unchanged()
-        write_manifest(partial, 0, None, rows=rows)
-
-
-def _open(folder: Path) -> datasets.Dataset:
-    # data of before may be in several files
-    paths = sorted(folder.glob("*.arrow"))
-    watch(paths, read_to_the_end=True)
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
 
 
 def _hash(content: list) -> str:

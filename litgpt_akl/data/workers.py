@@ -131,23 +131,13 @@ def steps_ahead(size: int, num_workers: int, free: float) -> tuple[int, int]:
     return (min(num_workers, int(room)), 1) if room >= 1 else (0, 0)
 
 
-class _Failed:
-    """The key, and what is fetched for it, in place of one that the keys failed to give."""
-
-
-class _Keys:
-    """Keys in their order; where they fail, a last one in its place, since a loader that fails leaves its workers."""
-
-    def __init__(self, keys: Iterable) -> None:
-        self._keys = keys
-        self.error: Exception | None = None
-
-    def __iter__(self) -> Iterator:
-        try:
-            yield from self._keys
-        except Exception as error:
-            self.error = error
-            yield _Failed()
+def _until_they_fail(keys: Iterable, errors: list[Exception]) -> Iterator:
+    """The keys; where they fail, None in place of a last one, since a loader that fails leaves its workers behind."""
+    try:
+        yield from keys
+    except Exception as error:
+        errors.append(error)
+        yield None
 
 
 class _Reporting(Dataset):
@@ -157,10 +147,8 @@ class _Reporting(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, _Failed):
-            return key
         try:
-            return self.dataset[key]
+            return None if key is None else self.dataset[key]
         except UserError as error:
             return error
 
@@ -168,8 +156,8 @@ class _Reporting(Dataset):
 class Fetched(Iterator):
     """What a loader gives, in its order; a user's mistake in a worker, or the loss of one, is raised here."""
 
-    def __init__(self, loader: DataLoader, fewer: str) -> None:
-        self.loader, self._fewer, self._iterator = loader, fewer, iter(())
+    def __init__(self, loader: DataLoader, fewer: str, errors: list[Exception]) -> None:
+        self.loader, self._fewer, self._errors, self._iterator = loader, fewer, errors, iter(())
         try:
             with _undisturbed():
                 self._iterator = iter(loader)
@@ -184,8 +172,8 @@ class Fetched(Iterator):
             # a connection ends a moment before the process that had it
             self._check_workers(wait=0.0 if isinstance(error, RuntimeError) else 2.0)
             raise
-        if isinstance(found, _Failed):
-            raise self.loader.sampler.error
+        if found is None:
+            raise self._errors[0]
         if isinstance(found, UserError):
             raise found
         return found
@@ -243,9 +231,10 @@ def fetch(dataset: Dataset, keys: Iterable, num_workers: int, fewer: str, prefet
         fewer: tells a user how to have fewer of them.
         prefetched: keys that each of them is ahead.
     """
+    errors = []
     loader = DataLoader(
         _Reporting(dataset),
-        sampler=_Keys(keys),
+        sampler=_until_they_fail(keys, errors),
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=prefetched if num_workers else None,
@@ -257,7 +246,7 @@ def fetch(dataset: Dataset, keys: Iterable, num_workers: int, fewer: str, prefet
     if num_workers > 0:
         # a collection writes to every object there is, and so copies all memory that forked processes share
         gc.freeze()
-    return Fetched(loader, fewer)
+    return Fetched(loader, fewer, errors)
 
 
 def _depend_on_the_main_process(worker: int) -> None:

@@ -83,13 +83,17 @@ def explain_failure(out_dir: Path, way_out: str = WAY_OUT) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        existing = next(path for path in (out_dir, *out_dir.absolute().parents) if os.path.exists(path))
         place = error.filename2 or error.filename
         reason = f"{error.strerror or error}" + (f": {place}" if place else "")
         raise UserError(
-            f"{out_dir} cannot be written ({reason}); {shutil.disk_usage(existing).free:,} bytes are free on its disk."
+            f"{out_dir} cannot be written ({reason}); {free_bytes(out_dir):,} bytes are free on its disk."
             f"\nWhat was saved before is as it was. {way_out}"
         ) from error
+
+
+def free_bytes(path: Path) -> int:
+    """Of the disk that a file or directory lies on, or would lie on."""
+    return shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if os.path.exists(place))).free
 
 
 def default_cache_dir() -> Path:

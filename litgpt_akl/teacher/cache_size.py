@@ -1,17 +1,15 @@
 """What a cache takes in space, and what it saves in time."""
 
 from pathlib import Path
-from shutil import disk_usage
 
 import numpy as np
 import torch
 
 from litgpt_akl.data.dataset import TokenizedDataset
+from litgpt_akl.data.steps import PART
+from litgpt_akl.files.directories import free_bytes
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.model_size import ModelSize
-
-PART = 100_000
-"""Samples whose response tokens are asked for together."""
 
 
 def readable(size: float) -> str:
@@ -35,7 +33,7 @@ def response_tokens(dataset: TokenizedDataset, numbers: np.ndarray) -> int:
 
 def check_space(directory: str, needed: int) -> None:
     """See that a disk takes ``needed`` bytes; raises UserError if it does not."""
-    free = _free(directory)
+    free = free_bytes(Path(directory))
     if needed > free:
         raise UserError(
             f"--teacher.cache_dir {directory} needs {readable(needed)}, and its disk has {readable(free)} free.\n"
@@ -49,7 +47,7 @@ def describe_space(directory: str, bytes_of_token: int, tokens: int, to_write: i
     text += f" {readable(bytes_of_token * tokens)} for {tokens:,} of them"
     if to_write == 0:
         return f"{text}, all there: the teacher's body is not needed."
-    return f"{text}, {readable(to_write)} to be written ({readable(_free(directory))} are free)."
+    return f"{text}, {readable(to_write)} to be written ({readable(free_bytes(Path(directory)))} are free)."
 
 
 def describe_saving(student: ModelSize, teacher: ModelSize, share: float, epochs: float | None) -> str:
@@ -80,8 +78,3 @@ def cached_cost(student: ModelSize, teacher: ModelSize, share: float) -> float:
     """
     cached = 6 * (student.products + share * student.head) + 2 * share * teacher.head
     return cached / (cached + 2 * teacher.products)
-
-
-def _free(directory: str) -> int:
-    path = Path(directory)
-    return disk_usage(next(place for place in (path, *path.parents) if place.exists())).free

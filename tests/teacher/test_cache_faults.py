@@ -267,6 +267,6 @@ def test_a_full_disk(student_dir, teacher_dir, short, tmp_path, monkeypatch):
     in_processes(1, limited)
     assert chunks(cache) == [] and not list(cache.glob("**/.*"))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr("litgpt_akl.teacher.cache_size.disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match="needs 1.5 MB, and its disk has 1.0 KB free"):
         run(student_dir, teacher_dir, short, tmp_path / "none", cache, mode="fill", **ONE_EPOCH)
