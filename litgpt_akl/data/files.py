@@ -238,10 +238,7 @@ def _is_http(path: str) -> bool:
 
 @contextmanager
 def _reporting(path: str) -> Iterator[None]:
-    """Turn every error of a file system or of Parquet into a UserError that names the file and the reason.
-
-    It catches every exception because each file system has its own.
-    """
+    """Turn every error of any file system or of Parquet into a UserError that names the file and the reason."""
     try:
         yield
     except UserError:

@@ -287,14 +287,9 @@ LARGE = 2**30
 def prepare(source: Source, settings: Settings, cache_dir: Path, num_proc: int) -> datasets.Dataset:
     """One row for each record, in their order, memory-mapped; what was prepared before is found again.
 
-    Args:
-        source: the records.
-        settings: what to make of them.
-        cache_dir: where prepared data is kept, in a folder for each fingerprint of records and settings.
-        num_proc: processes that encode; with 0 this one does.
-
-    Raises UserError for a bad record, unless they are to be skipped, for files that are unreadable or change meanwhile,
-    and for a full disk.
+    It is kept in a folder of ``cache_dir`` for each fingerprint of records and settings. So many processes encode; with
+    ``num_proc`` 0 this one does. Raises UserError for a bad record, unless they are to be skipped, for files that are
+    unreadable or change meanwhile, and for a full disk.
     """
     folder = cache_dir / _hash([settings.fingerprint, source.identity])
     check_name(folder.absolute(), "The directory for prepared data", settings.other_cache)

@@ -128,7 +128,8 @@ class StreamingSFT(DataModule):
 
 def _report_bad_records(rows: datasets.Dataset, path: str, records: FileRecords, cut_by: str) -> None:
     lengths = rows.select_columns("length").with_format("numpy")
-    bad = np.flatnonzero(np.concatenate([part["length"] == 0 for part in lengths.iter(100_000)]))
+    parts = enumerate(lengths.iter(100_000))
+    bad = np.concatenate([np.flatnonzero(part["length"] == 0) + 100_000 * number for number, part in parts])
     if len(bad) == 0:
         return
     for row, number in zip(rows.select(bad[:10]), bad, strict=False):

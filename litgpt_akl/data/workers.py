@@ -111,10 +111,7 @@ def available_cores() -> int:
 
 
 def free_shared_memory() -> float:
-    """Bytes that are free where tensors lie on their way from process to process; infinity if there is no such place.
-
-    A container has 64 MB of them, if it is not told to have more.
-    """
+    """Bytes that are free where tensors lie on their way between processes, 64 MB in most containers; or infinity."""
     return psutil.disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else math.inf
 
 
@@ -224,12 +221,8 @@ def _undisturbed() -> Iterator[None]:
 def fetch(dataset: Dataset, keys: Iterable, num_workers: int, fewer: str, prefetched: int = PREFETCHED) -> Fetched:
     """What ``dataset`` holds under each of the keys, in their order, fetched ahead; to be stopped in the end.
 
-    Args:
-        dataset: is read in the workers.
-        keys: are read in this process; where they fail, what was fetched before comes first.
-        num_workers: processes that fetch; with 0 this process does.
-        fewer: tells a user how to have fewer of them.
-        prefetched: keys that each of them is ahead.
+    The dataset is read in so many workers, each so many keys ahead; with none, in this process. Keys are read in this
+    process; where they fail, what was fetched before comes first. ``fewer`` tells a user how to have fewer workers.
     """
     errors = []
     loader = DataLoader(

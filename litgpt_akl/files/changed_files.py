@@ -4,8 +4,7 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,14 +48,6 @@ def check_unchanged(stamps: Iterable[Stamp]) -> None:
             raise changed_meanwhile(stamp.path, what)
 
 
-@contextmanager
-def unchanged_meanwhile(paths: Iterable[Path]) -> Iterator[None]:
-    """For a block that reads files: raises UserError if what it has read is not of one version of each."""
-    stamps = [stamp_of(path) for path in paths]
-    yield
-    check_unchanged(stamps)
-
-
 _watched: dict[Path, Stamp] = {}
 _read_to_the_end: set[Path] = set()
 _handlers: list[Callable] = []
@@ -83,7 +74,7 @@ def check_mapped_files() -> None:
 
 
 def describe_cut(read_to_the_end: bool = False) -> str | None:
-    """Two lines on a file that was cut; None if none was; of those only that are ``read_to_the_end``, if that is true.
+    """Two lines on a file that was cut, perhaps only of those ``read_to_the_end``; None if none was.
 
     Weights are mapped while they are loaded, and by one process: what has become of them since ends nobody.
     """

@@ -19,7 +19,7 @@ from litgpt.model import GPT
 from litgpt.utils import auto_download_checkpoint, extend_checkpoint_dir
 from torch import Tensor
 
-from litgpt_akl.files.changed_files import Stamp, stamp_of, unchanged_meanwhile
+from litgpt_akl.files.changed_files import Stamp, check_unchanged, stamp_of
 from litgpt_akl.files.directories import check_name, default_cache_dir, write_file
 from litgpt_akl.files.manifest import MANIFEST, METRICS_COPY, METRICS_MARK, damage
 from litgpt_akl.files.reading import explain_damage, file_checksum, read_yaml, with_checksum, without_checksum
@@ -273,8 +273,8 @@ def _checksum(path: Path) -> str:
     found = _known.get(stamp) or _recall(stamp)
     if found is None:
         began = time.time_ns()
-        with unchanged_meanwhile([path]):
-            found = _read_checksum(path, stamp.size)
+        found = _read_checksum(path, stamp.size)
+        check_unchanged([stamp])
         # a change right after the one before leaves a file's times as they are
         if began - max(stamp.modified, stamp.changed) > CLOCK_STEP:
             _known[stamp] = found
