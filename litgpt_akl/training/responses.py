@@ -14,7 +14,6 @@ from statistics import fmean, stdev
 import lightning as L
 import torch
 from litgpt.tokenizer import Tokenizer
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -145,6 +144,9 @@ def rate(questions: Sequence[Question], responses: Sequence[Responses]) -> dict[
         seeds ``rouge_l_std`` (NaN for one seed); ``distinct_2``: different pairs of neighbouring words among all pairs
         of a seed's responses; ``answer_tokens``: mean length.
     """
+    # it imports nltk, half a second that other commands are not to wait for
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     references = [question.references for question in questions]
     scores = [

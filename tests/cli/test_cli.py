@@ -1,49 +1,14 @@
-"""What a user reads when a command line is wrong. Each command line runs in a fork of one process."""
+"""What a user reads when a command line is wrong. Each command line runs in a copy of this process."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pytest
+from helpers.commands import complete
 
 from litgpt_akl.cli.main import names_our_command, without_traceback
 from litgpt_akl.cli.parser import Parser
 from litgpt_akl.messages import UserError
-
-DRIVER = """
-import gc, importlib, json, os, sys
-from litgpt_akl.cli.main import extend, main
-
-extend(importlib.import_module("litgpt.parser_config"))
-importlib.import_module("litgpt.__main__")
-gc.freeze()  # or every fork would end by sweeping all that was imported
-numbers, codes = {}, {}
-
-
-def wait():
-    child, status = os.wait()
-    codes[numbers[child]] = os.waitstatus_to_exitcode(status)
-
-
-for number, words in enumerate(json.loads(sys.stdin.read())):
-    child = os.fork()
-    if not child:
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{number}.{name}", os.O_CREAT | os.O_WRONLY), stream)
-        sys.argv = ["litgpt", *words]
-        main()
-        sys.exit()
-    numbers[child] = number
-    if len(numbers) - len(codes) == 2:
-        wait()
-while len(codes) < len(numbers):
-    wait()
-print(*[codes[number] for number in sorted(codes)])
-"""
 
 FILES = {
     "unknown_key.yaml": "train:\n  epoch: 3\n",
@@ -125,20 +90,10 @@ def ended(tmp_path_factory) -> dict[str, Ended]:
         "finetune_lora student --trian.epochs 1",
         "finetune_fulll student",
     ]
-    driver = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        input=json.dumps([line.split() for line in lines]),
-        cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=True,
-    )
     ends = {}
-    for number, (line, code) in enumerate(zip(lines, driver.stdout.split(), strict=True)):
-        out, err = [(directory / f"{number}.{name}").read_text() for name in ("out", "err")]
-        ends[line] = Ended(int(code), out, err)
+    for line in lines:
+        done = complete(line.split(), directory=directory)
+        ends[line] = Ended(done.returncode, done.stdout, done.stderr)
     return ends
 
 

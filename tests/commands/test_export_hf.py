@@ -12,7 +12,7 @@ import materials
 import pytest
 import torch
 from helpers import runs
-from helpers.checkpoints import in_a_process
+from helpers.checkpoints import in_a_copy
 from helpers.commands import complete
 from helpers.export_cases import CASES, CHAT_TEMPLATE, Case, edit_json, write_source
 from helpers.families import FAMILIES, write_family
@@ -281,7 +281,7 @@ def export_without_transformers(source: str, out_dir: str) -> None:
 def test_transformers_need_not_be_there(untied_student_dir, tmp_path):
     source = shutil.copytree(untied_student_dir, tmp_path / "source")
     (source / "config.json").unlink()
-    in_a_process(export_without_transformers, source, tmp_path / "exported")
+    in_a_copy(export_without_transformers, source, tmp_path / "exported")
     assert difference(source, tmp_path / "exported") < 1e-4
 
 
@@ -352,7 +352,7 @@ def export_with_small_files(source: str, out_dir: str) -> None:
 def test_a_file_too_large_leaves_what_was_there(student_dir, untied_student_dir, tmp_path):
     export_hf(student_dir, tmp_path / "exported")
     before = tensors(tmp_path / "exported")
-    message = in_a_process(export_with_small_files, untied_student_dir, tmp_path / "exported")
+    message = in_a_copy(export_with_small_files, untied_student_dir, tmp_path / "exported")
     assert message.startswith(f"{tmp_path / 'exported'} cannot be written (") and "File too large" in message
     assert tensors(tmp_path / "exported").keys() == before.keys()
     assert os.listdir(tmp_path) == ["exported"]

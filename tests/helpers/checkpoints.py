@@ -5,12 +5,14 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from helpers.commands import fork
 from litgpt_akl.models.model_files import ModelFiles, read_model_files
 from litgpt_akl.training.checkpoint import find_training_state, save_training_state
 from litgpt_akl.training.metrics import MetricsMarker
@@ -66,12 +68,31 @@ def names(out_dir: Path) -> list[str]:
     return sorted(os.listdir(out_dir))
 
 
-def in_a_process(function: Callable, *arguments, prefix: tuple[str, ...] = ()) -> str:
-    """What ``function`` prints, called with strings."""
+def in_a_copy(function: Callable, *arguments) -> str:
+    """What ``function`` prints in a copy of this process, called with strings; what it changes ends with the copy."""
+
+    def work() -> int:
+        function(*map(str, arguments))
+        return 0
+
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        copy = fork(work, output.fileno(), errors.fileno())
+        try:
+            status = copy.wait(300)
+        finally:
+            copy.kill()
+        for file in (output, errors):
+            file.seek(0)
+        assert status == 0, errors.read().decode()
+        return output.read().decode()
+
+
+def in_a_process(function: Callable, *arguments) -> str:
+    """What ``function`` prints in a process that has imported nothing yet, called with strings."""
     module = function.__module__
     code = f"import {module}; {module}.{function.__name__}(*{list(map(str, arguments))!r})"
     finished = subprocess.run(
-        [*prefix, sys.executable, "-c", code],
+        [sys.executable, "-c", code],
         cwd=Path(inspect.getfile(function)).parent,
         capture_output=True,
         text=True,

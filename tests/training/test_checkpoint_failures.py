@@ -1,5 +1,6 @@
 """What is left of a run's checkpoints when a save is killed or refused, and how much memory a save takes."""
 
+import ctypes
 import os
 import random
 import resource
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import EXPORT, find, in_a_process, make_state, names, save, save_steps, train
+from helpers.checkpoints import EXPORT, find, in_a_copy, make_state, names, save, save_steps, train
 
 from litgpt_akl.files.manifest import damage, read_manifest
 from litgpt_akl.messages import UserError
@@ -22,8 +23,11 @@ from litgpt_akl.models.model_files import ModelFiles, read_model_files
 from litgpt_akl.training.checkpoint import load_training_state, save_student
 
 
-def kill_at_every_moment(base: str, source: str) -> None:
-    """Dies before every single access to a file while a checkpoint is replaced, a new one saved, an old one removed."""
+def kill_at_every_moment(base: str, source: str, reading: str) -> None:
+    """Dies before every single access to a file while a checkpoint is replaced, a new one saved, an old one removed.
+
+    Without ``reading`` it does not die before a file is read if nothing was changed since the moment before.
+    """
     torch.set_num_threads(1)
     template, out, state = Path(base, "template"), Path(base, "out"), make_state()
     save_steps(template, Path(source), [1, 2])
@@ -32,7 +36,7 @@ def kill_at_every_moment(base: str, source: str) -> None:
         shutil.copytree(template, out)
         child = os.fork()
         if child == 0:
-            die_at(moment)
+            die_at(moment, bool(reading))
             for step in (2, 3):
                 save(out, {**state, "step_count": step}, Path(source), keep_last=2)
             os._exit(0)
@@ -43,11 +47,15 @@ def kill_at_every_moment(base: str, source: str) -> None:
     print(moment)
 
 
-def die_at(moment: int) -> None:
-    accesses = iter(range(moment))
+def die_at(moment: int, reading: bool) -> None:
+    moments, changed = iter(range(moment)), True
 
     def hook(event: str, arguments: tuple) -> None:
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and next(accesses, None) is None:
+        nonlocal changed
+        if event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            return
+        before, changed = changed, event != "open" or bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if (reading or before or changed) and next(moments, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
@@ -80,12 +88,13 @@ def kill_at_any_time(base: str, source: str) -> None:
         step = check_after_kill(out, Path(source), state, at_least=step)
 
 
-def test_after_a_kill_there_is_a_whole_checkpoint(student_dir, tmp_path):
-    assert int(in_a_process(kill_at_every_moment, tmp_path, student_dir)) > 50
+@pytest.mark.parametrize("reading", ["", pytest.param("too", marks=pytest.mark.slow)])
+def test_after_a_kill_there_is_a_whole_checkpoint(student_dir, tmp_path, reading):
+    assert int(in_a_copy(kill_at_every_moment, tmp_path, student_dir, reading)) > (150 if reading else 50)
 
 
 def test_after_a_kill_at_any_time_there_is_a_whole_checkpoint(student_dir, tmp_path):
-    in_a_process(kill_at_any_time, tmp_path / "out", student_dir)
+    in_a_copy(kill_at_any_time, tmp_path / "out", student_dir)
 
 
 def fail_to_save(out: Path, state: dict, source: Path | ModelFiles, directory: Path | None = None) -> None:
@@ -136,7 +145,7 @@ def forbid(base: str, source: str) -> None:
 
 
 def test_a_file_too_large(student_dir, tmp_path):
-    lines = in_a_process(limit_file_size, tmp_path / "out", student_dir).splitlines()
+    lines = in_a_copy(limit_file_size, tmp_path / "out", student_dir).splitlines()
     for line, following in zip(lines[::2], lines[1::2], strict=True):
         start, end = line.split("; ")
         assert start == f"{tmp_path / 'out' / 'step-000002'} cannot be written (File too large)"
@@ -145,6 +154,19 @@ def test_a_file_too_large(student_dir, tmp_path):
     assert len(lines) == 4
 
 
+def mount_and_fill_the_disk(base: str, source: str) -> None:
+    """As the first words of ``MOUNT`` would do it for a new process."""
+    identities = {"uid_map": os.getuid(), "gid_map": os.getgid()}
+    assert ctypes.CDLL(None).unshare(NEW_USERS | NEW_MOUNTS) == 0
+    Path("/proc/self/setgroups").write_text("deny")
+    for name, number in identities.items():
+        Path("/proc/self", name).write_text(f"0 {number} 1")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", base], check=True)
+    fill_the_disk(base, source)
+
+
+NEW_USERS, NEW_MOUNTS = 0x10000000, 0x00020000
+"""Flags of Linux's unshare."""
 MOUNT = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", 'mount -t tmpfs -o size=4m none "$0" && "$@"')
 
 
@@ -153,7 +175,7 @@ def test_a_full_disk(student_dir, tmp_path):
         subprocess.run([*MOUNT, tmp_path, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("a small disk cannot be mounted here")
-    messages = in_a_process(fill_the_disk, tmp_path, student_dir, prefix=(*MOUNT, str(tmp_path)))
+    messages = in_a_copy(mount_and_fill_the_disk, tmp_path, student_dir)
     assert messages.count("cannot be written (No space left on device") == 5
     assert messages.count("bytes are free on its disk.\nWhat was saved before is as it was.") == 5
 
@@ -161,7 +183,7 @@ def test_a_full_disk(student_dir, tmp_path):
 def test_a_directory_that_must_not_be_written(student_dir):
     with tempfile.TemporaryDirectory() as base:
         os.chmod(base, 0o755)
-        message = in_a_process(forbid, base, student_dir)
+        message = in_a_copy(forbid, base, student_dir)
         os.chmod(Path(base) / "out", 0o755)
     assert "step-000001 cannot be written (Permission denied" in message
 
@@ -216,9 +238,9 @@ def measure_load(base: str, name: str) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux tells it")
 def test_there_is_no_second_copy_in_memory(student_dir, tmp_path):
-    growth, total = map(int, in_a_process(measure_save, tmp_path, student_dir).split())
+    growth, total = map(int, in_a_copy(measure_save, tmp_path, student_dir).split())
     assert total > 190e6 and growth < 0.05 * total
-    peak, left = map(int, in_a_process(measure_load, tmp_path, "step-000001").split())
+    peak, left = map(int, in_a_copy(measure_load, tmp_path, "step-000001").split())
     # the optimizer's two thirds are new in this process, the model's third was there
     assert left == pytest.approx(total * 2 / 3, rel=0.05) and peak < left + 0.05 * total
     print(f"{total / 1e6:.0f} MB: saving takes {growth / 1e6:.1f}, loading {(peak - left) / 1e6:.1f} beyond what stays")
