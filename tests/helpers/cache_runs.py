@@ -21,7 +21,8 @@ def run(student: Path, teacher: Path, data, out_dir: Path, cache: Path | str | N
         precision=changes.pop("teacher_precision", None), cache_dir=None if cache is None else str(cache), **options
     )
     train = TRAIN | changes.pop("train", {})
-    return distil(student, teacher, data, out_dir, train=train, teacher=teacher_args, **({"optimizer": RATE} | changes))
+    changes = {"optimizer": RATE, "eval": {"initial_validation": False}} | changes
+    return distil(student, teacher, data, out_dir, train=train, teacher=teacher_args, **changes)
 
 
 def fill(student: Path, teacher: Path, data, out_dir: Path, cache: Path, **changes) -> None:

@@ -11,10 +11,13 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
 import torch
+
+from litgpt_akl.files import changed_files
 
 POLL = 0.005
 """Seconds between two looks at a command."""
@@ -63,14 +66,14 @@ class Command:
 
 
 def fork(
-    work: Callable[[], int],
+    work: Callable[[], object],
     log: Path | int,
     errors: Path | int | None = None,
     *,
     stdin: str = "",
     encoding: str | None = None,
 ) -> Command:
-    """Calls ``work`` in a copy of this process, in a session of its own, which ends with the status that it gives.
+    """Calls ``work`` in a copy of this process, in a session of its own, which ends as a new process would.
 
     What it prints is added to ``log``, a path or an open file; ``errors`` is where the standard error goes, if not
     there too; ``encoding`` is that of the standard output.
@@ -82,11 +85,13 @@ def fork(
         status = 1
         try:
             os.setsid()
-            # pytest tells of signals elsewhere
-            faulthandler.disable()
+            _forget_tests()
             output = _open(log)
             _redirect(stdin, output, output if errors is None else _open(errors), encoding)
-            status = work()
+            work()
+            status = 0
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
         except BaseException:
             traceback.print_exc()
         finally:
@@ -107,42 +112,41 @@ def start(
     """Runs ``litgpt`` with those words in a copy of this process, with the options of :func:`fork`."""
     import_everything()
 
-    def work() -> int:
+    def work() -> None:
         for name in [name for name in os.environ if name in LAUNCHERS or name.startswith("SLURM_")]:
             del os.environ[name]
         os.environ.update(environment)
         os.chdir(directory or os.getcwd())
-        return run(words)
+        datasets.config.HF_DATASETS_CACHE = Path(os.environ.get("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE))
+        run(words)
 
     return fork(work, log, errors, stdin=stdin, encoding=encoding)
 
 
-def run(words: list[str]) -> int:
-    """Runs the command in this process, a copy of another one, and gives its exit status."""
+def run(words: list[str]) -> None:
+    """Runs the command in this process, a copy of another one."""
     from litgpt_akl.cli.main import main
 
-    # what a test, in whose copy this may run, has set
-    importlib.reload(warnings)
-    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-        warnings.simplefilter("ignore", category)
-    torch.set_grad_enabled(True)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    datasets.config.HF_DATASETS_CACHE = Path(os.environ.get("HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE))
     # what further processes of a run are started as
     sys.modules["__main__"].__spec__ = importlib.util.find_spec("litgpt.__main__")
     sys.argv = ["litgpt", *words]
-    try:
-        main()
-        return 0
-    except SystemExit as error:
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    main()
 
 
 def complete(words: list[object], timeout: float = 240, **options) -> subprocess.CompletedProcess:
     """Runs ``litgpt`` with those words and the options of :func:`start` to its end."""
     words = [str(word) for word in words]
+    return _complete(partial(start, words, **options), timeout)
+
+
+def complete_call(work: Callable[[], object], timeout: float = 240, **options) -> subprocess.CompletedProcess:
+    """Calls ``work`` in a copy of this process, with the options of :func:`fork`, to its end."""
+    return _complete(partial(fork, work, **options), timeout)
+
+
+def _complete(begin: Callable[[int, int], Command], timeout: float) -> subprocess.CompletedProcess:
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        command = start(words, output.fileno(), errors.fileno(), **options)
+        command = begin(output.fileno(), errors.fileno())
         try:
             status = command.wait(timeout)
         finally:
@@ -151,7 +155,20 @@ def complete(words: list[object], timeout: float = 240, **options) -> subprocess
         for file in (output, errors):
             file.seek(0)
             printed.append(file.read().decode())
-    return subprocess.CompletedProcess(["litgpt", *words], status, *printed)
+    return subprocess.CompletedProcess(begin.args, status, *printed)
+
+
+def _forget_tests() -> None:
+    """Undoes in a copy of the process what a test, or pytest, has set."""
+    # pytest tells of signals elsewhere; with its handlers go those that were set after them
+    faulthandler.disable()
+    for state in (changed_files._handlers, changed_files._watched, changed_files._read_to_the_end):
+        state.clear()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    importlib.reload(warnings)
+    for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", category)
+    torch.set_grad_enabled(True)
 
 
 def _open(place: Path | int) -> int:

@@ -116,7 +116,7 @@ def run(command: Command, directory: Path, prepare: Callable[[], tuple[str, str]
     return Outcome(error, is_traceback, text, checksums(directory / "out"), file, how, written, hidden)
 
 
-def _work(command: Command, directory: Path, prepare: Callable[[], tuple[str, str]] | None) -> int:
+def _work(command: Command, directory: Path, prepare: Callable[[], tuple[str, str]] | None) -> None:
     error, is_traceback, file, how = None, False, "", ""
     written: dict[str, bool] = {}
 
@@ -140,14 +140,17 @@ def _work(command: Command, directory: Path, prepare: Callable[[], tuple[str, st
     sys.stderr.flush()
     limit_files(2**40)
     Path("outcome").write_text(json.dumps([error, is_traceback, file, how, written]))
-    return 0
 
 
 class Survey:
     """Runs commands on copies of one directory with all material, and keeps what came out."""
 
-    def __init__(self, base: Path, *material: Path) -> None:
-        """Make the material in ``base``; the other arguments are those of ``make_material``."""
+    def __init__(self, base: Path, *material: Path, thorough: bool) -> None:
+        """Make the material in ``base``; the other arguments are those of ``make_material``.
+
+        What is refused is compared with what the command does undamaged if it leaves something, or if ``thorough``.
+        """
+        self.thorough = thorough
         self.place, self.material = base / "case", base / "material"
         self.place.mkdir()
         before = Path.cwd()
@@ -204,7 +207,7 @@ class Survey:
         with self.copied() as directory:
             outcome = run(command, directory, _after(kind.before, damage) if kind.before else damage)
         strict = kind.guarded or fault not in ("gone", "cut", "bit", "byte")
-        self._note(name, fault, outcome, command, self.undamaged(command, kind.before), strict)
+        self._note(name, fault, outcome, command, strict, kind.before)
 
     def changed_during(self, pattern: str, number: int, fault: str, command: Command, moment: str) -> None:
         """Change the ``number``-th file of a pattern when the command is about to write to ``moment``."""
@@ -220,7 +223,7 @@ class Survey:
 
         with self.copied() as directory:
             outcome = run(command, directory, wait)
-        self._note(pattern, f"{fault} during the run", outcome, command, self.undamaged(command), True)
+        self._note(pattern, f"{fault} during the run", outcome, command)
 
     def refused_writing(self, path: str, how: str, command: Command) -> None:
         """The system takes nothing for ``path``."""
@@ -231,7 +234,7 @@ class Survey:
 
         with self.copied() as directory:
             outcome = run(command, directory, refuse)
-        self._note(path, how, outcome, command, self.undamaged(command), True)
+        self._note(path, how, outcome, command)
 
     def in_the_way(self, path: str, command: Command) -> None:
         """Something else has the name of what the command writes: a directory of a file, a file of a directory."""
@@ -248,17 +251,26 @@ class Survey:
 
         with self.copied() as directory:
             outcome = run(command, directory, put)
-        self._note(path, "in the way", outcome, command, self.undamaged(command), True)
+        self._note(path, "in the way", outcome, command)
 
-    def _note(self, name: str, fault: str, outcome: Outcome, command: Command, expected: Outcome, strict: bool) -> None:
+    def _note(
+        self,
+        name: str,
+        fault: str,
+        outcome: Outcome,
+        command: Command,
+        strict: bool = True,
+        before: Command | None = None,
+    ) -> None:
+        refused = outcome.error is not None and not outcome.litter
+        expected = outcome if refused and not self.thorough else self.undamaged(command, before)
         result = classify(outcome, expected, strict)
         self.counts[name, fault, result] += 1
         if result not in GOOD:
             called = getattr(command, "__qualname__", "")
             tail = "\n".join((outcome.error or outcome.said).splitlines()[-LINES:])
-            other = (
-                sorted(name for name, _ in outcome.made.items() ^ expected.made.items()) if not outcome.error else []
-            )
+            made = outcome.made.items() ^ expected.made.items() if not outcome.error else []
+            other = sorted(name for name, _ in made)
             self.bad.append(
                 f"{name}: {outcome.file}, {outcome.how}, {called}: {result} {outcome.litter} {other}\n{tail}"
             )

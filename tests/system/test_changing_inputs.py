@@ -8,19 +8,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from helpers.checkpoints import in_a_process
+from helpers.commands import complete_call
 from helpers.runs import distil
 from litgpt.args import TrainArgs
 from litgpt.data import JSON
 from litgpt.prompts import Default
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_akl.cli.main import without_traceback
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.export_hf import export_hf
 from litgpt_akl.commands.make_student import make_student
@@ -32,6 +35,7 @@ from litgpt_akl.models.weights import model_paths
 from litgpt_akl.training import main as main_module
 from litgpt_akl.training import setup
 
+WITHOUT_VALIDATION = {"initial_validation": False, "final_validation": False}
 NOTHING_ELSE = "Give the command again once nothing else writes there."
 
 
@@ -83,7 +87,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def test_a_student_whose_directory_changes_during_training_is_written_as_it_was(
     tmp_path, pair, short, monkeypatch, change
 ):
-    options = {"train": {"save_interval": 1, "max_steps": 2}}
+    options = {"train": {"save_interval": 1, "max_steps": 2}, "eval": WITHOUT_VALIDATION}
     distil(pair["student"], pair["teacher"], short, tmp_path / "alone", **options)
 
     def act() -> None:
@@ -133,7 +137,7 @@ def test_a_model_that_changes_while_it_is_read_is_refused(tmp_path, pair, short,
 def test_a_checkpoint_that_changes_while_it_is_resumed_is_refused(
     tmp_path, student_dir, teacher_dir, short, monkeypatch
 ):
-    options = {"train": {"save_interval": 1, "max_steps": 2}}
+    options = {"train": {"save_interval": 1, "max_steps": 2}, "eval": WITHOUT_VALIDATION}
     distil(student_dir, teacher_dir, short, tmp_path / "out", **options)
     step = tmp_path / "out" / "step-000001"
 
@@ -205,7 +209,7 @@ def cut_at_a_record(path: Path) -> None:
 def test_data_that_changes_while_it_is_prepared_is_refused(
     tmp_path, teacher_dir, prepared_data, monkeypatch, kind, suffix, change
 ):
-    path = write_records(tmp_path / f"data.{suffix}", 2000)
+    path = write_records(tmp_path / f"data.{suffix}", 800)
     whole = path.read_bytes()
     cache_dir = prepared_data / "litgpt_akl" if kind == "JSON" else tmp_path / "cache"
     before = set(cache_dir.glob("*"))
@@ -230,7 +234,7 @@ def test_data_that_changes_while_it_is_prepared_is_refused(
     assert not left, "nothing half-prepared is found by the next"
     monkeypatch.undo()
     path.write_bytes(whole)
-    assert sum(map(len, open_stores(data_of(path, kind, cache_dir), teacher_dir))) == 2000
+    assert sum(map(len, open_stores(data_of(path, kind, cache_dir), teacher_dir))) == 800
 
 
 def spoil(path: Path, fault: str) -> None:
@@ -255,7 +259,7 @@ def spoil(path: Path, fault: str) -> None:
 @pytest.mark.parametrize("kind", ["JSON", "StreamingSFT"])
 @pytest.mark.parametrize("fault", ["gone", "empty", "cut", "directory", "longer", "0", "0.3", "0.5", "0.9", "1"])
 def test_damaged_prepared_data_is_made_again(tmp_path, teacher_dir, prepared_data, capsys, kind, fault):
-    path = write_records(tmp_path / "data.jsonl", 700)
+    path = write_records(tmp_path / "data.jsonl", 250)
     cache_dir = prepared_data / "litgpt_akl" if kind == "JSON" else tmp_path / "cache"
     before = set(cache_dir.glob("*"))
     expected = open_stores(data_of(path, kind, cache_dir), teacher_dir)
@@ -283,25 +287,23 @@ def test_two_processes_prepare_the_same_data_one_after_the_other(tmp_path, teach
     (folder,) = (entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir())
     shutil.rmtree(folder)
     lock = f"{folder}.lock"
-    code = f"from filelock import FileLock; import time\nwith FileLock({lock!r}): print(flush=True); time.sleep(2)"
+    code = f"from filelock import FileLock; import time\nwith FileLock({lock!r}): print(flush=True); time.sleep(1)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         begin = time.monotonic()
         open_stores(data, teacher_dir)
-        assert time.monotonic() - begin >= 1.5 and folder.is_dir() and other.wait(timeout=60) == 0
+        assert time.monotonic() - begin >= 0.7 and folder.is_dir() and other.wait(timeout=60) == 0
     assert capsys.readouterr().err.count("Waiting for another process, which prepares the same data") == 1
 
 
-def open_as_somebody_else(base: str) -> None:
+def open_as_somebody_else(base: Path) -> None:
     if os.geteuid() == 0:
         os.setuid(65534)
-    train, validation = open_stores(
-        data_of(Path(base) / "data.jsonl", "StreamingSFT", Path(base) / "cache"), Path(base)
-    )
+    train, validation = open_stores(data_of(base / "data.jsonl", "StreamingSFT", base / "cache"), base)
     print(len(train) + len(validation))
-    data = data_of(Path(base) / "other.jsonl", "StreamingSFT", Path(base) / "cache")
+    data = data_of(base / "other.jsonl", "StreamingSFT", base / "cache")
     with pytest.raises(UserError, match="cache/.* cannot be written .*Permission denied") as refusal:
-        open_stores(data, Path(base))
+        open_stores(data, base)
     print(str(refusal.value).splitlines()[-1])
 
 
@@ -314,30 +316,20 @@ def test_prepared_data_that_may_only_be_read_is_read(teacher_dir):
         for place in (cache_dir, *cache_dir.rglob("*")):
             place.chmod(0o555 if place.is_dir() else 0o444)
         Path(base).chmod(0o755)
-        lines = in_a_process(open_as_somebody_else, base).splitlines()
+        finished = complete_call(partial(open_as_somebody_else, Path(base)))
         for place in (cache_dir, *cache_dir.rglob("*")):
             place.chmod(0o755)
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
     assert lines[0] == "50" and "Give another directory with --data.cache_dir." in lines[1]
 
 
-CUT_WHILE_READ = """
-import sys, os
-from pathlib import Path
-from helpers import runs
-from litgpt_akl import messages as errors
-from litgpt_akl.training import main
-from litgpt_akl.cli.main import without_traceback
-from litgpt_akl.data import StreamingSFT
-from litgpt.prompts import Default
-real = main.announce
-def announce(*arguments):
-    real(*arguments)
-    {act}
-main.announce = announce
-data = StreamingSFT({path!r}, cache_dir=Path({cache!r}), prompt_style=Default(), num_workers={workers}, num_proc=1)
-options = dict(train=dict(save_interval=1), eval=dict(initial_validation=False))
-without_traceback(runs.distil)(Path({student!r}), Path({teacher!r}), data, Path({out!r}), **options)
-"""
+def distil_and_act(act: Callable[[], None], *arguments: Any) -> None:
+    """A run, with something done once its data is prepared; for a process of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls_before(patch, main_module, "announce", act, after=True)
+        options = {"train": {"save_interval": 1}, "eval": WITHOUT_VALIDATION}
+        without_traceback(distil)(*arguments, **options)
 
 
 @pytest.mark.parametrize(
@@ -347,27 +339,32 @@ def test_prepared_data_that_changes_while_it_is_read_ends_a_run_in_two_lines(
     tmp_path, student_dir, teacher_dir, workers, change
 ):
     path = write_records(tmp_path / "data.jsonl", 3000)
-    file = f"next(Path({str(tmp_path / 'cache')!r}).glob('*/*.arrow'))"
-    act = {
-        "cut": f"os.truncate({file}, 0)",
-        "edited": f"file = {file}.open('r+b'); file.seek(90_000); file.write(b'x'); file.close()",
-        "replaced": f"path = {file}; new = path.with_name('new'); new.write_bytes(bytes(9)); new.rename(path)",
-        "removed": f"{file}.unlink()",
-    }[change]
-    places = {"path": path, "cache": tmp_path / "cache", "student": student_dir, "teacher": teacher_dir}
-    places["out"] = tmp_path / "out"
-    code = CUT_WHILE_READ.format(act=act, workers=workers, **{name: str(place) for name, place in places.items()})
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    finished = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
-    )
+    cache_dir, out = tmp_path / "cache", tmp_path / "out"
+
+    def act() -> None:
+        file = next(cache_dir.glob("*/*.arrow"))
+        if change == "cut":
+            os.truncate(file, 0)
+        elif change == "edited":
+            with file.open("r+b") as opened:
+                opened.seek(90_000)
+                opened.write(b"x")
+        elif change == "replaced":
+            new = file.with_name("new")
+            new.write_bytes(bytes(9))
+            new.rename(file)
+        else:
+            file.unlink()
+
+    data = StreamingSFT(str(path), cache_dir=cache_dir, prompt_style=Default(), num_workers=workers, num_proc=1)
+    finished = complete_call(partial(distil_and_act, act, student_dir, teacher_dir, data, out))
     assert "Traceback" not in finished.stderr, finished.stderr
     if change in ("replaced", "removed"):
         # what was opened is still there for this run
-        assert finished.returncode == 0 and damage(tmp_path / "out" / "final") is None, finished.stderr
+        assert finished.returncode == 0 and damage(out / "final") is None, finished.stderr
         return
     lines = finished.stderr.strip().splitlines()
-    assert finished.returncode == 1 and not (tmp_path / "out" / "final").exists()
+    assert finished.returncode == 1 and not (out / "final").exists()
     assert ".arrow was c" in lines[-2] and lines[-1] == NOTHING_ELSE, lines
     assert "bus error" not in finished.stderr.lower()
-    assert not (tmp_path / "out" / "step-000001").exists() or change == "cut"
+    assert not (out / "step-000001").exists() or change == "cut"

@@ -30,8 +30,9 @@ SEED = int(os.environ.get("LITGPT_AKL_SEED", 0))
 
 
 @pytest.fixture(scope="module")
-def survey(teacher_dir, student_dir, alice_json, tmp_path_factory) -> Survey:
-    return Survey(tmp_path_factory.mktemp("damage"), teacher_dir, student_dir, alice_json)
+def survey(teacher_dir, student_dir, alice_json, tmp_path_factory, pytestconfig) -> Survey:
+    base, thorough = tmp_path_factory.mktemp("damage"), pytestconfig.option.all
+    return Survey(base, teacher_dir, student_dir, alice_json, thorough=thorough)
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,9 @@ READ = {
 
 
 @pytest.fixture(scope="module")
-def survey(teacher_dir, student_dir, alice_json, tmp_path_factory) -> Survey:
-    return Survey(tmp_path_factory.mktemp("faults"), teacher_dir, student_dir, alice_json)
+def survey(teacher_dir, student_dir, alice_json, tmp_path_factory, pytestconfig) -> Survey:
+    base, thorough = tmp_path_factory.mktemp("faults"), pytestconfig.option.all
+    return Survey(base, teacher_dir, student_dir, alice_json, thorough=thorough)
 
 
 def check(survey: Survey, number: int, cells: list[tuple], always: Sequence[tuple] = ()) -> None:
