@@ -1,4 +1,3 @@
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,8 +8,8 @@ import datasets
 import materials
 import pytest
 import torch
+from helpers.runs import short_data
 from litgpt.data import JSON
-from litgpt.prompts import Default
 
 # the models here are so small that handing work to a second thread costs more than it saves
 torch.set_num_threads(1)
@@ -114,12 +113,7 @@ def alice_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def short(alice_json: Path, tmp_path: Path) -> JSON:
     """Forty records, of which few are of one length."""
-    directory = tmp_path / "short"
-    directory.mkdir()
-    for name, number in (("train", 40), ("val", 7)):
-        records = json.loads((alice_json / f"{name}.json").read_text())
-        (directory / f"{name}.json").write_text(json.dumps(records[:number]))
-    return JSON(json_path=directory, mask_prompt=True, prompt_style=Default(), num_workers=0)
+    return short_data(alice_json, tmp_path / "short")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from helpers.cache_runs import assert_equal, chunks, fill, run
 from helpers.ranks import in_processes
+from helpers.runs import short_data
 from litgpt.prompts import Alpaca
 
 from litgpt_akl.messages import UserError
@@ -23,18 +24,29 @@ from litgpt_akl.teacher.cache import TeacherCache
 ONE_EPOCH = {"train": {"epochs": 1}}
 
 
-@pytest.fixture
-def live(student_dir, teacher_dir, short, tmp_path) -> dict[str, torch.Tensor]:
-    return run(student_dir, teacher_dir, short, tmp_path / "live", **ONE_EPOCH)
+@pytest.fixture(scope="module")
+def live(student_dir, teacher_dir, alice_json, tmp_path_factory) -> dict[str, torch.Tensor]:
+    directory = tmp_path_factory.mktemp("live")
+    return run(student_dir, teacher_dir, short_data(alice_json, directory / "short"), directory / "run", **ONE_EPOCH)
+
+
+@pytest.fixture(scope="module")
+def whole(student_dir, teacher_dir, alice_json, tmp_path_factory) -> Path:
+    """A cache of several chunks. Do not change it."""
+    directory = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "CHUNK_BYTES", 300_000)
+        data = short_data(alice_json, directory / "short")
+        fill(student_dir, teacher_dir, data, directory / "none", directory / "cache", **ONE_EPOCH)
+    assert len(chunks(directory / "cache")) > 3
+    return directory / "cache"
 
 
 @pytest.fixture
-def filled(student_dir, teacher_dir, short, tmp_path, monkeypatch) -> Path:
-    """A cache of several chunks."""
+def filled(whole, tmp_path, monkeypatch) -> Path:
+    """A copy of it, which goes on in chunks of that size."""
     monkeypatch.setattr(cache_module, "CHUNK_BYTES", 300_000)
-    fill(student_dir, teacher_dir, short, tmp_path / "none", tmp_path / "cache", **ONE_EPOCH)
-    assert len(chunks(tmp_path / "cache")) > 3
-    return tmp_path / "cache"
+    return shutil.copytree(whole, tmp_path / "cache")
 
 
 def flip(path: Path, place: int) -> None:
