@@ -47,6 +47,11 @@ def train(out: Path, data=None, teacher: str = "teacher", **changes) -> None:
     distil(Path("student"), Path(teacher), data or records(), out, train=steps, eval=quiet, **changes)
 
 
+def train_by_hf(out: Path) -> None:
+    """With a teacher in Hugging Face's format."""
+    train(out, teacher="hf")
+
+
 def chats(ending: str = "jsonl") -> StreamingSFT:
     path = f"data/chat.{ending}"
     return StreamingSFT(path=path, val_path=path, cache_dir=Path("prepared"), num_workers=0, num_proc=1)
@@ -117,6 +122,9 @@ def resume(run: str, **changes) -> Command:
     return go_on
 
 
+RESUME = resume("run")
+
+
 def resume_in_place(out: Path) -> None:
     """With all else that an interrupted run has left."""
     for path in Path("stopped").iterdir():
@@ -173,11 +181,11 @@ KINDS = {
     "tokenizer_config.json": Kind("student/tokenizer_config.json", OF_STUDENT, False),
     "prompt_style.yaml": Kind("student/prompt_style.yaml", (*QUICK, train_on_chats), False),
     "chat_template.jinja": Kind("student/chat_template.jinja", (train_on_chats,), False),
-    "safetensors": Kind("hf/*.safetensors", (lambda out: train(out, teacher="hf"),), False),
-    "safetensors index": Kind("hf/*.index.json", (lambda out: train(out, teacher="hf"),), False),
-    "checkpoint to resume": Kind("run/step-000001/*", (resume("run"),), True),
-    "manifest": Kind("run/step-000001/manifest.json", (resume("run"),), True),
-    "training_state.pth": Kind("run/step-000001/training_state.pth", (resume("run"),), True),
+    "safetensors": Kind("hf/*.safetensors", (train_by_hf,), False),
+    "safetensors index": Kind("hf/*.index.json", (train_by_hf,), False),
+    "checkpoint to resume": Kind("run/step-000001/*", (RESUME,), True),
+    "manifest": Kind("run/step-000001/manifest.json", (RESUME,), True),
+    "training_state.pth": Kind("run/step-000001/training_state.pth", (RESUME,), True),
     "LoRA checkpoint": Kind("lora/step-000001/*", (resume("lora", lora=ADAPTERS),), True),
     "checkpoint as a model": Kind("run/step-000001/*", (export("run/step-000001"), halve("run/step-000001")), True),
     "trained student": Kind("run/final/*", (export("run/final"), halve("run/final")), True),

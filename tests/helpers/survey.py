@@ -112,7 +112,7 @@ def run(command: Command, directory: Path, prepare: Callable[[], tuple[str, str]
     error, is_traceback, file, how, written = json.loads((directory / "outcome").read_text())
     if error is None and "Traceback (most recent call last)" in text:
         error, is_traceback = f"said\n{text}", True
-    hidden = [str(path.relative_to(directory)) for path in directory.glob("*/**/.*")]
+    hidden = _hidden_files(directory)
     return Outcome(error, is_traceback, text, checksums(directory / "out"), file, how, written, hidden)
 
 
@@ -157,6 +157,7 @@ class Survey:
         make_material(self.place, *material)
         os.chdir(before)
         self.place.rename(self.material)
+        self._hidden = set(_hidden_files(self.material))
         self.counts: Counter[tuple[str, str, str]] = Counter()
         """By kind of file, fault and result."""
         self.bad: list[str] = []
@@ -262,7 +263,7 @@ class Survey:
         strict: bool = True,
         before: Command | None = None,
     ) -> None:
-        refused = outcome.error is not None and not outcome.litter
+        refused = outcome.error is not None and self._hidden.issuperset(outcome.litter)
         expected = outcome if refused and not self.thorough else self.undamaged(command, before)
         result = classify(outcome, expected, strict)
         self.counts[name, fault, result] += 1
@@ -283,6 +284,10 @@ def _after(before: Command, damage: Callable[[], tuple[str, str]] | None = None)
         return damage() if damage else ("", "")
 
     return prepare
+
+
+def _hidden_files(directory: Path) -> list[str]:
+    return [str(path.relative_to(directory)) for path in directory.glob("*/**/.*")]
 
 
 def _files(directory: Path, pattern: str) -> list[Path]:

@@ -47,13 +47,13 @@ MEASURED = {
     "on-policy samples": make_estimate(
         model(6, 256, 4096),
         model(2, 256, 4096),
-        global_batch_size=24,
+        global_batch_size=2,
         micro_batch_size=1,
         sequence_length=512,
         on_policy_prompts=24,
     ),
     "two processes": make_estimate(
-        model(6, 512, 4096), model(8, 768, 4096), devices=2, micro_batch_size=2, sequence_length=384
+        model(4, 512, 4096), model(5, 768, 4096), devices=2, micro_batch_size=2, sequence_length=384
     ),
     "two processes, mixed precision": make_estimate(
         model(3, 512, 1024),
