@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pyarrow as pa
@@ -136,27 +137,29 @@ READ = """
 import resource, sys
 from litgpt_akl.data.records import read
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-found = [record.error for record in read(sys.argv[1])]
-print(len(found), *set(found), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sep="|")
+for path in sys.argv[1:]:
+    found = [record.error for record in read(path)]
+    print(len(found), *set(found), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, sep="|")
 """
 
 
-def read_in_a_process(path: Path) -> tuple[int, set[str], float]:
-    """How many records there are, what is wrong with them, and how many MiB it takes to read them."""
-    done = subprocess.run([sys.executable, "-c", READ, str(path)], capture_output=True, text=True, timeout=300)
+def read_in_a_process(*paths: Path) -> list[tuple[int, set[str], float]]:
+    """How many records each file has, what is wrong with them, and how many MiB it took at most until then."""
+    done = subprocess.run([sys.executable, "-c", READ, *map(str, paths)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    count, *errors, kilobytes = done.stdout.strip().split("|")
-    return int(count), set(errors), int(kilobytes) / 1024
+    rows = [line.split("|") for line in done.stdout.splitlines()]
+    return [(int(count), set(errors), int(kilobytes) / 1024) for count, *errors, kilobytes in rows]
 
 
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.zst"])
-@pytest.mark.parametrize("what", [b"a", b"\n"])
-def test_a_bomb_of_one_record_takes_little_memory(tmp_path, suffix, what):
+def test_a_bomb_of_one_record_takes_little_memory(tmp_path):
+    suffixes, found = (".jsonl.gz", ".json.zst"), {b"a": (3, {"None", "is longer than 32 MiB"}), b"\n": (2, {"None"})}
     # each empty line is looked at, which takes its time
-    size = (20 if what == b"\n" else 200) * 2**20
-    count, errors, taken = read_in_a_process(bomb(tmp_path / f"bomb{suffix}", size, what))
-    assert (count, errors) == ((2, {"None"}) if what == b"\n" else (3, {"None", "is longer than 32 MiB"}))
-    assert taken < 200
+    sizes = {b"a": 200 * 2**20, b"\n": 20 * 2**20}
+    cases = list(product(suffixes, found))
+    paths = [bomb(tmp_path / f"{n}{suffix}", sizes[what], what) for n, (suffix, what) in enumerate(cases)]
+    for (_, what), (count, errors, taken) in zip(cases, read_in_a_process(*paths), strict=True):
+        assert (count, errors) == found[what]
+        assert taken < 200
 
 
 def test_a_window_that_takes_much_memory_is_refused(tmp_path):

@@ -16,11 +16,13 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from helpers.commands import Command, fork
 from litgpt.args import TrainArgs
 from litgpt.data import JSON
 from litgpt.prompts import Default
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_akl.cli.main import without_traceback
 from litgpt_akl.data import StreamingSFT
 from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.files.manifest import MANIFEST
@@ -200,7 +202,7 @@ def test_a_bad_record_stops_or_is_left_out(tmp_path, teacher_dir, capsys, num_pr
         (b"", "line 1: the file is empty"),
         (b'{"instruction": "a", "output": ""}\n', "line 1: its response is empty"),
         (b'{"instruction": "a", "output": "b"}\n[1]\n', "line 2: is a list, not an object"),
-        (b'{"instruction": "a", "output": "' + b"one two " * 1_250_000 + b'"}', r"line 1: has [\d,]+ tokens; the pair"),
+        (b'{"instruction": "a", "output": "' + b"one two " * 250_000 + b'"}', r"line 1: has [\d,]+ tokens; the pair"),
         (b'{"instruction": "' + b"a " * 1000 + b'", "output": "b"}', "line 1: has .* tokens; the pair reads 512"),
     ],
 )
@@ -284,30 +286,32 @@ def test_wrong_arguments(tmp_path, teacher_dir):
         splits(tmp_path / "nothing.jsonl", teacher_dir, tmp_path / "cache")
 
 
-def prepare_in_a_process(path: Path, checkpoint_dir: Path, cache_dir: Path, before: str = "") -> subprocess.Popen:
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path\n"
-        f"from test_streaming import splits\n{before}\n"
-        f"from litgpt_akl.cli.main import without_traceback\n"
-        f"print(len(without_traceback(splits)({str(path)!r}, Path({str(checkpoint_dir)!r}), Path({str(cache_dir)!r}),"
-        " num_proc=2, val_split_fraction=0.0)[0]))"
-    )
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def prepare_in_a_process(
+    path: Path, checkpoint_dir: Path, cache_dir: Path, errors: Path, limit: int = resource.RLIM_INFINITY
+) -> Command:
+    """Prepares the records in a copy of this process, which writes no file beyond ``limit`` bytes."""
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        without_traceback(splits)(path, checkpoint_dir, cache_dir, num_proc=2, val_split_fraction=0.0)
+
+    return fork(work, errors)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_preparation_is_never_taken_for_whole(tmp_path, teacher_dir, number):
     path, cache_dir = write(tmp_path / "data.jsonl", records(20_000)), tmp_path / "cache"
-    process = prepare_in_a_process(path, teacher_dir, cache_dir)
+    process = prepare_in_a_process(path, teacher_dir, cache_dir, tmp_path / "errors")
     deadline = time.monotonic() + 60
     while not any(cache_dir.rglob("*.arrow")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     # some records later
     time.sleep(0.3)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    os.kill(process.pid, number)
+    process.wait(timeout=60)
     if number == signal.SIGINT:
+        errors = (tmp_path / "errors").read_text()
         assert process.returncode == 130 and "Traceback" not in errors and "Interrupted." in errors
     assert not list(cache_dir.rglob(MANIFEST))
     dataset = splits(path, teacher_dir, cache_dir, val_split_fraction=0.0)[0]
@@ -333,21 +337,35 @@ def test_damaged_prepared_data_is_prepared_again(tmp_path, teacher_dir, capsys, 
 
 def test_a_full_disk_is_told(tmp_path, teacher_dir):
     path, cache_dir = write(tmp_path / "data.jsonl", records(5000)), tmp_path / "cache"
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY}))"
-    _, errors = (process := prepare_in_a_process(path, teacher_dir, cache_dir, limit)).communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in errors
+    process = prepare_in_a_process(path, teacher_dir, cache_dir, tmp_path / "errors", limit=100_000)
+    assert process.wait(timeout=60) == 1
+    errors = (tmp_path / "errors").read_text()
+    assert "Traceback" not in errors
     assert "cannot be written" in errors and "--data.cache_dir" in errors and "File too large" in errors
     assert not list(cache_dir.rglob(MANIFEST))
     assert len(splits(path, teacher_dir, cache_dir, val_split_fraction=0.0)[0]) == 5000
+
+
+CUT_OFF = """
+import sys
+from pathlib import Path
+from litgpt.prompts import Default
+from litgpt.tokenizer import Tokenizer
+from litgpt.args import TrainArgs
+from litgpt_akl.cli.main import without_traceback
+from litgpt_akl.data import StreamingSFT
+from litgpt_akl.data.data_module import prepare_datasets
+path, tokenizer_dir, cache_dir = map(Path, sys.argv[1:])
+data = StreamingSFT(str(path), cache_dir=cache_dir, mask_prompt=True, prompt_style=Default(), num_proc=2)
+train = TrainArgs(lr_warmup_steps=None)
+without_traceback(prepare_datasets)(data, Tokenizer(tokenizer_dir), train, 512, tokenizer_dir)
+"""
 
 
 def test_a_file_that_is_cut_off_ends_the_process(tmp_path, teacher_dir):
     """The reader fails while the loader's workers are being started, which nobody but Python's exit can end then."""
     whole = gzip.compress(write(tmp_path / "data.jsonl", records(3000)).read_bytes())
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 8])
-    process = prepare_in_a_process(tmp_path / "cut.jsonl.gz", teacher_dir, tmp_path / "cache")
-    try:
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 1 and "Traceback" not in errors and "cut.jsonl.gz" in errors
+    words = [sys.executable, "-c", CUT_OFF, tmp_path / "cut.jsonl.gz", teacher_dir, tmp_path / "cache"]
+    finished = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr and "cut.jsonl.gz" in finished.stderr

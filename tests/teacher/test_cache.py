@@ -12,9 +12,10 @@ import materials
 import pytest
 import torch
 from helpers.cache_runs import RATE, TRAIN, assert_equal, chunks, fill, run
+from helpers.marks import with_all_slow_but
 from helpers.memory_runs import watched
 from helpers.ranks import in_processes
-from helpers.runs import distil, metrics
+from helpers.runs import distil, metrics, short_data
 from litgpt.model import GPT
 from litgpt.prompts import Default
 
@@ -45,12 +46,13 @@ def test_other_students_losses_and_orders_read_what_one_run_has_left(
     cache = tmp_path / "cache"
     run(student_dir, teacher_dir, short, tmp_path / "first", cache)
     before = {path.name: path.stat().st_mtime_ns for path in chunks(cache)}
-    others = {"seed": 7, "distill": {"divergence": "rkl"}, "train": {"micro_batch_size": 3, "global_batch_size": 9}}
+    others = {"seed": 7, "distill": {"divergence": "rkl"}}
+    others["train"] = {"micro_batch_size": 3, "global_batch_size": 9, "epochs": 1}
     found = run(untied_student_dir, lone, short, tmp_path / "second", cache, **others)
     live = run(untied_student_dir, teacher_dir, short, tmp_path / "live", **others)
     # in other micro-batches the teacher's own products are rounded otherwise
     assert_equal(live, found, within=1e-5)
-    adapted = {"lora": LoRAArgs(r=4, dropout=0.0)}
+    adapted = {"lora": LoRAArgs(r=4, dropout=0.0), "train": {"epochs": 1}}
     found = run(student_dir, lone, short, tmp_path / "adapted", cache, **adapted)
     assert_equal(run(student_dir, teacher_dir, short, tmp_path / "live-adapted", **adapted), found, within=1e-5)
     assert {path.name: path.stat().st_mtime_ns for path in chunks(cache)} == before
@@ -72,6 +74,7 @@ def test_jobs_fill_parts_without_a_student(student_dir, teacher_dir, lone, short
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_base_of_a_lora_student_is_cached_too(student_dir, short, tmp_path, processes, capfd):
     options = {"lora": LoRAArgs(r=4, dropout=0.1), "devices": processes, "optimizer": RATE}
+    options["eval"] = {"initial_validation": False}
     caching = TeacherArgs(use_base=True, cache_dir=str(tmp_path / "cache"))
     teachers = {"live": TeacherArgs(use_base=True), "filling": caching, "cached": caching}
     for name, teacher in teachers.items():
@@ -116,13 +119,19 @@ def test_a_cached_teacher_is_not_in_memory(student_dir, short, tmp_path):
     assert found["live"] - found["cached"] > 0.9 * body
 
 
-@pytest.mark.parametrize(("writers", "readers"), [(1, 2), (2, 1), (3, 2)])
+@pytest.fixture(scope="module")
+def live(student_dir, teacher_dir, alice_json, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The student of one process with a live teacher."""
+    directory = tmp_path_factory.mktemp("live")
+    return run(student_dir, teacher_dir, short_data(alice_json, directory / "short"), directory / "run")
+
+
+@pytest.mark.parametrize(("writers", "readers"), with_all_slow_but(((2, 1), (3, 2)), ((1, 2), (2, 1), (3, 2))))
 def test_any_number_of_processes_reads_what_another_has_written(
-    student_dir, teacher_dir, lone, short, tmp_path, writers, readers
+    student_dir, teacher_dir, lone, short, live, tmp_path, writers, readers
 ):
-    cache, out_dirs = tmp_path / "cache", [tmp_path / name for name in ("live", "written", "read")]
-    live = run(student_dir, teacher_dir, short, out_dirs[0])
-    for processes, teacher, out_dir in ((writers, teacher_dir, out_dirs[1]), (readers, lone, out_dirs[2])):
+    cache, out_dirs = tmp_path / "cache", [tmp_path / name for name in ("written", "read")]
+    for processes, teacher, out_dir in ((writers, teacher_dir, out_dirs[0]), (readers, lone, out_dirs[1])):
         in_processes(processes, partial(run, devices=processes), student_dir, teacher, short, out_dir, cache)
         found = torch.load(out_dir / "final" / "lit_model.pth", weights_only=True)
         assert_equal(live, found, within=1e-6)
