@@ -65,11 +65,9 @@ def without_traceback(command: Callable) -> Callable:
         try:
             interrupt_as_usual()
             return command(*args, **kwargs)
-        except UserError as error:
-            say(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
-        except PermissionError as error:
-            say(f"error: {not_permitted(error, '')}", file=sys.stderr)
+        except (UserError, PermissionError) as error:
+            told = error if isinstance(error, UserError) else not_permitted(error, "")
+            say(f"error: {told}", file=sys.stderr)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)

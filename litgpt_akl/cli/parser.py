@@ -182,7 +182,8 @@ def _parameters(class_path: str) -> dict[str, Any]:
 
 
 def _members(accepted: Any) -> list[Any]:
-    return list(get_args(accepted)) if get_origin(accepted) in (Union, UnionType) else [accepted]
+    members = get_args(accepted) if get_origin(accepted) in (Union, UnionType) else [accepted]
+    return [member for member in members if member is not type(None)]
 
 
 def _choices(accepted: Any) -> list[str]:
@@ -190,7 +191,7 @@ def _choices(accepted: Any) -> list[str]:
     for member in _members(accepted):
         if get_origin(member) is Literal:
             choices += map(str, get_args(member))
-        elif inspect.isclass(member) and member not in (*TYPE_NAMES, type(None), object):
+        elif inspect.isclass(member) and member not in (*TYPE_NAMES, object):
             choices += _subclass_names(member)
     return choices
 
@@ -202,19 +203,16 @@ def _describe(accepted: Any) -> str:
             names += map(str, get_args(member))
         elif member in TYPE_NAMES:
             names.append(TYPE_NAMES[member])
-        elif inspect.isclass(member) and member is not type(None):
+        elif inspect.isclass(member):
             subclasses = ", ".join(_subclass_names(member))
-            names.append(f"a {member.__name__} ({subclasses})" if subclasses else f"a {member.__name__}")
-        elif member is not type(None):
+            names.append(f"a {member.__name__}" + (f" ({subclasses})" if subclasses else ""))
+        else:
             names.append(str(member).replace("typing.", ""))
     return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _subclass_names(cls: type) -> list[str]:
-    names = []
-    for subclass in cls.__subclasses__():
-        names += [subclass.__name__, *_subclass_names(subclass)]
-    return names
+    return [name for of in cls.__subclasses__() for name in (of.__name__, *_subclass_names(of))]
 
 
 def _join(*parts: str) -> str:

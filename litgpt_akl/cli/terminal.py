@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import TextIO
 
@@ -69,13 +70,7 @@ class _SteadyFile(io.RawIOBase):
             if self._says_so:
                 self._says_so = False
                 message = f"The standard output cannot be written ({error.strerror}): the command goes on without it.\n"
-                _try_to_say(message)
+                # maybe nobody is there to be told
+                with suppress(OSError):
+                    os.write(2, message.encode())
             return len(data)
-
-
-def _try_to_say(message: str) -> None:
-    try:
-        os.write(2, message.encode())
-    except OSError:
-        # nobody is there to be told
-        return

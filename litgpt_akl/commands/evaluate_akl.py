@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,24 +16,22 @@ from litgpt.data import Alpaca, DataModule
 from litgpt.model import GPT
 from litgpt.utils import parse_devices
 
-from litgpt_akl.config.args import GenerationArgs
-from litgpt_akl.config.checks import check_questions, check_run_args
-from litgpt_akl.config.recipe import check_masked
+from litgpt_akl.config.args import GenerationArgs, check_at_least_one
+from litgpt_akl.config.checks import check_hybrid_sharding, check_questions
+from litgpt_akl.config.recipe import check_masked, plain
 from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.workers import end_with_parent
-from litgpt_akl.files.directories import explain_failure, make_writable, write_file
-from litgpt_akl.files.lock import locked
+from litgpt_akl.files.directories import explain_failure, write_file
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.objective import HeadRule
 from litgpt_akl.messages import UserError, say
 from litgpt_akl.models.generation import longest_prompt, stop_sequences
 from litgpt_akl.models.gpt import load_frozen
-from litgpt_akl.models.pair import Pair, check_pair
-from litgpt_akl.models.parallel import make_strategy
-from litgpt_akl.training.launch import ending_together
-from litgpt_akl.training.logging import SpeakingFabric, silence_known_noise
-from litgpt_akl.training.out_dir import check_apart
+from litgpt_akl.models.pair import check_pair
+from litgpt_akl.training.launch import ending_together, start
+from litgpt_akl.training.logging import silence_known_noise
+from litgpt_akl.training.out_dir import check_apart, out_dir_locked
 from litgpt_akl.training.responses import Responses, ResponseSampler, as_lines, find_questions, rate
 from litgpt_akl.training.run import choose_day
 from litgpt_akl.training.validation import gap_closed, measure
@@ -78,30 +76,71 @@ def nan_as_null(value: Any) -> Any:
 
 RESULTS, ANSWERS = "evaluation.json", "answers.jsonl"
 """In ``out_dir``."""
+SETTINGS = (
+    *"checkpoint_dir teacher_checkpoint_dir before_checkpoint_dir split max_records max_seq_length".split(),
+    *"mu head_rule generation precision".split(),
+)
+"""Options that decide what is found, which is kept with them."""
 
 
 @dataclass
 class Evaluation:
-    """One call of the command, checked."""
+    """One call of the command, checked, under the names of its signature; what was left out is chosen."""
 
-    pairs: dict[str, Pair]
-    """Each student with its teacher: ``student``, and ``before`` if it is given."""
-    data: DataModule
+    checkpoint_dir: Path
+    teacher_checkpoint_dir: Path
+    before_checkpoint_dir: Path | None
+    out_dir: Path | None
+    overwrite: bool
+    data: DataModule | None
     split: Literal["validation", "training"]
     max_records: int | None
     batch_size: int
     max_seq_length: int | None
-    dtype: torch.dtype
-    loss: DistillationLoss
+    mu: float
+    head_rule: HeadRule
     generation: GenerationArgs
-    out_dir: Path
-    overwrite: bool
-    settings: dict[str, Any]
+    precision: Literal["32-true", "bf16-true"] | None
+    devices: int | str
+    num_nodes: int
+    hybrid_sharding: bool
+    access_token: str | None
+
+    def __post_init__(self) -> None:
+        check_masked({"data": self.data})
+        names = ("max_records", "batch_size", "max_seq_length")
+        check_at_least_one(**{name: getattr(self, name) for name in names})
+        try:
+            self.loss = DistillationLoss(divergence="akl", kd_ratio=1.0, mu=self.mu, head_rule=self.head_rule)
+        except ValueError as error:
+            raise UserError(f"--{error}.") from None
+        check_questions(self.data, self.generation)
+        self.devices = parse_devices(self.devices)
+        check_hybrid_sharding(self.hybrid_sharding, self.devices, self.num_nodes)
+        self.data = Alpaca() if self.data is None else self.data
+        self.precision = self.precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
+        students = {"student": self.checkpoint_dir, "before": self.before_checkpoint_dir}
+        self.pairs = {
+            role: check_pair(directory, self.teacher_checkpoint_dir, self.access_token)
+            for role, directory in students.items()
+            if directory is not None
+        }
+        """Each student with its teacher: ``student``, and ``before`` if it is given."""
+        own_place = self.pairs["student"].student_dir / "evaluate_akl"
+        self.out_dir = own_place if self.out_dir is None else Path(self.out_dir)
+        if self.out_dir.resolve() != own_place.resolve():
+            directories = {role: pair.student_dir for role, pair in self.pairs.items()}
+            check_apart("--out_dir", self.out_dir, directories | {"teacher": self.pairs["student"].teacher_dir})
 
     @property
-    def micro_batch_tokens(self) -> int | None:
-        """Of records that are read together, if it is told, in place of ``batch_size``."""
-        return getattr(self.data, "micro_batch_tokens", None)
+    def dtype(self) -> torch.dtype:
+        """Of all models."""
+        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
+
+    @property
+    def micro_batch(self) -> tuple[int, int | None]:
+        """Records that the models read together, and if told, the tokens that count in their place."""
+        return self.batch_size, getattr(self.data, "micro_batch_tokens", None)
 
 
 def evaluate_akl(
@@ -154,56 +193,8 @@ def evaluate_akl(
         hybrid_sharding: Whether every node holds whole models, sharded over its own devices only.
         access_token: Optional API token to access models with restrictions.
     """
-    settings = {
-        "checkpoint_dir": str(checkpoint_dir),
-        "teacher_checkpoint_dir": str(teacher_checkpoint_dir),
-        "before_checkpoint_dir": None if before_checkpoint_dir is None else str(before_checkpoint_dir),
-        "split": split,
-        "max_records": max_records,
-        "max_seq_length": max_seq_length,
-        "mu": mu,
-        "head_rule": head_rule,
-        "generation": asdict(generation),
-    }
-    check_masked({"data": data})
     silence_known_noise()
-    for name, value in (("max_records", max_records), ("batch_size", batch_size), ("max_seq_length", max_seq_length)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}.")
-    if not 0 < mu <= 1:
-        raise UserError(f"--mu must be above 0 and at most 1, got {mu}.")
-    check_questions(data, generation)
-    devices = parse_devices(devices)
-    check_run_args(devices, num_nodes, hybrid_sharding)
-    students = {"student": checkpoint_dir, "before": before_checkpoint_dir}
-    pairs = {
-        role: check_pair(directory, teacher_checkpoint_dir, access_token)
-        for role, directory in students.items()
-        if directory is not None
-    }
-    own_place = pairs["student"].student_dir / "evaluate_akl"
-    out_dir = own_place if out_dir is None else Path(out_dir)
-    if out_dir.resolve() != own_place.resolve():
-        directories = {role: pair.student_dir for role, pair in pairs.items()}
-        check_apart("--out_dir", out_dir, directories | {"teacher": pairs["student"].teacher_dir})
-    precision = precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
-    evaluation = Evaluation(
-        pairs=pairs,
-        data=Alpaca() if data is None else data,
-        split=split,
-        max_records=max_records,
-        batch_size=batch_size,
-        max_seq_length=max_seq_length,
-        dtype=torch.bfloat16 if precision == "bf16-true" else torch.float32,
-        loss=DistillationLoss(divergence="akl", kd_ratio=1.0, mu=mu, head_rule=head_rule),
-        generation=generation,
-        out_dir=out_dir,
-        overwrite=overwrite,
-        settings=settings | {"precision": precision},
-    )
-    strategy = make_strategy(devices, num_nodes, hybrid_sharding)
-    fabric = SpeakingFabric(devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision)
-    fabric.launch(main, evaluation)
+    start(main, Evaluation(**locals()))
 
 
 @partial(ending_together, way_on="The others were ended; run the same command again.")
@@ -211,23 +202,14 @@ def main(fabric: L.Fabric, evaluation: Evaluation) -> None:
     """Evaluate in each process; the first one writes what was found."""
     if fabric.local_rank > 0:
         end_with_parent()
-    if not fabric.is_global_zero:
+    with out_dir_locked(fabric, evaluation.out_dir):
+        there = [name for name in (RESULTS, ANSWERS) if (evaluation.out_dir / name).exists()]
+        if fabric.is_global_zero and there and not evaluation.overwrite:
+            raise UserError(
+                f"{evaluation.out_dir} has {' and '.join(there)} already.\nGive --overwrite true to replace what is"
+                " there, or another --out_dir."
+            )
         _evaluate(fabric, evaluation)
-        return
-    make_writable(evaluation.out_dir)
-    with locked(evaluation.out_dir):
-        _check_results(evaluation)
-        _evaluate(fabric, evaluation)
-
-
-def _check_results(evaluation: Evaluation) -> None:
-    """See that no results are replaced unasked; raises UserError."""
-    there = [name for name in (RESULTS, ANSWERS) if (evaluation.out_dir / name).exists()]
-    if there and not evaluation.overwrite:
-        raise UserError(
-            f"{evaluation.out_dir} has {' and '.join(there)} already.\nGive --overwrite true to replace what is there,"
-            " or another --out_dir."
-        )
 
 
 def _evaluate(fabric: L.Fabric, evaluation: Evaluation) -> None:
@@ -242,7 +224,8 @@ def _evaluate(fabric: L.Fabric, evaluation: Evaluation) -> None:
         counts = {"records": len(numbers), "prompts": 0 if sampler is None else len(sampler.questions)}
         counts |= {"prompts_left_out": left_out, "date": getattr(evaluation.data, "date", None)}
         versions = {name: version(name) for name in ("litgpt-akl", "litgpt", "torch", "rouge-score", "torchmetrics")}
-        content = found | {"data": counts, "settings": evaluation.settings, "versions": versions}
+        settings = plain({name: getattr(evaluation, name) for name in SETTINGS})
+        content = found | {"data": counts, "settings": settings, "versions": versions}
         with explain_failure(evaluation.out_dir):
             write_file(evaluation.out_dir / RESULTS, json.dumps(nan_as_null(content), indent=1).encode())
             # those of an evaluation before are not of this one
@@ -281,8 +264,7 @@ def _prepare_questions(
 ) -> tuple[ResponseSampler | None, int]:
     """What draws responses, None if none are wanted; and how many prompts are left out since a model cannot read them.
 
-    Raises:
-        UserError: no prompt is left, or a sample has none.
+    Raises UserError if no prompt is left, or a sample has none.
     """
     args, pair = evaluation.generation, evaluation.pairs["student"]
     if not args.seeds:
@@ -303,7 +285,7 @@ def _prepare_questions(
                 "Evaluate records with shorter ones, or leave answers out with --generation.seeds '[]'."
             )
         fabric.print(f"{left_out:,} of {len(found):,} prompts are left out of the answers: they are {why}")
-    options = pair.tokenizer, stop, pair.vocab_size, args, evaluation.micro_batch_tokens
+    options = pair.tokenizer, stop, pair.vocab_size, args, evaluation.micro_batch[1]
     return ResponseSampler(fabric, questions[: args.max_prompts], *options), left_out
 
 
@@ -315,8 +297,6 @@ def _read_and_ask(
     sampler: ResponseSampler | None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, list[Responses]]]:
     """What is measured of each model, and its responses, by role; one student at a time is in memory."""
-    micro_batch = evaluation.batch_size, evaluation.micro_batch_tokens
-    options = {"micro_batch": micro_batch, "vocab_size": evaluation.pairs["student"].vocab_size}
     found: dict[str, dict[str, float]] = {}
     responses: dict[str, list[Responses]] = {}
 
@@ -325,6 +305,7 @@ def _read_and_ask(
         found[role] |= rate(sampler.questions, responses[role])
 
     pair = evaluation.pairs["student"]
+    options = {"micro_batch": evaluation.micro_batch, "vocab_size": pair.vocab_size}
     teacher = load_frozen(fabric, pair.teacher_dir, pair.teacher_config, evaluation.dtype)
     pair.check_unchanged("teacher")
     for role, pair in evaluation.pairs.items():

@@ -9,32 +9,21 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import Alpaca, DataModule
 from litgpt.types import LoggerChoice
-from litgpt.utils import init_out_dir, parse_devices
+from litgpt.utils import init_out_dir
 
 from litgpt_akl.config.args import DistillArgs, LoRAArgs, Options, TeacherArgs
-from litgpt_akl.config.checks import (
-    check_cpu_offload,
-    check_lora_args,
-    check_no_effect,
-    check_on_policy,
-    check_overwrite,
-    check_run_args,
-    check_training_args,
-    choose_precision,
-    optimizer_config,
-    without_student,
-)
+from litgpt_akl.config.checks import check_options, optimizer_config, without_student
 from litgpt_akl.config.recipe import check_masked, given, recipe_as_yaml
 from litgpt_akl.memory import MemoryEstimate, make_estimate, report_memory
 from litgpt_akl.messages import say
 from litgpt_akl.models.export import check_export
 from litgpt_akl.models.gpt import check_quantization
 from litgpt_akl.models.pair import Pair, check_pair, find_models
-from litgpt_akl.models.parallel import make_strategy
 from litgpt_akl.teacher.cache_identity import stored_type
 from litgpt_akl.teacher.cache_size import bytes_of_token, describe_without_data
 from litgpt_akl.teacher.chunk_file import DTYPES
-from litgpt_akl.training.logging import SpeakingFabric, make_loggers, silence_known_noise
+from litgpt_akl.training.launch import start
+from litgpt_akl.training.logging import make_loggers, silence_known_noise
 from litgpt_akl.training.main import fill, main
 from litgpt_akl.training.optimizer import check_optimizer, make_optimizer
 from litgpt_akl.training.out_dir import check_places
@@ -144,7 +133,18 @@ def setup(
     check_masked(arguments)
     recipe = recipe_as_yaml(arguments)
     silence_known_noise()
-    fused = check_options(options)
+    check_options(options)
+    fused = check_optimizer(
+        options.optimizer,
+        min_lr=train.min_lr,
+        vectors=lora.r is None,
+        dtype=torch.bfloat16 if options.precision == "bf16-true" else torch.float32,
+        devices=options.devices,
+        num_nodes=num_nodes,
+        cuda=options.cuda,
+    )
+    if teacher.quantize is not None:
+        check_quantization(teacher.quantize, options.processes, needed=not dry_run)
     pair = None if dry_run else find_pair(options)
     memory = estimate_memory(options, pair, fused)
     if pair is None:
@@ -155,49 +155,8 @@ def setup(
     launch(Run(**vars(options), pair=pair, memory=memory, recipe=recipe))
 
 
-def check_options(options: Options) -> bool:
-    """See that options go together, before any model is looked for; chooses precision and devices.
-
-    Returns:
-        Whether the optimizer is to be fused.
-
-    Raises:
-        UserError: names an option and the way out.
-    """
-    distill, train, teacher, lora = options.distill, options.train, options.teacher, options.lora
-    check_training_args(train, options.eval)
-    check_overwrite(options.overwrite, options.resume, teacher)
-    check_lora_args(options.teacher_checkpoint_dir, teacher, lora, train)
-    changes = {"resume": options.resume, "accept_changes": options.accept_changes}
-    groups = options.data, teacher, distill, options.eval, options.log
-    check_no_effect(*groups, logger_name=options.logger_name, **changes)
-    options.precision = choose_precision(options.precision, options.cuda)
-    options.devices = parse_devices(options.devices)
-    machine = options.devices, options.num_nodes
-    check_run_args(*machine, options.hybrid_sharding, options.keep_last, options.save_minutes)
-    fused = check_optimizer(
-        options.optimizer,
-        min_lr=train.min_lr,
-        vectors=lora.r is None,
-        dtype=torch.bfloat16 if options.precision == "bf16-true" else torch.float32,
-        devices=options.devices,
-        num_nodes=options.num_nodes,
-        cuda=options.cuda,
-    )
-    processes = options.devices * options.num_nodes
-    if teacher.quantize is not None:
-        check_quantization(teacher.quantize, processes, needed=not options.dry_run)
-    check_cpu_offload(teacher, processes, options.cuda)
-    check_on_policy(distill, options.data, teacher)
-    return fused
-
-
 def find_pair(options: Options) -> Pair:
-    """Both models, downloaded if need be, and the run's directory beside them.
-
-    Raises:
-        UserError: they are not there or do not go together, or the run would write into what it reads.
-    """
+    """Both models, downloaded if need be, and the run's directory; raises UserError if they do not go together."""
     weights_needed = options.teacher.cache_dir is None or options.distill.on_policy > 0
     pair = check_pair(options.checkpoint_dir, options.teacher_dir, options.access_token, weights_needed)
     if options.export_hf:
@@ -226,25 +185,13 @@ def tell_memory(options: Options, memory: MemoryEstimate) -> None:
 
 def launch(run: Run) -> None:
     """Start the processes of a run that trains, or of one that fills a cache."""
-    fills, loggers = run.teacher.cache_mode == "fill", []
-    if fills:
+    if run.teacher.cache_mode == "fill":
         unused = without_student(given(run.recipe, setup))
         if unused is not None:
             rank_zero_only(print)(unused)
-    else:
-        loggers = make_loggers(
-            run.logger_name,
-            run.out_dir,
-            name=f"distill-{run.pair.student_config.name}",
-            resume=bool(run.resume),
-            log_interval=run.train.log_interval,
-            log=run.log,
-        )
-    fabric = SpeakingFabric(
-        devices=run.devices,
-        num_nodes=run.num_nodes,
-        strategy=make_strategy(run.devices, run.num_nodes, run.hybrid_sharding, run.teacher.cpu_offload),
-        precision=run.precision,
-        loggers=loggers,
-    )
-    fabric.launch(fill if fills else main, run)
+        start(fill, run, run.teacher.cpu_offload)
+        return
+    options = {"log_interval": run.train.log_interval, "log": run.log, "resume": bool(run.resume)}
+    name = f"distill-{run.pair.student_config.name}"
+    loggers = make_loggers(run.logger_name, run.out_dir, name=name, **options)
+    start(main, run, run.teacher.cpu_offload, loggers)

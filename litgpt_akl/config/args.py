@@ -4,7 +4,7 @@ import dataclasses
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
@@ -16,6 +16,29 @@ from litgpt_akl.messages import UserError
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 """What LitGPT's LoRA adapts."""
+
+
+def changed(args: Any) -> dict[str, Any]:
+    """The arguments of a group that are not as they are by default, with their values."""
+    return {
+        field.name: getattr(args, field.name)
+        for field in fields(args)
+        if field.default is not dataclasses.MISSING and getattr(args, field.name) != field.default
+    }
+
+
+def check_at_least_one(group: str = "", /, **values: float | None) -> None:
+    """Refuse numbers below 1, which are named by their options; None is no number. Raises UserError."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{group}{name} must be at least 1, got {value}.")
+
+
+def _refuse_changed(group: str, args: Any, prefix: str, why: str, way_out: str) -> None:
+    """Refuse arguments whose names begin so, unless they are as by default; raises UserError."""
+    for name, value in changed(args).items():
+        if name.startswith(prefix):
+            raise UserError(f"--{group}.{name} {value} has no effect {why}. {way_out}, or leave {name} out.")
 
 
 @dataclass
@@ -72,19 +95,16 @@ class DistillArgs:
             self.loss()
         except ValueError as error:
             raise UserError(f"--distill.{error}") from None
-        for field in fields(self):
-            names = takers(field.name)
-            if names and self.divergence not in names and getattr(self, field.name) != field.default:
-                raise UserError(
-                    f"--distill.{field.name} {getattr(self, field.name)} has no effect with --distill.divergence"
-                    f" {self.divergence}. Use --distill.divergence {' or '.join(names)}, or leave {field.name} out."
-                )
+        for name in changed(self):
+            names = takers(name)
+            if names and self.divergence not in names:
+                way_out = f"Use --distill.divergence {' or '.join(names)}"
+                _refuse_changed("distill", self, name, f"with --distill.divergence {self.divergence}", way_out)
 
     def _check_on_policy(self) -> None:
         if not 0 <= self.on_policy <= 1:
             raise UserError(f"--distill.on_policy must be from 0 to 1, got {self.on_policy}.")
-        if self.on_policy_tokens < 1:
-            raise UserError(f"--distill.on_policy_tokens must be at least 1, got {self.on_policy_tokens}.")
+        check_at_least_one("distill.", on_policy_tokens=self.on_policy_tokens)
         if self.on_policy_temperature < 0:
             raise UserError(f"--distill.on_policy_temperature must not be negative, got {self.on_policy_temperature}.")
         if self.on_policy > 0 and self.kd_ratio == 0:
@@ -92,13 +112,9 @@ class DistillArgs:
                 f"--distill.on_policy {self.on_policy} with --distill.kd_ratio 0: the student's responses are judged by"
                 " the divergence alone. Raise kd_ratio, or leave on_policy out."
             )
-        for field in fields(self):
-            changed = getattr(self, field.name) != field.default
-            if self.on_policy == 0 and field.name.startswith("on_policy_") and changed:
-                raise UserError(
-                    f"--distill.{field.name} {getattr(self, field.name)} has no effect without on-policy samples."
-                    f" Give --distill.on_policy, or leave {field.name} out."
-                )
+        if self.on_policy == 0:
+            way_out = "Give --distill.on_policy"
+            _refuse_changed("distill", self, "on_policy_", "without on-policy samples", way_out)
 
     def loss(self) -> DistillationLoss:
         """The loss that these arguments describe."""
@@ -133,12 +149,7 @@ class LoRAArgs:
 
     def __post_init__(self) -> None:
         if self.r is None:
-            changed = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
-            if changed:
-                raise UserError(
-                    f"--lora.{changed[0]} {getattr(self, changed[0])} has no effect without --lora.r."
-                    f" Give it, the adapters' rank, or leave {changed[0]} out."
-                )
+            _refuse_changed("lora", self, "", "without --lora.r", "Give it, the adapters' rank")
             return
         if self.r < 1:
             raise UserError(f"--lora.r must be at least 1, got {self.r}. Leave it out (null) for no adapters.")
@@ -184,12 +195,7 @@ class TeacherArgs:
 
     def __post_init__(self) -> None:
         if self.cache_dir is None:
-            for field in fields(self):
-                if field.name.startswith("cache_") and getattr(self, field.name) != field.default:
-                    raise UserError(
-                        f"--teacher.{field.name} {getattr(self, field.name)} has no effect without --teacher.cache_dir."
-                        f" Give it, or leave {field.name} out."
-                    )
+            _refuse_changed("teacher", self, "cache_", "without --teacher.cache_dir", "Give it")
             return
         if "://" in self.cache_dir and self.cache_mode != "read":
             raise UserError(
@@ -239,16 +245,9 @@ class GenerationArgs:
 
     def __post_init__(self) -> None:
         if not self.seeds:
-            for field in fields(self):
-                if field.name != "seeds" and getattr(self, field.name) != field.default:
-                    raise UserError(
-                        f"--generation.{field.name} {getattr(self, field.name)} has no effect with --generation.seeds"
-                        " []; remove it."
-                    )
-        for name in ("max_new_tokens", "no_repeat_ngram", "batch_size", "max_prompts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--generation.{name} must be at least 1, got {value}.")
+            _refuse_changed("generation", self, "", "with --generation.seeds []", "Give seeds")
+        counts = ("max_new_tokens", "no_repeat_ngram", "batch_size", "max_prompts")
+        check_at_least_one("generation.", **{name: getattr(self, name) for name in counts})
         if self.temperature < 0:
             raise UserError(f"--generation.temperature must not be negative, got {self.temperature}.")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0:
@@ -295,9 +294,15 @@ class Options:
         return torch.cuda.is_available() or (self.dry_run and self.device_memory is not None)
 
     @property
+    def processes(self) -> int:
+        """Of the whole run, once the devices are counted."""
+        return self.devices * self.num_nodes
+
+    @property
     def teacher_dir(self) -> Path | None:
         """Where the teacher is, as it was given."""
         return self.checkpoint_dir if self.teacher.use_base else self.teacher_checkpoint_dir
 
 
 OPTIONS = tuple(field.name for field in fields(Options))
+"""Their names."""

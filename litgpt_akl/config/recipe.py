@@ -42,12 +42,12 @@ def recipe_as_yaml(arguments: dict[str, Any]) -> str:
 
     Credentials are masked; a run that is repeated asks for them again, by :func:`check_masked`.
     """
-    return yaml.dump(masked(_plain(arguments)), Dumper=Dumper, sort_keys=False)
+    return yaml.dump(masked(plain(arguments)), Dumper=Dumper, sort_keys=False)
 
 
 def check_masked(arguments: dict[str, Any]) -> None:
     """See that no argument is what a recipe has in place of a credential; raises UserError."""
-    for name, value in _flatten(_plain(arguments)).items():
+    for name, value in _flatten(plain(arguments)).items():
         if is_masked(value):
             option = name.replace(".init_args", "")
             raise UserError(
@@ -80,7 +80,8 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {name: item for key in value for name, item in _flatten(value[key], f"{prefix}{key}.").items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """An argument as YAML and JSON know it."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, Enum):
@@ -92,20 +93,20 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, PromptStyle):
         names = [name for name, style in prompt_styles.items() if style is type(value)]
         if names:
             return names[0]
     if dataclasses.is_dataclass(value) and all(map(dataclasses.is_dataclass, type(value).__mro__[:-1])):
         # the parser takes these without class_path; data modules have other classes among their bases
-        return _plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init})
+        return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init})
     if inspect.isclass(value) or inspect.isroutine(value):
         return _import_path(value)
     try:
-        return {"class_path": _import_path(type(value)), "init_args": _plain(_init_args(value))}
+        return {"class_path": _import_path(type(value)), "init_args": plain(_init_args(value))}
     except ValueError:
         # a type written in C, such as a tensor, has no signature: its text says at least what was there
         return str(value)

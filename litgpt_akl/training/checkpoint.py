@@ -27,31 +27,16 @@ from litgpt_akl.files.manifest import (
     write_manifest,
 )
 from litgpt_akl.messages import UserError
+from litgpt_akl.models import parallel
 from litgpt_akl.models.lora import ADAPTERS, adapters_of, read_trained, store_adapters, store_merged
 from litgpt_akl.models.model_files import ModelFiles, copy_model_files, describe_to_hugging_face
-from litgpt_akl.models.parallel import (
-    all_gather_object,
-    broadcast_object,
-    load_optimizer_state,
-    load_weights,
-    rank,
-    wait_for_all,
-)
 from litgpt_akl.models.tensor_file import TensorFile, read_tensors, tensor_file
 from litgpt_akl.models.vocabulary import write_config_without_padding
 
 TRAINING_STATE = "training_state.pth"
 """What training goes on from, beside the student."""
 
-POSITION = (
-    "step_count",
-    "epoch",
-    "tokens",
-    "start_cross_entropy",
-    "last_validation",
-    "validation_loss",
-    "nonfinite_in_a_row",
-)
+POSITION = "step_count epoch tokens start_cross_entropy last_validation validation_loss nonfinite_in_a_row".split()
 """Entries of the training state that say how far a run has come; plain numbers."""
 
 IDENTITY = ("data", "models")
@@ -93,38 +78,29 @@ def write_student(
         if prompt_style is not None:
             save_prompt_style(prompt_style, directory)
         (directory / "hyperparameters.yaml").write_text(recipe, encoding="utf-8")
-    with tensor_file(_in(directory, "lit_model.pth")) as file:
+    with tensor_file(directory and directory / "lit_model.pth") as file:
         file.save(store_merged(student, file))
     if adapters_of(student):
-        with tensor_file(_in(directory, ADAPTERS)) as file:
+        with tensor_file(directory and directory / ADAPTERS) as file:
             file.save(store_adapters(student, file))
 
 
-def save_student(directory: Path, state: dict, *, steps: int, model_files: ModelFiles, **options) -> None:
-    """Write the trained student, and a manifest that says of which run. All processes take part.
+def save_student(directory: Path, state: dict, *, steps: int, **options) -> None:
+    """Write the trained student of a run of ``steps`` steps, and a manifest; ``options`` are :func:`write_student`'s.
 
-    Args:
-        directory: Where it is to appear.
-        state: As in :func:`save_training_state`.
-        steps: Of the whole run, which may have ended before.
-        model_files: Those of the student's original checkpoint.
-        options: Those of :func:`write_student`.
-
-    Raises:
-        UserError: ``directory`` cannot be written; it is as it was.
+    All processes take part. Raises UserError if ``directory`` cannot be written; it is then as it was.
     """
     with _write_in_one_process(directory) as partial, explain_failure(directory):
-        write_student(partial, state["student"], model_files, **options)
+        write_student(partial, state["student"], **options)
         if partial is not None:
             write_manifest(partial, state["step_count"], None, steps=steps, **{name: state[name] for name in IDENTITY})
-    wait_for_all()
+    parallel.wait_for_all()
 
 
 def save_training_state(
     directory: Path,
     state: dict,
     *,
-    model_files: ModelFiles,
     metrics: dict[str, Any] | None,
     keep_last: int | None,
     timed: bool = False,
@@ -132,47 +108,39 @@ def save_training_state(
 ) -> None:
     """Write a ``step-...`` directory: the student, and what training goes on from; then delete older ones.
 
-    All processes of a run take part. One run at a time may write ``step-...`` directories beside each other.
+    All processes of a run take part. One run at a time may write ``step-...`` directories beside each other. Raises
+    UserError if ``directory`` cannot be written; everything is then as it was.
 
     Args:
         directory: Where it is to appear.
         state: Student, optimizer, scheduler, and what there is of ``POSITION`` and ``IDENTITY``.
-        model_files: Those of the student's original checkpoint.
         metrics: Which rows of the run's log are behind it, from :class:`~litgpt_akl.training.metrics.MetricsMarker`.
         keep_last: As in :func:`remove_old`; None keeps all.
         timed: Whether only the clock asks for it: the next save then deletes it.
         options: Those of :func:`write_student`.
-
-    Raises:
-        UserError: ``directory`` cannot be written; everything is as it was.
     """
-    if rank() == 0:
+    if parallel.rank() == 0:
         with explain_failure(directory):
             clear_leftovers(directory.parent, STEPS)
     with _write_in_one_process(directory) as partial, explain_failure(directory):
-        write_student(partial, state["student"], model_files, **options)
-        with tensor_file(_in(partial, TRAINING_STATE)) as file:
+        write_student(partial, state["student"], **options)
+        with tensor_file(partial and partial / TRAINING_STATE) as file:
             file.save(_training_state(state, file))
         if partial is not None:
             if metrics is not None:
                 (partial / METRICS_MARK).write_text(json.dumps(metrics), encoding="utf-8")
-            validated = state.get("last_validation") == state["step_count"]
-            loss = state.get("validation_loss") if validated else None
+            loss = state.get("validation_loss") if state.get("last_validation") == state["step_count"] else None
             data = {"data": state["data"]} if "data" in state else {}
             write_manifest(partial, state["step_count"], loss, timed=timed, **data)
-    if rank() == 0:
+    if parallel.rank() == 0:
         remove_timed(directory.parent, directory)
         if keep_last is not None:
             remove_old(directory.parent, keep_last, directory)
-    wait_for_all()
+    parallel.wait_for_all()
 
 
 def _write_in_one_process(directory: Path) -> AbstractContextManager[Path | None]:
-    return write_directory(directory) if rank() == 0 else nullcontext()
-
-
-def _in(directory: Path | None, name: str) -> Path | None:
-    return None if directory is None else directory / name
+    return write_directory(directory) if parallel.rank() == 0 else nullcontext()
 
 
 def _training_state(state: dict, file: TensorFile) -> dict[str, Any]:
@@ -182,8 +150,8 @@ def _training_state(state: dict, file: TensorFile) -> dict[str, Any]:
         number: {name: file.store(value) if isinstance(value, Tensor) else value for name, value in entries.items()}
         for number, entries in stateful["optimizer"]["state"].items()
     }
-    wait_for_all()
-    return {**plain, **stateful, "random": all_gather_object(random_state())}
+    parallel.wait_for_all()
+    return {**plain, **stateful, "random": parallel.all_gather_object(random_state())}
 
 
 def random_state() -> dict[str, Any]:
@@ -207,14 +175,12 @@ def set_random_state(saved: dict[str, Any]) -> None:
 
 
 def draw_own_numbers(step: int) -> None:
-    """Give each process PyTorch's random numbers of its own, which no other one draws; for dropout.
+    """Give each process PyTorch's random numbers of its own from a step on, which no other one draws; for dropout.
 
-    Python's and NumPy's stay those of all processes: what these choose, such as an example, is the same in each.
-
-    Args:
-        step: from which on, so that a process that comes later does not begin those of an earlier one again.
+    Python's and NumPy's stay those of all processes: what these choose, such as an example, is the same in each. One
+    that comes later does not begin those of an earlier one again, since the step is part of the seed.
     """
-    key = torch.initial_seed(), rank(), step
+    key = torch.initial_seed(), parallel.rank(), step
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
@@ -223,15 +189,9 @@ def find_training_state(
 ) -> Path | None:
     """The ``step-...`` directory that ``--resume`` means, known to be whole; None for a run from the start.
 
-    Args:
-        resume: A directory or a file in it, true for the newest one that is whole, or auto for that one if there is
-            any; which is newest is read from the manifests.
-        out_dir: Where true and auto look.
-        warn: Is told of every damaged directory that is skipped.
-
-    Raises:
-        UserError: there is no such directory, it is damaged, or all are; or ``out_dir`` has later steps, which a next
-            ``--resume auto`` would take for those of this run.
+    That is the given one, or for true the newest in ``out_dir``, by the manifests, that is whole, or for auto that one
+    if there is any. ``warn`` is told of every damaged directory that is skipped. Raises UserError if there is no such
+    directory, it is damaged, or all are; or if ``out_dir`` has later steps, which ``--resume auto`` would take up.
     """
     if not resume:
         _refuse_later_steps(out_dir, -1)
@@ -252,10 +212,9 @@ def find_training_state(
         damaged[directory] = what
     flag = f"--resume {str(resume).lower()}"
     if damaged:
-        reasons = ", ".join(f"{directory.name} ({reason})" for directory, reason in damaged.items())
-        raise UserError(
-            f"{flag}, but no checkpoint in {out_dir} is whole: {reasons}.\nLeave --resume out for a run from the start."
-        )
+        all_of_them = ", ".join(f"{directory.name} ({reason})" for directory, reason in damaged.items())
+        way_out = "Leave --resume out for a run from the start."
+        raise UserError(f"{flag}, but no checkpoint in {out_dir} is whole: {all_of_them}.\n{way_out}")
     if resume is True:
         raise UserError(f"{flag}, but {out_dir} has no step-... directory. Leave --resume out, or use auto.")
     return None
@@ -299,22 +258,19 @@ def load_training_state(directory: Path, state: dict) -> None:
     """Set student, optimizer, scheduler, position and random numbers to what :func:`save_training_state` saved.
 
     Process 0 reads, the others are told. ``IDENTITY`` is the caller's to compare. A LoRA student is given its adapters:
-    its base, which no training changes, it must have.
-
-    Raises:
-        UserError: what was trained is not what the student trains.
+    its base, which no training changes, it must have. Raises UserError if other parameters were trained.
     """
     weights = optimizer = saved = None
-    if rank() == 0:
+    if parallel.rank() == 0:
         weights = read_trained(directory, state["student"])
         saved = read_training_state(directory)
         optimizer = saved.pop("optimizer")
-    load_weights(state["student"], weights, trained_only=True)
-    load_optimizer_state(state["optimizer"], optimizer)
-    saved = broadcast_object(saved)
+    parallel.load_weights(state["student"], weights, trained_only=True)
+    parallel.load_optimizer_state(state["optimizer"], optimizer)
+    saved = parallel.broadcast_object(saved)
     state["scheduler"].load_state_dict(saved["scheduler"])
     state.update({name: saved[name] for name in POSITION if name in saved})
-    is_new = rank() >= len(saved["random"])
-    set_random_state(saved["random"][0 if is_new else rank()])
+    is_new = parallel.rank() >= len(saved["random"])
+    set_random_state(saved["random"][0 if is_new else parallel.rank()])
     if is_new:
         draw_own_numbers(saved["step_count"])

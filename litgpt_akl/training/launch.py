@@ -1,4 +1,4 @@
-"""A run in many processes ends as one, by a failure or by a signal."""
+"""A command's processes: started together, and ended together, by a failure or by a signal."""
 
 import functools
 import os
@@ -18,9 +18,21 @@ from torch import distributed
 
 from litgpt_akl.files.changed_files import check_mapped_files
 from litgpt_akl.messages import UserError, reason
-from litgpt_akl.models.parallel import all_reduce_max, rank, world_size
+from litgpt_akl.models.parallel import all_reduce_max, make_strategy, rank, world_size
+from litgpt_akl.training.logging import SpeakingFabric
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def start(function: Callable[[L.Fabric, Any], None], options: Any, cpu_offload: bool = False, loggers=()) -> None:
+    """Call a function in each of the processes that a command's options ask for, which shard models if they are many.
+
+    ``cpu_offload`` says whether the frozen one's shares lie in CPU memory.
+    """
+    machine = {"devices": options.devices, "num_nodes": options.num_nodes}
+    strategy = make_strategy(*machine.values(), options.hybrid_sharding, cpu_offload)
+    fabric = SpeakingFabric(**machine, strategy=strategy, precision=options.precision, loggers=loggers)
+    fabric.launch(function, options)
 
 
 def leave_if_stopped(fabric: L.Fabric, stop: "StopSignals", way_on: str) -> None:
@@ -35,10 +47,10 @@ def leave_if_stopped(fabric: L.Fabric, stop: "StopSignals", way_on: str) -> None
 class StopSignals:
     """While entered, notes the first stop signal and lets a second one act at once; says so, unless it is quiet."""
 
+    received: signal.Signals | None = None
+
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
-
-    received: signal.Signals | None = None
 
     def agreed(self, fabric: L.Fabric) -> signal.Signals | None:
         """The signal that any process has received; all processes must ask together."""
@@ -47,10 +59,8 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         # Python takes handlers in the main thread only
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
-        else:
-            self._previous = {}
+        signals = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self._previous = {number: signal.signal(number, self._note) for number in signals}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -63,11 +73,10 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self._restore()
-        if self.quiet:
-            return
-        # print is not safe here: the interrupted code may be in the middle of one
-        message = f"\n{self.received.name}: finishing this step and saving; a second signal stops at once.\n"
-        os.write(2, message.encode())
+        if not self.quiet:
+            # print is not safe here: the interrupted code may be in the middle of one
+            text = f"\n{self.received.name}: finishing this step and saving; a second signal stops at once.\n"
+            os.write(2, text.encode())
 
 
 FAILURE = "litgpt_akl/failure"
@@ -78,8 +87,6 @@ PATIENCE = 2.0
 """Seconds to wait for a word of a process that has gone."""
 GRACE = 10.0
 """Seconds for a process to notice by itself that another one has gone."""
-
-
 WAY_ON = "The others were ended; the same command with --resume auto goes on from the last checkpoint."
 """What to do after a process has gone, where a run saves checkpoints."""
 
@@ -145,14 +152,6 @@ def _tell(what: str) -> None:
         pass
 
 
-def _has_failed(store: distributed.Store) -> bool:
-    """Has a process told that it failed, or has process 0 gone, which keeps the store?"""
-    try:
-        return store.check([FAILURE])
-    except RuntimeError:
-        return True
-
-
 def _what_was_told(store: distributed.Store, way_on: str) -> str:
     try:
         store.wait([FAILURE], timedelta(seconds=PATIENCE))
@@ -168,37 +167,37 @@ def _watch_others(ended: threading.Event, asking: threading.Lock, way_on: str) -
 
     It does also the work of Lightning's observer of the processes it has started, which kills process 0 without a word.
     """
-    children = []
+    children: list[subprocess.Popen] = []
     for thread in threading.enumerate():
         if isinstance(thread, _ChildProcessObserver):
             children += thread._child_processes
             thread._child_processes = []
     speaks = rank() == 0 or bool(children)
     # a connection of its own: that of the main thread may be waiting for an answer
-    arguments = (children, _common_store().clone(), ended, asking, speaks, way_on)
-    threading.Thread(target=_end_with_others, args=arguments, daemon=True).start()
+    store = _common_store().clone()
 
+    def child_has_failed() -> bool:
+        return any(child.poll() for child in children)
 
-def _end_with_others(
-    children: list[subprocess.Popen],
-    store: distributed.Store,
-    ended: threading.Event,
-    asking: threading.Lock,
-    speaks: bool,
-    way_on: str,
-) -> None:
     def another_has_failed() -> bool:
+        """Has a process told that it failed, or has process 0 gone, which keeps the store?"""
         with asking:
-            return not ended.is_set() and _has_failed(store)
+            try:
+                return not ended.is_set() and store.check([FAILURE])
+            except RuntimeError:
+                return True
 
-    while all(not child.poll() for child in children) and not another_has_failed():
-        time.sleep(PERIOD)
-    # one that has nothing to say goes before process 0 does: PyTorch writes a page when it misses the common store
-    time.sleep(GRACE if speaks else PERIOD / 2)
-    if ended.is_set() and all(not child.poll() for child in children):
-        return
-    if speaks:
-        print(f"\nerror: {_what_was_told(store, way_on)}", file=sys.stderr, flush=True)
-    for child in children:
-        child.kill()
-    os._exit(1)
+    def end_with_others() -> None:
+        while not child_has_failed() and not another_has_failed():
+            time.sleep(PERIOD)
+        # one that has nothing to say goes before process 0 does: PyTorch writes a page when it misses the common store
+        time.sleep(GRACE if speaks else PERIOD / 2)
+        if ended.is_set() and not child_has_failed():
+            return
+        if speaks:
+            print(f"\nerror: {_what_was_told(store, way_on)}", file=sys.stderr, flush=True)
+        for child in children:
+            child.kill()
+        os._exit(1)
+
+    threading.Thread(target=end_with_others, daemon=True).start()

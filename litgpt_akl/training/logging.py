@@ -19,7 +19,6 @@ from litgpt.types import LoggerChoice
 from litgpt.utils import choose_logger
 
 from litgpt_akl.data.steps import StepBatch
-from litgpt_akl.loss.distillation_loss import STATISTICS
 from litgpt_akl.messages import UserError, progress_bar, reason, shown, tell
 from litgpt_akl.training.metrics import MetricsFile, copy_marked_rows
 
@@ -56,14 +55,8 @@ class Progress:
 
     def __init__(self, fabric: L.Fabric, total_steps: int, first_step: int) -> None:
         self.fabric = fabric
-        self.bar = progress_bar(
-            total=total_steps,
-            initial=first_step,
-            desc="distilling",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not fabric.is_global_zero,
-        )
+        options = {"desc": "distilling", "unit": "step", "dynamic_ncols": True, "disable": not fabric.is_global_zero}
+        self.bar = progress_bar(total=total_steps, initial=first_step, **options)
         self._start_counting()
 
     def _start_counting(self) -> None:
@@ -84,13 +77,11 @@ class Progress:
         self._response_tokens += step_batch.response_tokens
         self._steps += 1
 
-    def log(self, state: dict, sums: torch.Tensor, loss: float, gradient_norm: float, response_tokens: int) -> None:
-        """Send the last step's means to the logger and to the progress line."""
+    def log(self, state: dict, means: dict[str, float]) -> None:
+        """Send the last step's means, with what is known here, to the logger and to the progress line."""
         seconds = time.perf_counter() - self._time
         metrics = {
-            "loss": loss,
-            **dict(zip(STATISTICS, (sums / response_tokens).tolist(), strict=True)),
-            "gradient_norm": gradient_norm,
+            **means,
             "learning_rate": state["learning_rate"],
             "step": state["step_count"],
             "epoch": state["epoch"],
@@ -99,11 +90,14 @@ class Progress:
             "tokens_per_second": self._tokens / seconds,
             "response_tokens_per_second": self._response_tokens / seconds,
             "seconds_per_step": seconds / self._steps,
-            "memory_gb": memory_in_use(self.fabric.device),
         }
-        if self.fabric.device.type == "cuda":
+        device = self.fabric.device
+        if device.type == "cuda":
+            metrics["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
             # what the allocator holds, with what lies idle in the pools of its streams: this is what a GPU must have
-            metrics["memory_reserved_gb"] = torch.cuda.max_memory_reserved(self.fabric.device) / 1e9
+            metrics["memory_reserved_gb"] = torch.cuda.max_memory_reserved(device) / 1e9
+        else:
+            metrics["memory_gb"] = psutil.Process().memory_info().rss / 1e9
         on_policy_samples, written = state["on_policy_samples"], ""
         if on_policy_samples is not None:
             metrics["own_answers_time"] = on_policy_samples.seconds / seconds
@@ -112,7 +106,7 @@ class Progress:
         self._start_counting()
         self.fabric.log_dict(metrics, step=state["step_count"])
         self.bar.set_postfix_str(
-            f"loss {loss:.3f}, divergence {metrics['divergence']:.3f}, h {metrics['h']:.2f},"
+            f"loss {metrics['loss']:.3f}, divergence {metrics['divergence']:.3f}, h {metrics['h']:.2f},"
             f" {metrics['tokens_per_second']:,.0f} tokens/s,{written} lr {metrics['learning_rate']:.1e},"
             f" {metrics['memory_gb']:.1f} GB",
             refresh=False,
@@ -125,13 +119,6 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
-
-
-def memory_in_use(device: torch.device) -> float:
-    """Peak gigabytes on a GPU; gigabytes of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return psutil.Process().memory_info().rss / 1e9
 
 
 def silence_known_noise() -> None:
@@ -168,11 +155,7 @@ class MetricsLogger(CSVLogger):
 def make_loggers(
     logger_name: LoggerChoice, out_dir: Path, *, name: str, resume: bool, log_interval: int, log: LogArgs
 ) -> list[Logger]:
-    """LitGPT's logger of that name, and its CSV logger if that is another one: the report reads the CSV file.
-
-    Raises:
-        UserError: a package that it needs is not installed.
-    """
+    """LitGPT's logger of that name (UserError if it lacks a package), and its CSV logger, which the report reads."""
     options = {"name": name, "resume": resume, "log_interval": log_interval, "log_args": dataclasses.asdict(log)}
     csv_logger = MetricsLogger(out_dir / "logs", name="csv", flush_logs_every_n_steps=log_interval)
     try:
@@ -181,27 +164,29 @@ def make_loggers(
         raise UserError(f"--logger_name {logger_name} needs a package that is not installed: {error}") from error
 
 
+def _metrics_file(fabric: L.Fabric) -> MetricsFile | None:
+    return next((of.experiment for of in fabric.loggers if isinstance(of, CSVLogger)), None)
+
+
 def flushed_metrics(fabric: L.Fabric) -> Path | None:
     """The CSV file with all metrics so far, or None in a process that has none."""
-    for logger in fabric.loggers:
-        if isinstance(logger, CSVLogger):
-            logger.save()
-            return logger.experiment.path
-    return None
+    file = _metrics_file(fabric)
+    if file is None:
+        return None
+    file.save()
+    return file.path
 
 
 def continue_metrics(fabric: L.Fabric, checkpoint: Path, step: int) -> None:
     """Let this run's CSV file begin with the rows behind a checkpoint of that step; what is lost is told."""
-    for logger in fabric.loggers:
-        if isinstance(logger, CSVLogger):
-            log = logger.experiment.path
-            try:
-                log.parent.mkdir(parents=True, exist_ok=True)
-                columns, told = copy_marked_rows(checkpoint, step, log)
-                logger.experiment.begin_with(columns)
-            except OSError as error:
-                with suppress(OSError):
-                    log.unlink(missing_ok=True)
-                told = f"{log} cannot begin with the rows of {checkpoint}: {reason(error)}."
-            if told is not None:
-                tell(told)
+    file = _metrics_file(fabric)
+    try:
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        columns, told = copy_marked_rows(checkpoint, step, file.path)
+        file.begin_with(columns)
+    except OSError as error:
+        with suppress(OSError):
+            file.path.unlink(missing_ok=True)
+        told = f"{file.path} cannot begin with the rows of {checkpoint}: {reason(error)}."
+    if told is not None:
+        tell(told)

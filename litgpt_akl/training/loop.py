@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import lightning as L
 import torch
@@ -15,14 +14,14 @@ from litgpt_akl.data.steps import StepBatch
 from litgpt_akl.files.changed_files import check_mapped_files
 from litgpt_akl.files.directories import write_file
 from litgpt_akl.files.manifest import FINAL
-from litgpt_akl.loss.distillation_loss import STATISTICS
 from litgpt_akl.messages import UserError, reason
 from litgpt_akl.models.gpt import distillation_loss
 from litgpt_akl.models.parallel import all_reduce_max_each, gather_full
 from litgpt_akl.training.checkpoint import save_student, save_training_state
 from litgpt_akl.training.logging import Progress, flushed_metrics
 from litgpt_akl.training.reporting import report
-from litgpt_akl.training.run import Run, export_options, load_step_batches, make_step_batches
+from litgpt_akl.training.run import Run
+from litgpt_akl.training.validation import Sums
 
 NONFINITE_LIMIT = 3
 """Steps in a row that may be dropped for a loss or gradient that is not finite, before the run stops."""
@@ -32,10 +31,7 @@ def fit(fabric: L.Fabric, run: Run, state: dict) -> None:
     """Train from ``state``'s position to the last step, a stop signal, or the end of ``train.max_time`` seconds.
 
     A stop signal and the end of ``max_time`` let the step at hand be finished, and save it. After the last step the
-    student is saved before anything else is done.
-
-    Raises:
-        UserError: a loss or gradient is not finite.
+    student is saved before anything else is done. Raises UserError if a loss or gradient is not finite.
     """
     train, steps, stop = run.train, state["steps"], state["stop"]
     with (
@@ -49,7 +45,9 @@ def fit(fabric: L.Fabric, run: Run, state: dict) -> None:
             if step_batch.epoch > state["epoch"]:
                 state["caches"].share(fabric)
             result = take_step(fabric, state, step_batch, train.max_norm)
-            _count_step(state, step_batch, result)
+            state.update(epoch=step_batch.epoch, step_count=state["step_count"] + 1)
+            state["tokens"] += step_batch.tokens
+            state["nonfinite_in_a_row"] = 0 if result.finite else state["nonfinite_in_a_row"] + 1
             progress.step(step_batch)
             if not result.finite:
                 progress.write(_drop_step(fabric, run, state, step_batch, result))
@@ -57,7 +55,7 @@ def fit(fabric: L.Fabric, run: Run, state: dict) -> None:
             if step == steps:
                 save_final(run, state)
             if step % train.log_interval == 0 or step == steps:
-                progress.log(state, result.sums, result.loss, result.gradient_norm, step_batch.response_tokens)
+                progress.log(state, {"loss": result.loss, **result.means, "gradient_norm": result.gradient_norm})
             _validate_if_due(fabric, run, state, progress)
             now = time.perf_counter()
             over = now - start >= (train.max_time or math.inf)
@@ -74,20 +72,17 @@ def fit(fabric: L.Fabric, run: Run, state: dict) -> None:
 @contextmanager
 def _step_batches(fabric: L.Fabric, run: Run, state: dict) -> Iterator[Iterator[StepBatch]]:
     """This process's share of the steps that are left, fetched ahead, with on-policy samples in them."""
-    step_batches = make_step_batches(fabric, run, state["dataset"], state["caches"].training)
-    on_policy_samples = state["on_policy_samples"]
-    if on_policy_samples is not None:
-        step_batches = on_policy_samples.share_of(step_batches)
-    fetched = load_step_batches(run, step_batches, range(state["step_count"], state["steps"]))
+    step_batches = run.step_batches(fabric, state["dataset"], state["caches"].training)
+    own = state["on_policy_samples"]
+    if own is not None:
+        step_batches = own.share_of(step_batches)
+    fetched = run.fetch(step_batches, range(state["step_count"], state["steps"]))
     try:
-        if on_policy_samples is None:
-            yield fetched
-        else:
-            yield (on_policy_samples.complete(step_batch, step_batches) for step_batch in fetched)
+        yield fetched if own is None else (own.complete(step_batch, step_batches) for step_batch in fetched)
     finally:
         fetched.stop()
-    if on_policy_samples is not None:
-        fabric.print(f"On-policy: the student has answered {on_policy_samples.count:,} prompts")
+    if own is not None:
+        fabric.print(f"On-policy: the student has answered {own.count:,} prompts")
 
 
 @dataclass
@@ -96,8 +91,8 @@ class StepResult:
 
     loss: float
     """In nats per response token."""
-    sums: torch.Tensor
-    """Of the ``STATISTICS`` over the response tokens."""
+    means: dict[str, float]
+    """Over the response tokens, of what the loss tells of each."""
     gradient_norm: float
     """Before clipping."""
 
@@ -113,7 +108,7 @@ def take_step(fabric: L.Fabric, state: dict, step_batch: StepBatch, max_norm: fl
     goes on.
     """
     student, teacher, optimizer = state["student"], state["teacher"], state["optimizer"]
-    sums = torch.zeros(1 + len(STATISTICS), device=fabric.device)
+    sums = Sums(fabric)
     for batch, teacher_hidden in teacher.hidden_states(step_batch.micro_batches, state["caches"].training):
         targets = batch.input_ids, batch.positions, batch.labels, teacher_hidden
         loss, weight = state["loss"], 1.0
@@ -123,10 +118,12 @@ def take_step(fabric: L.Fabric, state: dict, step_batch: StepBatch, max_norm: fl
         result = distillation_loss(student, teacher.model, loss, *targets, state["vocab_size"])
         # sharding averages gradients over the processes
         fabric.backward(result.loss * (weight * fabric.world_size / step_batch.response_tokens))
-        sums += torch.stack([result.loss.detach() * weight, *result.stats.values()])
+        sums.add(loss=result.loss.detach() * weight, **result.stats)
     norm = clip_gradients(student, max_norm or math.inf)
-    loss, *sums = fabric.all_reduce(sums, reduce_op="sum").unbind()
-    result = StepResult(loss.item() / step_batch.response_tokens, torch.stack(sums), norm)
+    total = sums.of_all()
+    loss = total.pop("loss").item() / step_batch.response_tokens
+    means = torch.stack([*total.values()]) / step_batch.response_tokens
+    result = StepResult(loss, dict(zip(total, means.tolist(), strict=True)), norm)
     if result.finite:
         optimizer.step()
     optimizer.zero_grad()
@@ -145,19 +142,8 @@ def clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
     return norm.item()
 
 
-def _count_step(state: dict, step_batch: StepBatch, result: StepResult) -> None:
-    """Count a step that was taken or dropped."""
-    state.update(epoch=step_batch.epoch, step_count=state["step_count"] + 1)
-    state["tokens"] += step_batch.tokens
-    state["nonfinite_in_a_row"] = 0 if result.finite else state["nonfinite_in_a_row"] + 1
-
-
 def _drop_step(fabric: L.Fabric, run: Run, state: dict, step_batch: StepBatch, result: StepResult) -> str:
-    """What to say of a step whose loss or gradient was not finite, once its samples are listed, if the run may go on.
-
-    Raises:
-        UserError: it may not.
-    """
+    """What to say of a step that was not finite, once its samples are listed; UserError unless the run may go on."""
     listed, in_a_row = _list_samples(fabric, run, state, step_batch, result), state["nonfinite_in_a_row"]
     what = f"Step {state['step_count']}: the loss is {result.loss}, the gradient norm {result.gradient_norm}"
     if run.on_nonfinite == "skip" and in_a_row < NONFINITE_LIMIT:
@@ -189,36 +175,31 @@ def _validate_if_due(fabric: L.Fabric, run: Run, state: dict, progress: Progress
     step = state["step_count"]
     if 0 < step < state["steps"] and step % run.eval.interval == 0 and state["last_validation"] != step:
         with progress.paused():
-            report(fabric, run, state, progress)
+            report(fabric, run, state, with_example=True)
 
 
 def _save_if_due(fabric: L.Fabric, run: Run, state: dict, progress: Progress, due: bool, stopping: bool) -> None:
-    """Save a checkpoint by ``train.save_interval``, before a stop, or because it is ``due`` by the clock."""
+    """Save a ``step-...`` directory by ``train.save_interval``, before a stop, or since it is ``due`` by the clock."""
     step, interval = state["step_count"], run.train.save_interval
     by_interval = interval is not None and step % interval == 0
     # at the end there is the student
-    if by_interval or ((stopping or due) and step < state["steps"]):
-        with progress.paused():
-            directory = save_step(fabric, run, state, timed=not by_interval and not stopping)
-            progress.write(f"Step {step}: saved {directory}")
-        state["saved_at"] = time.perf_counter()
-
-
-def save_step(fabric: L.Fabric, run: Run, state: dict, timed: bool) -> Path:
-    """Write the ``step-...`` directory of the step that was taken last; ``timed`` if only the clock asks for it."""
-    # a run that resumes from here then reads what this one would have read
-    state["caches"].flush()
-    check_mapped_files()
-    directory = run.out_dir / f"step-{state['step_count']:06d}"
-    log = flushed_metrics(fabric) if fabric.is_global_zero else None
-    metrics = None if log is None else state["metrics_marker"].mark(log, run.out_dir)
-    options = {"keep_last": run.keep_last, "timed": timed, **export_options(run, state)}
-    save_training_state(directory, state, metrics=metrics, **options)
-    return directory
+    if not by_interval and (step == state["steps"] or not (stopping or due)):
+        return
+    with progress.paused():
+        # a run that resumes from here then reads what this one would have read
+        state["caches"].flush()
+        check_mapped_files()
+        directory = run.out_dir / f"step-{step:06d}"
+        log = flushed_metrics(fabric) if fabric.is_global_zero else None
+        metrics = None if log is None else state["metrics_marker"].mark(log, run.out_dir)
+        options = {"keep_last": run.keep_last, "timed": not by_interval and not stopping, **run.beside_weights(state)}
+        save_training_state(directory, state, metrics=metrics, **options)
+        progress.write(f"Step {step}: saved {directory}")
+    state["saved_at"] = time.perf_counter()
 
 
 def save_final(run: Run, state: dict) -> None:
     """Write ``final/``, as the student is now."""
     check_mapped_files()
-    save_student(run.out_dir / FINAL, state, steps=state["steps"], **export_options(run, state))
+    save_student(run.out_dir / FINAL, state, steps=state["steps"], **run.beside_weights(state))
     state["saved_student"] = state["step_count"]

@@ -1,15 +1,13 @@
 """What each process of a command runs: train a student from set-up to the last report, or fill a cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import lightning as L
 
-from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import MicroBatch
-from litgpt_akl.files.directories import explain_failure, make_writable, write_file
-from litgpt_akl.files.lock import locked
+from litgpt_akl.files.directories import explain_failure, write_file
 from litgpt_akl.files.manifest import FINAL, FINAL_HF, RECIPE
 from litgpt_akl.messages import UserError, progress_bar, reason
 from litgpt_akl.models.export import write_export
@@ -20,8 +18,9 @@ from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.launch import StopSignals, ending_together, is_loss_of_another, leave_if_stopped
 from litgpt_akl.training.logging import continue_metrics
 from litgpt_akl.training.loop import fit, save_final
+from litgpt_akl.training.out_dir import out_dir_locked
 from litgpt_akl.training.reporting import announce, refresh_page, report
-from litgpt_akl.training.run import Run, load_step_batches, make_step_batches, step_sampler, validation_batches
+from litgpt_akl.training.run import Run, Splits
 from litgpt_akl.training.setup import make_state, make_teacher, open_inputs
 from litgpt_akl.training.teacher_accuracy import report_accuracy
 
@@ -32,7 +31,7 @@ WAY_ON = "The same command with --resume auto goes on from the last checkpoint."
 @ending_together
 def main(fabric: L.Fabric, run: Run) -> None:
     """Load, train, validate and export, in each process of a run."""
-    with _out_dir_of(fabric, run):
+    with out_dir_locked(fabric, run.out_dir):
         inputs = open_inputs(fabric, run)
         if inputs is not None:
             train(fabric, run, *inputs)
@@ -43,18 +42,7 @@ def main(fabric: L.Fabric, run: Run) -> None:
             )
 
 
-@contextmanager
-def _out_dir_of(fabric: L.Fabric, run: Run) -> Iterator[None]:
-    """While entered, ``out_dir`` is this run's alone."""
-    if not fabric.is_global_zero:
-        yield
-        return
-    make_writable(run.out_dir)
-    with locked(run.out_dir):
-        yield
-
-
-def train(fabric: L.Fabric, run: Run, splits: tuple[TokenizedDataset, TokenizedDataset], caches: Caches) -> None:
+def train(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> None:
     """Train from the start or from a checkpoint, and save, export and report."""
     state = make_state(fabric, run, splits, caches)
     announce(fabric, run, state)
@@ -88,11 +76,7 @@ def train(fabric: L.Fabric, run: Run, splits: tuple[TokenizedDataset, TokenizedD
 
 
 def _report_on_student(fabric: L.Fabric, run: Run, state: dict, failures: list[str]) -> None:
-    """What is made of a student that is saved: export, last validation, examples, page; each of them is tried.
-
-    Raises:
-        UserError: names all ``failures``, those from before included.
-    """
+    """Try to export a saved student, validate it, keep examples, draw the page; raises UserError with all failures."""
     final = run.out_dir / FINAL
     with _noted_if_saved(state, failures, f"{run.out_dir / FINAL_HF}"):
         if run.export_hf and fabric.is_global_zero:
@@ -101,9 +85,9 @@ def _report_on_student(fabric: L.Fabric, run: Run, state: dict, failures: list[s
             fabric.print(f"{run.out_dir / FINAL_HF} is not of this student: litgpt export_hf {final} NEW_DIR")
     with _noted_if_saved(state, failures, "The last report"):
         if run.eval.final_validation:
-            report(fabric, run, state, None, failures.append)
+            report(fabric, run, state, complain=failures.append)
         else:
-            refresh_page(fabric, run, state, fabric.print, failures.append)
+            refresh_page(fabric, run, state, failures.append)
     with _noted_if_saved(state, failures, f"{run.teacher.cache_dir}"):
         state["caches"].flush()
     for logger in fabric.loggers:
@@ -136,51 +120,35 @@ def fill(fabric: L.Fabric, run: Run) -> None:
         return
     teacher = make_teacher(fabric, run, caches)
     report_accuracy(fabric, run, teacher.model, splits[0], caches)
+    # in the micro-batches of a run's first epoch, so that a run with these options finds its own numbers
+    sampler, (first, parts) = run.step_sampler(splits[0]), run.teacher.part()
+    steps = range(first, sampler.steps_per_epoch, parts)
+    steps = [step for step in steps if len(caches.training.absent(sampler.step(0, step)))]
     with StopSignals(quiet=not fabric.is_global_zero) as stop:
-        _fill_training(fabric, run, teacher, splits[0], caches, stop)
-        if stop.agreed(fabric) is None:
-            _fill_validation(fabric, run, teacher, splits[1], caches, stop)
+        add = partial(_add_to_cache, fabric, teacher, stop)
+        step_batches = run.fetch(run.step_batches(fabric, splits[0], caches.training), steps)
+        try:
+            batches = (step_batch.micro_batches for step_batch in step_batches)
+            add(caches.training, "filling the cache", batches, len(steps))
+        finally:
+            step_batches.stop()
+        if len(splits[1]) and first == 0 and stop.agreed(fabric) is None:
+            batches = [[batch] for batch in run.validation_batches(fabric, splits[1], caches.validation)]
+            add(caches.validation, "validation samples", batches, len(batches))
         caches.flush()
         leave_if_stopped(fabric, stop, "What was computed is kept; the same command goes on from there.")
-    first, parts = run.teacher.part()
     what = "all samples" if parts == 1 else f"part {first + 1} of {parts}"
     fabric.print(f"{caches.directory} has {what}: use it with --teacher.cache_dir {caches.directory}")
-
-
-def _fill_training(
-    fabric: L.Fabric, run: Run, teacher: Teacher, dataset: TokenizedDataset, caches: Caches, stop: StopSignals
-) -> None:
-    """In the micro-batches of a run's first epoch, so that a run with these options finds its own numbers."""
-    sampler, (first, parts) = step_sampler(run, dataset), run.teacher.part()
-    steps = [
-        step
-        for step in range(first, sampler.steps_per_epoch, parts)
-        if len(caches.training.absent(sampler.step(0, step)))
-    ]
-    step_batches = load_step_batches(run, make_step_batches(fabric, run, dataset, caches.training), steps)
-    batches = (step_batch.micro_batches for step_batch in step_batches)
-    try:
-        _add_to_cache(fabric, teacher, batches, len(steps), caches.training, stop, "filling the cache")
-    finally:
-        step_batches.stop()
-
-
-def _fill_validation(
-    fabric: L.Fabric, run: Run, teacher: Teacher, dataset: TokenizedDataset, caches: Caches, stop: StopSignals
-) -> None:
-    if len(dataset) and run.teacher.part()[0] == 0:
-        batches = [[batch] for batch in validation_batches(fabric, run, dataset, caches.validation)]
-        _add_to_cache(fabric, teacher, batches, len(batches), caches.validation, stop, "validation samples")
 
 
 def _add_to_cache(
     fabric: L.Fabric,
     teacher: Teacher,
-    step_batches: Sequence[list[MicroBatch]] | Iterator[list[MicroBatch]],
-    number: int,
-    cache: TeacherCache,
     stop: StopSignals,
+    cache: TeacherCache,
     what: str,
+    step_batches: Iterable[list[MicroBatch]],
+    number: int,
 ) -> None:
     bar = progress_bar(step_batches, total=number, desc=what, unit="step", disable=not fabric.is_global_zero)
     for batches in bar:

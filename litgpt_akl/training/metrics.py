@@ -167,11 +167,10 @@ class MetricsMarker:
         self._bytes, self._rows, self._digest = len(header), 0, xxhash.xxh3_128(header)
 
     def mark(self, log: Path, directory: Path) -> dict[str, Any]:
-        """What a checkpoint keeps: columns, rows, bytes and checksum of the log as it is now, which is flushed.
+        """What a checkpoint keeps: columns, rows, bytes and checksum of a flushed log as it is now.
 
-        Args:
-            log: All metrics so far. One that cannot be read counts as it was at the last call.
-            directory: Of all checkpoints; the log is named from there, so that both can be moved together.
+        A log that cannot be read counts as it was at the last call. It is named from the ``directory`` of all
+        checkpoints, so that both can be moved together.
         """
         # an error is the logger's to tell, and whoever goes on from the mark will be told
         with suppress(OSError):
@@ -198,18 +197,13 @@ class MetricsMarker:
 
 
 def copy_marked_rows(checkpoint: Path, step: int, log: Path) -> tuple[list[str], str | None]:
-    """Let a new log begin with the rows that a checkpoint has behind it, so that none is missing or comes twice.
+    """Let a new log begin with the rows that a checkpoint of that step has behind it: none is missing or comes twice.
 
-    Args:
-        checkpoint: Whole, as its manifest says.
-        step: Its.
-        log: To be written; there is none if the checkpoint has no rows behind it, or none of them was found.
+    There is no log if the checkpoint, which is whole, has no rows behind it, or none of them was found. Raises OSError
+    if ``log`` cannot be written.
 
     Returns:
         The log's columns, if any; and what is to be told if its rows are not those that the checkpoint was saved with.
-
-    Raises:
-        OSError: ``log`` cannot be written.
     """
     if (checkpoint / METRICS_COPY).is_file():
         shutil.copyfile(checkpoint / METRICS_COPY, log)
@@ -278,34 +272,24 @@ def _marked_text(source: BinaryIO, mark: dict[str, Any]) -> Iterator[bytes]:
 
 
 def _copy_sound_rows(source: Path, step: int, mark: dict[str, Any], log: Path) -> int:
-    """Copy what is left of a log that something has changed, in the columns that were marked; how many rows it is."""
-    written = 0
-    with log.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, mark["columns"], extrasaction="ignore")
+    """Copy a changed log's rows of numbers in order, up to a step, in the columns that were marked; how many it is."""
+    written = last = 0
+    options = {"encoding": "utf-8", "newline": ""}
+    # what follows upon an error is no table any more
+    with source.open(errors="replace", **options) as old, log.open("w", **options) as new, suppress(csv.Error):
+        reader, writer = csv.reader(old), csv.DictWriter(new, mark["columns"], extrasaction="ignore")
         writer.writeheader()
-        for row in islice(_sound_rows(source, step), mark["rows"]):
-            writer.writerow(row)
-            written += 1
+        columns = next(reader, [])
+        if "step" not in columns or len(set(columns)) < len(columns):
+            return 0
+        for cells in reader:
+            row = dict(zip(columns, cells, strict=False))
+            if len(cells) == len(columns) and _is_sound(row) and last <= int(row["step"]) <= step:
+                writer.writerow(row)
+                written, last = written + 1, int(row["step"])
+            if written == mark["rows"]:
+                break
     return written
-
-
-def _sound_rows(source: Path, step: int) -> Iterator[dict[str, str]]:
-    """The rows up to a step, as far as they are rows of numbers in order."""
-    last = 0
-    with source.open(encoding="utf-8", errors="replace", newline="") as file:
-        reader = csv.reader(file)
-        try:
-            columns = next(reader, [])
-            if "step" not in columns or len(set(columns)) < len(columns):
-                return
-            for cells in reader:
-                row = dict(zip(columns, cells, strict=False))
-                if len(cells) == len(columns) and _is_sound(row) and last <= int(row["step"]) <= step:
-                    last = int(row["step"])
-                    yield row
-        except csv.Error:
-            # what follows is no table any more
-            return
 
 
 def _is_sound(row: dict[str, str]) -> bool:

@@ -22,12 +22,7 @@ from litgpt_akl.models.parallel import all_gather_object
 
 
 def limits_of_prompts(config: Config, longest: int) -> dict[str, int]:
-    """Tokens of the longest prompt that a student can respond to, by what sets each limit.
-
-    Args:
-        config: of the student.
-        longest: tokens of prompt and response together, at most.
-    """
+    """Tokens of the longest prompt that a student can respond to in ``longest`` tokens together, by what limits it."""
     limits = {f"the {longest:,} tokens of prompt and answer allow": min(longest, config.block_size) - 1}
     if config.sliding_window_size is not None:
         # LitGPT's cache cannot take a longer one
@@ -50,18 +45,9 @@ def count_skipped(dataset: TokenizedDataset, limits: dict[str, int]) -> tuple[in
 def check_prompts(
     dataset: TokenizedDataset, config: Config, distill: DistillArgs, *, longest: int, steps: int, steps_per_epoch: int
 ) -> str:
-    """What to say of the prompts that a student is to respond to, if there are any.
+    """What to say of the prompts that a student is to respond to, in at most ``longest`` tokens with its response.
 
-    Args:
-        dataset: of the training samples.
-        config: of the student.
-        distill: of the command.
-        longest: tokens of prompt and response together, at most.
-        steps: of the whole run.
-        steps_per_epoch: of an epoch.
-
-    Raises:
-        UserError: the student can answer none, or its share is so small that the run would draw none.
+    Raises UserError if it can answer none, or its share is so small that ``steps`` would draw none.
     """
     too_long, missing, skipped = count_skipped(dataset, limits_of_prompts(config, longest))
     answerable = len(dataset) - too_long - missing
@@ -88,16 +74,10 @@ def check_prompts(
 
 
 class OnPolicySamples:
-    """Lets a student write the responses of some of a step's samples.
+    """Lets a student, as Fabric set it up, write the responses of some of a step's samples.
 
-    Args:
-        fabric: of the run.
-        student: as Fabric set it up.
-        distill: of the command.
-        stop: what ends a response, from :func:`~litgpt_akl.models.generation.stop_sequences`.
-        vocab_size: ids that the tokenizer has.
-        longest: tokens of prompt and response together, at most.
-        seed: of the run.
+    ``stop`` is what ends a response, from :func:`~litgpt_akl.models.generation.stop_sequences`; ``vocab_size`` are the
+    tokenizer's ids, and ``longest`` the tokens of prompt and response together, at most.
     """
 
     def __init__(
@@ -124,13 +104,9 @@ class OnPolicySamples:
         return replace(step_batches, on_policy=self.distill.on_policy, longest_prompt=longest)
 
     def complete(self, step_batch: StepBatch, step_batches: StepBatches) -> StepBatch:
-        """A step batch with the student's responses: micro-batches of this rank's share, and the tokens of all.
+        """A step batch with the student's responses: this rank's share of the micro-batches, cut as ``step_batches``.
 
         All processes must ask together, with the same prompts.
-
-        Args:
-            step_batch: from ``step_batches``.
-            step_batches: how it was cut.
         """
         if not step_batch.prompts:
             return step_batch

@@ -22,13 +22,10 @@ HOW_IT_WORKS = {"fused", "foreach", "capturable", "differentiable"}
 
 
 def make_optimizer(optimizer: str | dict, student: torch.nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-    """LitGPT's way from a name or a config to an optimizer; raises UserError if there is none such.
+    """LitGPT's way from a name, or class_path and init_args, to an optimizer of what a student trains.
 
-    Args:
-        optimizer: a name, or class_path and init_args.
-        student: has the parameters.
-        fused: whether one that PyTorch has fused is fused, unless its config says how it is to work: on a CPU a fused
-            AdamW takes a fifth of the time. For where it cannot be, see :func:`check_optimizer`.
+    With ``fused`` one that PyTorch has fused is fused, unless its config says how it is to work: on a CPU a fused AdamW
+    takes a fifth of the time. For where it cannot be, see :func:`check_optimizer`. Raises UserError if there is none.
     """
     told = isinstance(optimizer, dict) and not HOW_IT_WORKS.isdisjoint(optimizer["init_args"])
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -45,11 +42,7 @@ def make_optimizer(optimizer: str | dict, student: torch.nn.Module, fused: bool 
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, warmup: int, steps: int, min_lr: float) -> LambdaLR:
-    """Linear warm-up to each group's learning rate, then a cosine down to ``min_lr`` at the last step.
-
-    Raises:
-        UserError: ``min_lr`` lies above a learning rate.
-    """
+    """Linear warm-up to each group's rate, then a cosine down to ``min_lr``, above which it lies (else UserError)."""
 
     def schedule(highest: float) -> Callable[[int], float]:
         floor = min_lr / highest if highest > 0 else 0.0
@@ -86,22 +79,15 @@ def check_optimizer(
     num_nodes: int,
     cuda: bool,
 ) -> bool:
-    """See that an optimizer can take a run's steps.
+    """See that an optimizer can take a run's steps; whether it is to be fused, if PyTorch has it fused.
+
+    Raises UserError if it cannot be made or takes no steps; or on parameters that processes share none, or others.
 
     Args:
-        optimizer: of the command.
-        min_lr: of the command.
+        optimizer: of the command, as ``min_lr``, ``devices`` and ``num_nodes``.
         vectors: whether not only matrices are trained.
         dtype: of the student.
-        devices: processes on each node.
-        num_nodes: nodes.
         cuda: whether the devices are GPUs; they are not asked.
-
-    Returns:
-        Whether it is to be fused, if PyTorch has it fused.
-
-    Raises:
-        UserError: it cannot be made or takes no steps; or on parameters that processes share none, or others.
     """
     name = optimizer if isinstance(optimizer, str) else optimizer["class_path"]
     starts = small_parameters(vectors)

@@ -3,15 +3,20 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import yaml
 
 from litgpt_akl.config.args import TeacherArgs
-from litgpt_akl.files.directories import explain_failure, remove_directory, restore_previous, set_aside
+from litgpt_akl.config.recipe import differences
+from litgpt_akl.data.dataset import TokenizedDataset
+from litgpt_akl.files.directories import explain_failure, make_writable, remove_directory, restore_previous, set_aside
+from litgpt_akl.files.lock import locked
 from litgpt_akl.files.manifest import (
     EXAMPLES,
     FINAL,
@@ -26,20 +31,29 @@ from litgpt_akl.files.manifest import (
     read_manifest,
     step_of,
 )
-from litgpt_akl.messages import UserError, not_permitted
+from litgpt_akl.messages import UserError, not_permitted, say
 from litgpt_akl.models.pair import Pair
+from litgpt_akl.models.weights import fingerprint, is_of, weights_files
 from litgpt_akl.training.checkpoint import find_training_state
+from litgpt_akl.training.run import Run, total_steps
 
 PAGE_MARK = "distillation report</title>"
 """What the report pages have in their head."""
 
 
-def check_places(out_dir: Path, teacher: TeacherArgs, pair: Pair) -> None:
-    """See that a run writes into neither of the checkpoints that it reads, and keeps no cache where it will be removed.
+@contextmanager
+def out_dir_locked(fabric: L.Fabric, out_dir: Path) -> Iterator[None]:
+    """While entered, a command's directory is its alone, which process 0 sees to; raises UserError if it cannot be."""
+    if not fabric.is_global_zero:
+        yield
+        return
+    make_writable(out_dir)
+    with locked(out_dir):
+        yield
 
-    Raises:
-        UserError: names the option and the way out.
-    """
+
+def check_places(out_dir: Path, teacher: TeacherArgs, pair: Pair) -> None:
+    """See that a run writes into no checkpoint it reads, and keeps no cache in what it replaces; raises UserError."""
     replaced = (FINAL, FINAL_HF, STEPS)
     if teacher.cache_mode != "fill":
         check_apart("--out_dir", out_dir, pair.directories, replaced)
@@ -57,16 +71,11 @@ def check_places(out_dir: Path, teacher: TeacherArgs, pair: Pair) -> None:
 
 
 def check_apart(option: str, target: Path, read: dict[str, Path], replaced: tuple[str, ...] = ()) -> None:
-    """See that nothing is written into a checkpoint that is read.
+    """See that nothing is written into a checkpoint that is ``read``, by its role in a message.
 
-    Args:
-        option: What names the target on the command line.
-        target: A directory that is written to; it need not be there yet.
-        read: Checkpoint directories, by what a message calls them.
-        replaced: Patterns of the names in ``target`` that are replaced as a whole, or removed.
-
-    Raises:
-        UserError: the target, or what it leads to, is one of them or lies in one; or one lies in what is replaced.
+    The ``target``, named by its ``option``, need not be there yet; ``replaced`` are patterns of names in it that are
+    replaced as a whole, or removed. Raises UserError if the target, or what it leads to, is such a checkpoint or lies
+    in one; or if one lies in what is replaced.
     """
     places = [path for pattern in replaced for path in target.glob(pattern)]
     for role, directory in read.items():
@@ -86,8 +95,7 @@ def check_apart(option: str, target: Path, read: dict[str, Path], replaced: tupl
 def is_within(path: Path, directory: Path) -> bool:
     """Whether a path, which need not be there, is a directory or lies in it, whatever links or mounts lead there.
 
-    Raises:
-        UserError: one of them lies where this user may not look.
+    Raises UserError if one of them lies where this user may not look.
     """
     path = path.resolve()
     try:
@@ -98,17 +106,11 @@ def is_within(path: Path, directory: Path) -> bool:
         raise not_permitted(error, path) from error
 
 
-def check_content(out_dir: Path, exports: bool, resumes: bool, tell: Callable[[str], None]) -> None:
-    """See that what a run is about to replace was written by one.
+def _check_content(out_dir: Path, exports: bool, resumes: bool) -> None:
+    """See that what a run is about to replace was written by one; raises UserError if it was not.
 
-    Args:
-        out_dir: The run's.
-        exports: Whether ``final-hf/`` will be written.
-        resumes: Whether it goes on there: its page, examples and recipe are then worth no refusal, but set aside.
-        tell: Is told what is set aside.
-
-    Raises:
-        UserError: something else has the name of what a run writes.
+    In one that ``resumes``, page, examples and recipe are worth no refusal, but set aside. ``exports`` says whether
+    ``final-hf/`` will be written.
     """
     with explain_failure(out_dir):
         for name in (FINAL, FINAL_HF):
@@ -128,7 +130,7 @@ def check_content(out_dir: Path, exports: bool, resumes: bool, tell: Callable[[s
             continue
         if resumes and name in (RECIPE, PAGE, EXAMPLES):
             with explain_failure(out_dir):
-                tell(f"{path} is not what this run has written: it is renamed to {set_aside(path).name}.")
+                say(f"{path} is not what this run has written: it is renamed to {set_aside(path).name}.")
         else:
             raise UserError(
                 f"--out_dir {out_dir}: {path} is not what a run of finetune_akl writes under that name, and would be"
@@ -180,24 +182,16 @@ def _check_replaceable(final: Path) -> None:
         )
 
 
-def open_out_dir(
-    out_dir: Path, resume: bool | Literal["auto"] | Path, overwrite: bool, exports: bool, tell: Callable[[str], None]
-) -> Path | None:
+def open_out_dir(out_dir: Path, resume: bool | Literal["auto"] | Path, overwrite: bool, exports: bool) -> Path | None:
     """What a run goes on from; before it begins, what it replaces is asked for, and what would mislead is removed.
 
-    Args:
-        out_dir: The run's, which is locked.
-        resume: As in :func:`~litgpt_akl.training.checkpoint.find_training_state`.
-        overwrite: Whether a student and checkpoints of another run may be replaced.
-        exports: Whether ``final-hf/`` will be written.
-        tell: Is told what is skipped, or removed.
-
-    Raises:
-        UserError: there is something that the run must not replace; or nothing to go on from.
+    What is skipped, or removed, is said. The directory is the run's, which is locked; ``resume`` is as in
+    :func:`~litgpt_akl.training.checkpoint.find_training_state`. Raises UserError if there is something that the run
+    must not replace, or nothing to go on from.
     """
-    check_content(out_dir, exports, bool(resume) and any(out_dir.glob(STEPS)), tell)
+    _check_content(out_dir, exports, bool(resume) and any(out_dir.glob(STEPS)))
     if resume is True or resume == "auto":
-        return find_training_state(resume, out_dir, warn=tell)
+        return find_training_state(resume, out_dir, warn=say)
     goes_on_here = bool(resume) and is_within(Path(resume), out_dir)
     if (out_dir / FINAL).exists() and not overwrite and not goes_on_here:
         raise UserError(
@@ -205,15 +199,15 @@ def open_out_dir(
             "Give --overwrite true to replace it, or another --out_dir."
         )
     if not overwrite:
-        return find_training_state(resume, out_dir, warn=tell)
+        return find_training_state(resume, out_dir, warn=say)
     _check_replaceable(out_dir / FINAL)
     # not in out_dir, so that nothing there counts as another run's before it is known what to go on from
-    directory = find_training_state(resume, out_dir / FINAL, warn=tell) if resume else None
-    _remove_later(out_dir, -1 if directory is None else step_of(directory), tell)
+    directory = find_training_state(resume, out_dir / FINAL, warn=say) if resume else None
+    _remove_later(out_dir, -1 if directory is None else step_of(directory))
     return directory
 
 
-def _remove_later(out_dir: Path, step: float, tell: Callable[[str], None]) -> None:
+def _remove_later(out_dir: Path, step: float) -> None:
     """Delete the checkpoints of later steps, which a next ``--resume auto`` would go on from."""
     later = {path.name: path for path in newest_first(out_dir) if (path / MANIFEST).is_file() and step_of(path) > step}
     others = sorted(name for name in later if not re.fullmatch(r"step-\d{6,}", name))
@@ -226,31 +220,44 @@ def _remove_later(out_dir: Path, step: float, tell: Callable[[str], None]) -> No
         for path in later.values():
             remove_directory(path)
     if later:
-        tell(f"--overwrite true: removed {', '.join(sorted(later))} in {out_dir}.")
+        say(f"--overwrite true: removed {', '.join(sorted(later))} in {out_dir}.")
     if (out_dir / FINAL).exists():
-        tell(f"--overwrite true: {out_dir / FINAL} stays until the new student replaces it.")
+        say(f"--overwrite true: {out_dir / FINAL} stays until the new student replaces it.")
 
 
-def is_finished(
-    out_dir: Path,
-    resume: bool | Literal["auto"] | Path,
-    found: Path | None,
-    steps: int,
-    changes_since: Callable[[str, dict[str, Any]], list[str]],
-) -> bool:
-    """Whether ``final/`` is what a run that goes on would end with.
+def identity(run: Run, dataset: TokenizedDataset, teacher_weights: str | None = None) -> dict[str, Any]:
+    """What is trained on what, as a checkpoint keeps it; ``teacher_weights`` is told where they need not be there."""
+    student, teacher = run.pair.student_dir, run.pair.teacher_dir
+    models = {"student": fingerprint(student)}
+    if teacher_weights or weights_files(teacher):
+        models["teacher"] = teacher_weights or fingerprint(teacher)
+    data = {"samples": len(dataset), "fingerprint": dataset.fingerprint}
+    if date := getattr(run.data, "date", None):
+        data["date"] = date
+    return {"data": data, "models": models}
 
-    Args:
-        out_dir: The run's.
-        resume: What was asked for.
-        found: The checkpoint to go on from, if there is one.
-        steps: Of the whole run.
-        changes_since: Gives what differs between this run and one with a recipe and a manifest.
 
-    Raises:
-        UserError: it would be replaced by something else, or has changed.
+def changes_since(run: Run, recipe: str, saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """What changes a run's result: from a saved one's recipe, as YAML, and its :func:`identity`, to this one's."""
+    changes = differences(recipe, run.recipe)
+    for role, weights in current["models"].items():
+        recorded = saved["models"].get(role, weights)
+        if recorded != weights and not is_of(recorded, run.pair.directories[role]):
+            changes.append(f"the {role} has other weights")
+    if saved["data"] != current["data"]:
+        samples = [f"{data['samples']:,}" for data in (saved["data"], current["data"])]
+        dates = [data.get("date") for data in (saved["data"], current["data"])]
+        written = f", prompts of {dates[0] or 'an unknown day'} -> {dates[1]}" if dates[0] != dates[1] else ""
+        changes.append(f"other training samples ({samples[0]} -> {samples[1]}{written})")
+    return changes
+
+
+def is_finished(run: Run, resume: bool | Literal["auto"] | Path, dataset: TokenizedDataset) -> bool:
+    """Whether ``final/`` is what a run would end with that was asked to ``resume``, and goes on from ``run.resume``.
+
+    Raises UserError if it would be replaced by something else, or has changed.
     """
-    final = out_dir / FINAL
+    final, steps = run.out_dir / FINAL, total_steps(run.train, len(dataset))
     anew = "Give --overwrite true in place of --resume to train anew, or another --out_dir."
     if not final.exists():
         return False
@@ -259,12 +266,12 @@ def is_finished(
         if "steps" not in manifest:
             raise Damaged(f"its {MANIFEST} is of a checkpoint")
     except Damaged as damaged:
-        if found is None:
+        if run.resume is None:
             raise UserError(f"{final}: it is not known how far it was trained ({damaged}).\n{anew}") from None
         _check_replaceable(final)
         return False
-    changes = changes_since((final / RECIPE).read_text(encoding="utf-8"), manifest)
-    step = manifest["step"]
+    recipe, step = (final / RECIPE).read_text(encoding="utf-8"), manifest["step"]
+    changes = [] if run.accept_changes else changes_since(run, recipe, manifest, identity(run, dataset))
     if not changes and step >= steps:
         what = damage(final)
         if what:
@@ -272,7 +279,7 @@ def is_finished(
         if resume is not True and resume != "auto":
             raise UserError(f"--resume {resume}: {final} is the student after all {step} steps already.\n{anew}")
         return True
-    if found is None:
+    if run.resume is None:
         reason = "; ".join(changes) or f"it was trained for {step} steps, this run has {steps}"
         raise UserError(f"{final} is of another run ({reason}), and there is no step-... to go on from.\n{anew}")
     _check_replaceable(final)

@@ -20,7 +20,7 @@ from litgpt_akl.data.steps import in_order, together
 from litgpt_akl.files.manifest import EXAMPLES, PAGE
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.loss.divergences import in_head
-from litgpt_akl.messages import reason
+from litgpt_akl.messages import reason, tell
 from litgpt_akl.models.generation import generate, longest_prompt, stop_sequences, without_end
 from litgpt_akl.models.gpt import Head
 from litgpt_akl.models.lora import without_adapters
@@ -28,8 +28,8 @@ from litgpt_akl.models.parallel import broadcast_object, reshard
 from litgpt_akl.models.vocabulary import describe_padding
 from litgpt_akl.report.runs import take_examples, write_examples
 from litgpt_akl.teacher.teacher import HeadOnly
-from litgpt_akl.training.logging import Progress, flushed_metrics
-from litgpt_akl.training.run import Run, validation_records
+from litgpt_akl.training.logging import flushed_metrics
+from litgpt_akl.training.run import Run
 from litgpt_akl.training.validation import validate
 
 RECORDS = 3
@@ -44,11 +44,10 @@ CONTEXT = 20
 
 def announce(fabric: L.Fabric, run: Run, state: dict) -> None:
     """A few lines that say what is about to happen."""
-    for role, directory in run.pair.directories.items():
-        model = state["student"] if role == "student" else state["teacher"].model
-        layers, parameters = model.config.n_layer, num_parameters(model) / 1e6
-        kept = "its LM head" if isinstance(model, HeadOnly) else f"{layers} layers"
-        fabric.print(f"{role.capitalize()}: {directory}, {kept}, {parameters:,.1f} M parameters")
+    for role, model in (("student", state["student"]), ("teacher", state["teacher"].model)):
+        kept = "its LM head" if isinstance(model, HeadOnly) else f"{model.config.n_layer} layers"
+        parameters = num_parameters(model) / 1e6
+        fabric.print(f"{role.capitalize()}: {run.pair.directories[role]}, {kept}, {parameters:,.1f} M parameters")
     if padding := describe_padding(run.pair.student_config, state["student"].config.padded_vocab_size):
         fabric.print(f"{padding} The student is trained and written without them.")
     if run.lora.r is not None:
@@ -75,29 +74,25 @@ def announce(fabric: L.Fabric, run: Run, state: dict) -> None:
 
 
 def report(
-    fabric: L.Fabric,
-    run: Run,
-    state: dict,
-    progress: Progress | None = None,
-    complain: Callable[[str], None] | None = None,
+    fabric: L.Fabric, run: Run, state: dict, with_example: bool = False, complain: Callable[[str], None] = tell
 ) -> None:
-    """Validate, log, print and refresh the page; during training also print an example of the student's responses.
+    """Validate, log, print, keep examples of what both models say, and refresh the page.
 
-    What cannot be written is handed to ``complain``, or printed.
+    With ``with_example`` also the student's response to a prompt is printed. What cannot be written is handed to
+    ``complain``, in process 0.
     """
-    tell = progress.write if progress else fabric.print
-    complain = complain or tell
     if len(state["validation_dataset"]) > 0:
         metrics = validate(fabric, run, state)
         state["caches"].flush()
         if metrics is None:
             return
         fabric.log_dict(metrics, step=state["step_count"])
-        tell(f"Step {state['step_count']}: {describe(metrics)}")
-        if progress is not None and run.eval.max_new_tokens is not None:
-            print_example(fabric, run, state, tell)
-        keep_examples(fabric, run, state, tell, complain)
-    refresh_page(fabric, run, state, tell, complain)
+        if fabric.is_global_zero:
+            tell(f"Step {state['step_count']}: {describe(metrics)}")
+        if with_example and run.eval.max_new_tokens is not None:
+            print_example(fabric, run, state)
+        keep_examples(fabric, run, state, complain)
+    refresh_page(fabric, run, state, complain)
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -111,7 +106,7 @@ def describe(metrics: dict[str, float]) -> str:
     )
 
 
-def print_example(fabric: L.Fabric, run: Run, state: dict, tell: Callable[[str], None]) -> None:
+def print_example(fabric: L.Fabric, run: Run, state: dict) -> None:
     """Print the prompt that was asked for and the student's response to it, if the student can read the prompt.
 
     All processes must ask together; the step seeds what is drawn.
@@ -120,19 +115,12 @@ def print_example(fabric: L.Fabric, run: Run, state: dict, tell: Callable[[str],
     prompt = example_prompt(run.data, state["validation_dataset"], tokenizer, run.eval)
     if prompt is None or len(prompt) > longest_prompt(student.config):
         return
-    stop = stop_sequences(tokenizer, None)
+    options = {"max_new_tokens": run.eval.max_new_tokens, "stop": stop_sequences(tokenizer, None)}
+    options |= {"vocab_size": run.pair.vocab_size, "seeds": [(state["step_count"],)], "temperature": 0.8}
     # every process draws the same: a sharded model only runs in all of them together
-    (response,) = generate(
-        fabric,
-        student,
-        [prompt],
-        max_new_tokens=run.eval.max_new_tokens,
-        stop=stop,
-        vocab_size=run.pair.vocab_size,
-        seeds=[(state["step_count"],)],
-        temperature=0.8,
-    )
-    tell(f"{tokenizer.decode(torch.tensor([*prompt.tolist(), *without_end(response, stop)]))}\n")
+    (response,) = generate(fabric, student, [prompt], **options)
+    if fabric.is_global_zero:
+        tell(f"{tokenizer.decode(torch.tensor([*prompt.tolist(), *without_end(response, options['stop'])]))}\n")
 
 
 def example_prompt(data: DataModule, dataset: TokenizedDataset, tokenizer: Tokenizer, eval: EvalArgs) -> Tensor | None:
@@ -148,27 +136,18 @@ def example_prompt(data: DataModule, dataset: TokenizedDataset, tokenizer: Token
     return tokenizer.encode(data.prompt_style.apply(select_sft_generate_example(eval, data)))
 
 
-def keep_examples(
-    fabric: L.Fabric, run: Run, state: dict, tell: Callable[[str], None], complain: Callable[[str], None]
-) -> None:
+def keep_examples(fabric: L.Fabric, run: Run, state: dict, complain: Callable[[str], None]) -> None:
     """Keep what teacher and student say now as the latest snapshot, and as the first one if there is none.
 
-    All processes must ask together; process 0 writes. Training's random numbers are left as they were.
-
-    Args:
-        fabric: The run's.
-        run: It has the directory.
-        state: With the models and the validation data.
-        tell: Is told what became of the examples so far.
-        complain: Is told if the disk does not take the new ones.
+    All processes must ask together; process 0 writes, and tells ``complain`` if the disk does not take them. Training's
+    random numbers are left as they were.
     """
     dataset = state["validation_dataset"]
-    before = broadcast_object(
-        take_examples(run.out_dir, state["has_examples"], tell) if fabric.is_global_zero else None
-    )
-    records = validation_records(run, dataset)[:RECORDS]
+    found = take_examples(run.out_dir, state["has_examples"], tell) if fabric.is_global_zero else None
+    before = broadcast_object(found)
+    records = run.validation_records(dataset)[:RECORDS]
     latest = {"step": state["step_count"], **_responses(fabric, run, state, dataset.read(records), before)}
-    latest["positions"] = _positions(fabric, run, state, dataset, records)
+    latest["positions"] = _positions(fabric, run, state, records)
     if fabric.is_global_zero:
         try:
             write_examples(run.out_dir, before["first"] if before else latest, latest)
@@ -181,13 +160,14 @@ def _responses(
     fabric: L.Fabric, run: Run, state: dict, samples: list[dict[str, Tensor]], before: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Prompts, the teacher's responses, if it is there as a whole, and the student's."""
+    none = {"prompts": [], "teacher_answers": None, "answers": []}
     if run.eval.max_new_tokens is None:
-        return _no_responses("There are no example responses: --eval.max_new_tokens is null.")
+        return {**none, "note": "There are no example responses: --eval.max_new_tokens is null."}
     student, teacher, decode = state["student"], state["teacher"].model, run.pair.tokenizer.decode
     longest = min(longest_prompt(model.config) for model in (student, teacher))
     prompts = [prompt for prompt in map(_prompt, samples) if 0 < len(prompt) <= longest]
     if not prompts:
-        return _no_responses("There are no example responses: the data masks no prompts, or they are too long.")
+        return {**none, "note": "There are no example responses: the data masks no prompts, or they are too long."}
     found = {"prompts": [decode(prompt) for prompt in prompts], "teacher_answers": None, "note": ""}
     known = before and before["latest"]["teacher_answers"]
     if known and before["latest"]["prompts"] == found["prompts"]:
@@ -201,10 +181,6 @@ def _responses(
     return found
 
 
-def _no_responses(note: str) -> dict[str, Any]:
-    return {"prompts": [], "teacher_answers": None, "answers": [], "note": note}
-
-
 def _prompt(sample: dict[str, Tensor]) -> Tensor:
     """The ids before the first that counts."""
     counted = (sample["labels"] != IGNORE_INDEX).nonzero()
@@ -213,7 +189,7 @@ def _prompt(sample: dict[str, Tensor]) -> Tensor:
 
 def _generate(fabric: L.Fabric, run: Run, model: torch.nn.Module, prompts: list[Tensor]) -> list[str]:
     """What a model holds most probable, token by token."""
-    tokenizer, stop = run.pair.tokenizer, stop_sequences(run.pair.tokenizer, getattr(run.data, "prompt_style", None))
+    tokenizer, stop = run.pair.tokenizer, stop_sequences(run.pair.tokenizer, run.prompt_style)
     options = {"max_new_tokens": run.eval.max_new_tokens, "stop": stop, "vocab_size": run.pair.vocab_size}
     responses: dict[int, list[int]] = {}
     for places in together(prompts, len(prompts), run.micro_batch[1]):
@@ -223,14 +199,12 @@ def _generate(fabric: L.Fabric, run: Run, model: torch.nn.Module, prompts: list[
 
 
 @torch.no_grad()
-def _positions(
-    fabric: L.Fabric, run: Run, state: dict, dataset: TokenizedDataset, records: range
-) -> list[dict[str, Any]]:
+def _positions(fabric: L.Fabric, run: Run, state: dict, records: range) -> list[dict[str, Any]]:
     """Both models' distributions at positions spread over the responses of those records, the shortest first."""
     student, teacher, cache = state["student"], state["teacher"], state["caches"].validation
     student.eval()
     positions = []
-    batches = list(in_order(dataset, records, *run.micro_batch, cache=cache))
+    batches = list(in_order(state["validation_dataset"], records, *run.micro_batch, cache=cache))
     for batch, hidden in teacher.hidden_states(batches, cache):
         chosen = torch.tensor(_spread(batch.counts), dtype=torch.int64, device=fabric.device)
         places = batch.positions[chosen]
@@ -294,18 +268,16 @@ def _token_text(tokenizer: Tokenizer, before: Tensor, id: int) -> str:
     """What a token adds to the text before it: by itself it may lose the space that it begins with."""
     if id == tokenizer.eos_id:
         return "<end>"
-    left = tokenizer.decode(before)
-    longer = tokenizer.decode(torch.cat((before, torch.tensor([id]))))
-    text = longer.removeprefix(left) if longer.startswith(left) else tokenizer.decode(torch.tensor([id]))
+    left, token = tokenizer.decode(before), torch.tensor([id])
+    longer = tokenizer.decode(torch.cat((before, token)))
+    text = longer.removeprefix(left) if longer.startswith(left) else tokenizer.decode(token)
     return text or f"<{id}>"
 
 
-def refresh_page(
-    fabric: L.Fabric, run: Run, state: dict, tell: Callable[[str], None], complain: Callable[[str], None]
-) -> None:
+def refresh_page(fabric: L.Fabric, run: Run, state: dict, complain: Callable[[str], None]) -> None:
     """Write ``out_dir/report.html`` anew in process 0, if anything was logged; if it cannot be, the run goes on.
 
-    ``tell`` is told once of each file that cannot be shown, ``complain`` if there is no new page.
+    Each file that cannot be shown is told once; ``complain`` is told if there is no new page.
     """
     metrics = flushed_metrics(fabric) if fabric.is_global_zero else None
     if metrics is None or not metrics.is_file():

@@ -40,11 +40,7 @@ class Question:
 def find_questions(
     dataset: TokenizedDataset, numbers: Sequence[int], tokenizer: Tokenizer, stop: Sequence[list[int]]
 ) -> list[Question]:
-    """The prompts of samples, each once, with the first response of every sample that has it as references.
-
-    Raises:
-        UserError: a sample does not tell its prompt from its response.
-    """
+    """Samples' prompts, each once, with the first responses of all that have it; UserError if one has no prompt."""
     questions: dict[tuple[int, ...], Question] = {}
     for number, sample in zip(numbers, dataset.read(list(numbers)), strict=True):
         counted = sample["labels"] != IGNORE_INDEX
@@ -73,16 +69,10 @@ class Responses:
 
 
 class ResponseSampler:
-    """Draws the responses of models to the same questions.
+    """Draws the responses of models to the same questions, which every process has all of.
 
-    Args:
-        fabric: of the run.
-        questions: all of them, in every process.
-        tokenizer: of the models.
-        stop: what ends a response, from :func:`~litgpt_akl.models.generation.stop_sequences`.
-        vocab_size: ids that the tokenizer has.
-        args: of the command.
-        most_tokens: of prompts that are read together, padding counted; None for no such limit.
+    ``stop`` is what ends a response, from :func:`~litgpt_akl.models.generation.stop_sequences`, and ``most_tokens`` how
+    many of prompts are read together, padding counted; None for no such limit.
     """
 
     def __init__(
@@ -122,18 +112,12 @@ class ResponseSampler:
         return Responses(seed, [self.tokenizer.decode(torch.tensor(response)) for response in ids], list(map(len, ids)))
 
     def _generate(self, model: nn.Module, questions: Sequence[Question], seed: int) -> list[list[int]]:
-        args = self.args
-        return generate(
-            self.fabric,
-            model,
-            [question.prompt for question in questions],
-            max_new_tokens=args.max_new_tokens,
-            stop=self.stop,
-            vocab_size=self.vocab_size,
-            seeds=[(seed, question.number) for question in questions] if args.temperature > 0 else None,
-            temperature=args.temperature or 1.0,
-            no_repeat_ngram=args.no_repeat_ngram,
-        )
+        args, prompts = self.args, [question.prompt for question in questions]
+        options = {"max_new_tokens": args.max_new_tokens, "no_repeat_ngram": args.no_repeat_ngram, "stop": self.stop}
+        if args.temperature > 0:
+            seeds = [(seed, question.number) for question in questions]
+            options |= {"seeds": seeds, "temperature": args.temperature}
+        return generate(self.fabric, model, prompts, vocab_size=self.vocab_size, **options)
 
 
 def rate(questions: Sequence[Question], responses: Sequence[Responses]) -> dict[str, float]:
@@ -149,11 +133,10 @@ def rate(questions: Sequence[Question], responses: Sequence[Responses]) -> dict[
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     references = [question.references for question in questions]
-    scores = [
-        100
-        * fmean(scorer.score_multi(r, text)["rougeL"].fmeasure for r, text in zip(references, of.texts, strict=True))
-        for of in responses
-    ]
+    scores = []
+    for of in responses:
+        rated = map(scorer.score_multi, references, of.texts)
+        scores.append(100 * fmean(score["rougeL"].fmeasure for score in rated))
     return {
         "rouge_l": fmean(scores),
         "rouge_l_std": stdev(scores) if len(scores) > 1 else float("nan"),
@@ -170,8 +153,9 @@ def distinct_pairs(texts: Sequence[str]) -> float:
 
 def as_lines(questions: Sequence[Question], responses: dict[str, list[Responses]]) -> str:
     """A line of JSON for each question: its references, and each model's responses by seed."""
-    lines = []
+    lines = ""
     for place, question in enumerate(questions):
         by_role = {role: {str(of.seed): of.texts[place] for of in every} for role, every in responses.items()}
-        lines.append(json.dumps({"number": question.number, "references": question.references, "answers": by_role}))
-    return "\n".join(lines) + "\n"
+        line = {"number": question.number, "references": question.references, "answers": by_role}
+        lines += json.dumps(line) + "\n"
+    return lines

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 from litgpt.args import TrainArgs
+from litgpt.prompts import PromptStyle
 
 from litgpt_akl.config.args import Options
 from litgpt_akl.data.dataset import TokenizedDataset
@@ -20,6 +21,9 @@ from litgpt_akl.memory import MemoryEstimate
 from litgpt_akl.models import chat_template
 from litgpt_akl.models.pair import Pair
 from litgpt_akl.teacher.cache_identity import read_identity
+
+Splits = tuple[TokenizedDataset, TokenizedDataset]
+"""A run's training samples and its validation samples."""
 
 
 class Day(NamedTuple):
@@ -38,8 +42,7 @@ class Day(NamedTuple):
 def choose_day(checkpoints: Iterable[Path], cache_dir: str | None = None) -> Day:
     """The day that one of some checkpoints, or else a teacher cache, was made with, or else that of this call.
 
-    Raises:
-        UserError: the cache is there and cannot be read.
+    Raises UserError if the cache is there and cannot be read.
     """
     for directory in checkpoints:
         with suppress(Damaged):
@@ -75,6 +78,46 @@ class Run(Options):
         """Samples that go through a model together, and if told, the tokens that count in their place."""
         return self.train.micro_batch_size, getattr(self.data, "micro_batch_tokens", None)
 
+    @property
+    def prompt_style(self) -> PromptStyle | None:
+        """What the prompts are made with, if the data module tells."""
+        return getattr(self.data, "prompt_style", None)
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens that a prompt with the student's response may have."""
+        limits = (self.pair.context_length, self.train.max_seq_length, self.micro_batch[1])
+        return min(limit for limit in limits if limit is not None)
+
+    def step_sampler(self, dataset: TokenizedDataset) -> StepSampler:
+        """Which samples make which optimizer step."""
+        return StepSampler(len(dataset), self.train.global_batch_size, self.seed, dataset.lengths, dataset.chunk_ends)
+
+    def step_batches(self, fabric: L.Fabric, dataset: TokenizedDataset, cache: HiddenStateCache | None) -> StepBatches:
+        """This process's share of every step's samples, all of them as they were recorded."""
+        share = fabric.global_rank, fabric.world_size
+        return StepBatches(dataset, self.step_sampler(dataset), *self.micro_batch, *share, cache)
+
+    def fetch(self, step_batches: StepBatches, numbers: Sequence[int]) -> Fetched:
+        """The step batches of those numbers, fetched ahead; to be stopped in the end."""
+        return load(step_batches, numbers, getattr(self.data, "num_workers", 0))
+
+    def validation_records(self, dataset: TokenizedDataset) -> range:
+        """The numbers of the samples that every validation reads."""
+        return range(min(len(dataset), self.eval.max_iters * self.train.micro_batch_size))
+
+    def validation_batches(
+        self, fabric: L.Fabric, dataset: TokenizedDataset, cache: HiddenStateCache | None
+    ) -> Iterator[MicroBatch]:
+        """This process's share of these samples."""
+        share = fabric.global_rank, fabric.world_size
+        return in_order(dataset, self.validation_records(dataset), *self.micro_batch, *share, cache)
+
+    def beside_weights(self, state: dict) -> dict[str, Any]:
+        """What lies beside the weights of this run's students, as ``write_student`` takes it."""
+        described = {"prompt_style": self.prompt_style, "recipe": self.recipe, "tied": state["tied"]}
+        return {**described, "model_files": self.pair.student_files, "ids": state["student"].config.padded_vocab_size}
+
 
 def total_steps(train: TrainArgs, samples: int) -> int:
     """Optimizer steps of the whole run."""
@@ -92,51 +135,3 @@ def warmup_steps(train: TrainArgs, samples: int) -> int:
     if train.lr_warmup_steps is not None:
         return min(steps, train.lr_warmup_steps)
     return min(100, steps // 10)
-
-
-def step_sampler(run: Run, dataset: TokenizedDataset) -> StepSampler:
-    """Which samples make which optimizer step."""
-    return StepSampler(len(dataset), run.train.global_batch_size, run.seed, dataset.lengths, dataset.chunk_ends)
-
-
-def make_step_batches(
-    fabric: L.Fabric, run: Run, dataset: TokenizedDataset, cache: HiddenStateCache | None
-) -> StepBatches:
-    """This process's share of every step's samples, all of them as they were recorded."""
-    share = fabric.global_rank, fabric.world_size
-    return StepBatches(dataset, step_sampler(run, dataset), *run.micro_batch, *share, cache)
-
-
-def validation_records(run: Run, dataset: TokenizedDataset) -> range:
-    """The numbers of the samples that every validation reads."""
-    return range(min(len(dataset), run.eval.max_iters * run.train.micro_batch_size))
-
-
-def validation_batches(
-    fabric: L.Fabric, run: Run, dataset: TokenizedDataset, cache: HiddenStateCache | None
-) -> Iterator[MicroBatch]:
-    """This process's share of these samples."""
-    share = fabric.global_rank, fabric.world_size
-    return in_order(dataset, validation_records(run, dataset), *run.micro_batch, *share, cache)
-
-
-def load_step_batches(run: Run, step_batches: StepBatches, numbers: Sequence[int]) -> Fetched:
-    """The step batches of those numbers, fetched ahead; to be stopped in the end."""
-    return load(step_batches, numbers, getattr(run.data, "num_workers", 0))
-
-
-def longest_sample(run: Run) -> int:
-    """Tokens that a prompt with the student's response may have."""
-    limits = (run.pair.context_length, run.train.max_seq_length, run.micro_batch[1])
-    return min(limit for limit in limits if limit is not None)
-
-
-def export_options(run: Run, state: dict) -> dict[str, Any]:
-    """What lies beside the weights of this run's students."""
-    return {
-        "model_files": run.pair.student_files,
-        "tied": state["tied"],
-        "prompt_style": getattr(run.data, "prompt_style", None),
-        "recipe": run.recipe,
-        "ids": state["student"].config.padded_vocab_size,
-    }

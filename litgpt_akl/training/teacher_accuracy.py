@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,10 +49,8 @@ class Loss(NamedTuple):
     tokens: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.forward_kl:.4f} nats per token, the same top-1 id at {self.agreement:.1%} of {self.tokens}"
-            " response tokens"
-        )
+        same = f"the same top-1 id at {self.agreement:.1%} of {self.tokens} response tokens"
+        return f"{self.forward_kl:.4f} nats per token, {same}"
 
 
 def report_accuracy(fabric: L.Fabric, run: Run, teacher: nn.Module, dataset: TokenizedDataset, caches: Caches) -> None:
@@ -105,11 +104,10 @@ def _entries(path: Path) -> dict[str, Any]:
 
 def _read(path: Path, kind: str, of: dict[str, Any]) -> Loss | None:
     """What was found of that kind, if it depended on the same."""
-    try:
+    with suppress(KeyError, TypeError):
         entry = _entries(path)[kind]
         return Loss(**entry["lost"]) if entry["of"] == of else None
-    except (KeyError, TypeError):
-        return None
+    return None
 
 
 def _keep(path: Path, kind: str, of: dict[str, Any], lost: Loss) -> None:
@@ -129,15 +127,9 @@ def _compute(run: Run, caches: Caches, teacher: nn.Module, batches: list[MicroBa
 
 @torch.no_grad()
 def loss_of_storage(teacher: nn.Module, dtype: torch.dtype, batches: list[MicroBatch], vocab_size: int) -> Loss | None:
-    """What of a teacher's hidden states is lost on disk; None in other processes than 0.
+    """What of a teacher's hidden states, from :func:`~litgpt_akl.models.gpt.set_up_teacher`, is lost on disk.
 
-    All processes must ask together: its forward needs all.
-
-    Args:
-        teacher: from :func:`~litgpt_akl.models.gpt.set_up_teacher`.
-        dtype: of the hidden states on disk.
-        batches: of whose response tokens some are compared.
-        vocab_size: ids that tokenizer and head have.
+    All processes must ask together, since its forward needs all; None in other processes than 0.
     """
     hidden, found = _read_samples(teacher, batches), None
     if rank() == 0:
@@ -173,12 +165,7 @@ def _read_samples(teacher: nn.Module, batches: list[MicroBatch]) -> Tensor:
 def compare_teachers(expected: Tensor, head: Head, found: Tensor, found_head: Head, vocab_size: int) -> Loss:
     """How far one teacher's distributions are from another's at some tokens, both heads read a block at a time.
 
-    Args:
-        expected: final hidden states ``[n, D]`` of the teacher as it should be.
-        head: its LM head.
-        found: hidden states ``[n, D]`` of the teacher as it is.
-        found_head: its LM head.
-        vocab_size: ids that tokenizer and head have.
+    ``expected`` and ``found`` are final hidden states ``[n, D]`` of the teacher as it should be and as it is.
     """
     kl, agreement, rows = 0.0, 0, max(1, _LOGITS // vocab_size)
     for one, other in zip(expected.split(rows), found.split(rows), strict=True):

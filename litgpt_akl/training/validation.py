@@ -13,18 +13,34 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import in_order
-from litgpt_akl.loss.distillation_loss import STATISTICS, DistillationLoss
+from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.messages import progress_bar
 from litgpt_akl.models.gpt import distillation_loss
 from litgpt_akl.models.parallel import all_gather_object, reshard
 from litgpt_akl.teacher.teacher import Teacher
-from litgpt_akl.training.run import Run, validation_batches
+from litgpt_akl.training.run import Run
 
 BINS = 15
 """Of the calibration error, of equal width (Guo et al., arXiv 1706.04599)."""
 
 CALIBRATION = ("confidence", "accuracy", "teacher_confidence", "teacher_accuracy")
 """What calibration errors are made of: values of each token, of all processes."""
+
+
+class Sums:
+    """Sums of numbers that have names, over micro-batches and in the end over all processes."""
+
+    def __init__(self, fabric: L.Fabric, dtype: torch.dtype = torch.float32) -> None:
+        self._fabric, self._names = fabric, ()
+        self._sums = torch.zeros(1, dtype=dtype, device=fabric.device)
+
+    def add(self, **values: Tensor) -> None:
+        """Add scalars, each time those of the same names."""
+        self._names, self._sums = tuple(values), self._sums + torch.stack([*values.values()])
+
+    def of_all(self) -> dict[str, Tensor]:
+        """The scalars, summed over the processes, which must ask together."""
+        return dict(zip(self._names, self._fabric.all_reduce(self._sums, reduce_op="sum").unbind(), strict=True))
 
 
 class Measures(NamedTuple):
@@ -53,12 +69,12 @@ def measure(
     vocab_size: int,
     name: str,
 ) -> Measures:
-    """Read samples with both models. All processes must ask together; each reads its share.
+    """Read the samples of these ``numbers`` with both models; all processes ask together, each reads its share.
 
     Args:
         fabric: of the run.
-        student: a GPT with a distillation head.
-        teacher: likewise, from :func:`~litgpt_akl.models.gpt.load_frozen`.
+        student: a GPT with a distillation head, from :func:`~litgpt_akl.models.gpt.load_frozen`.
+        teacher: likewise.
         loss: adaptive KL with the head of the distribution that is meant.
         dataset: of the samples.
         numbers: of the samples in it.
@@ -66,29 +82,28 @@ def measure(
         vocab_size: ids that tokenizer and both LM heads have.
         name: of the student, for the progress line.
     """
-    sums = torch.zeros(1 + len(STATISTICS), device=fabric.device, dtype=torch.float64)
-    calibration = []
-    quiet = not fabric.is_global_zero
+    sums, calibration, quiet = Sums(fabric, torch.float64), [], not fabric.is_global_zero
     bar = progress_bar(total=len(numbers), desc=f"{name}: reading", unit="record", disable=quiet)
     for batch in in_order(dataset, numbers, *micro_batch, fabric.global_rank, fabric.world_size):
         began = time.perf_counter()
         for moved, teacher_hidden in Teacher(fabric, teacher).hidden_states([batch]):
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
             result = distillation_loss(student, teacher, loss, *targets, vocab_size)
-        sums += torch.stack([result.loss.new_tensor(result.tokens), *result.stats.values()])
+        sums.add(tokens=result.loss.new_tensor(result.tokens), **result.stats)
         calibration.append(torch.stack([result.values[name] for name in CALIBRATION]).cpu())
         rate = batch.input_ids.numel() * fabric.world_size / (time.perf_counter() - began)
         bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
         bar.update(min(fabric.world_size * len(batch.input_ids), len(numbers) - bar.n))
     bar.close()
     reshard(student)
-    tokens, *totals = fabric.all_reduce(sums, reduce_op="sum").tolist()
-    means = {name: total / tokens for name, total in zip(STATISTICS, totals, strict=True)}
+    total = sums.of_all()
+    tokens = total.pop("tokens").item()
+    means = {name: value.item() / tokens for name, value in total.items()}
     return _measures(means, torch.cat(all_gather_object(torch.cat(calibration, dim=1)), dim=1), round(tokens))
 
 
 def _measures(means: dict[str, float], calibration: Tensor, response_tokens: int) -> Measures:
-    """What is told of both models, from the means of the ``STATISTICS`` and the ``CALIBRATION``, ``[4, n]``."""
+    """What is told of both models, from the means of what the loss tells and the ``CALIBRATION``, ``[4, n]``."""
     calibration = dict(zip(CALIBRATION, calibration, strict=True))
     student, teacher = (
         {
@@ -131,36 +146,30 @@ def validate(fabric: L.Fabric, run: Run, state: dict) -> dict[str, float] | None
         (NaN if there was no gap, or no validation at the start).
     """
     student, teacher, cache = state["student"], state["teacher"], state["caches"].validation
-    # loss, response tokens, statistics
-    sums = torch.zeros(2 + len(STATISTICS), device=fabric.device, dtype=torch.float64)
+    sums = Sums(fabric, torch.float64)
     student.eval()
-    for batch in validation_batches(fabric, run, state["validation_dataset"], cache):
+    for batch in run.validation_batches(fabric, state["validation_dataset"], cache):
         if stopped := state["stop"].agreed(fabric) is not None:
             break
         for moved, teacher_hidden in teacher.hidden_states([batch], cache):
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
             result = distillation_loss(student, teacher.model, state["loss"], *targets, state["vocab_size"])
-            sums += torch.stack([result.loss, result.loss.new_tensor(result.tokens), *result.stats.values()])
+            sums.add(loss=result.loss, tokens=result.loss.new_tensor(result.tokens), **result.stats)
     student.train()
     reshard(student.module)
     if stopped:
         return None
-    loss, tokens, *sums = fabric.all_reduce(sums, reduce_op="sum").tolist()
-    means = {name: value / tokens for name, value in zip(STATISTICS, sums, strict=True)}
-    cross_entropy, teacher_cross_entropy = means["cross_entropy"], means["teacher_cross_entropy"]
-    state.update(last_validation=state["step_count"], validation_loss=loss / tokens)
+    total = sums.of_all()
+    tokens = total.pop("tokens").item()
+    means = {name: value.item() / tokens for name, value in total.items()}
+    cross_entropy = means["cross_entropy"]
+    state.update(last_validation=state["step_count"], validation_loss=means["loss"])
     if state["step_count"] == 0:
         state["start_cross_entropy"] = cross_entropy
     start = state.get("start_cross_entropy", math.nan)
-    gap = start - teacher_cross_entropy
+    names = ("loss", "cross_entropy", "teacher_cross_entropy", "divergence", "forward_kl", "reverse_kl", "agreement")
     return {
-        "val_loss": state["validation_loss"],
-        "val_cross_entropy": cross_entropy,
-        "val_teacher_cross_entropy": teacher_cross_entropy,
+        **{f"val_{name}": means[name] for name in names},
         "val_ppl": math.exp(min(cross_entropy, 700.0)),
-        "val_divergence": means["divergence"],
-        "val_forward_kl": means["forward_kl"],
-        "val_reverse_kl": means["reverse_kl"],
-        "val_agreement": means["agreement"],
-        "val_gap_closed": (start - cross_entropy) / gap if gap > 0 else math.nan,
+        "val_gap_closed": gap_closed(start, cross_entropy, means["teacher_cross_entropy"]),
     }

@@ -19,7 +19,6 @@ OTHERS = {"shm-size": "Docker's", "long": "zstd's"}
 
 
 ELSEWHERE = {
-    ("evaluate_akl", "litgpt_akl.config.checks.check_run_args"): "it is asked without keep_last",
     ("evaluate_akl", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
     ("export_hf", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
     ("evaluate_akl", "litgpt_akl.loss.objective.UserFunction"): "the divergence is one of the package's own",

@@ -149,7 +149,7 @@ def test_max_time_ends_a_run_with_a_student(teacher_dir, student_dir, alice_json
 def test_validating_and_saving_are_no_part_of_a_step(teacher_dir, student_dir, alice_json, tmp_path, monkeypatch):
     """Half a second of waiting at each, between steps of some hundredths."""
     report, save = litgpt_akl.training.loop.report, litgpt_akl.training.loop.save_training_state
-    monkeypatch.setattr(litgpt_akl.training.loop, "report", lambda *args: (time.sleep(0.5), report(*args)))
+    monkeypatch.setattr(litgpt_akl.training.loop, "report", lambda *a, **k: (time.sleep(0.5), report(*a, **k)))
     monkeypatch.setattr(
         litgpt_akl.training.loop, "save_training_state", lambda *a, **k: (time.sleep(0.5), save(*a, **k))
     )
