@@ -5,14 +5,14 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from helpers.commands import fork
+from helpers.commands import complete_call
 from litgpt_akl.models.model_files import ModelFiles, read_model_files
 from litgpt_akl.training.checkpoint import find_training_state, save_training_state
 from litgpt_akl.training.metrics import MetricsMarker
@@ -70,21 +70,9 @@ def names(out_dir: Path) -> list[str]:
 
 def in_a_copy(function: Callable, *arguments) -> str:
     """What ``function`` prints in a copy of this process, called with strings; what it changes ends with the copy."""
-
-    def work() -> int:
-        function(*map(str, arguments))
-        return 0
-
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        copy = fork(work, output.fileno(), errors.fileno())
-        try:
-            status = copy.wait(300)
-        finally:
-            copy.kill()
-        for file in (output, errors):
-            file.seek(0)
-        assert status == 0, errors.read().decode()
-        return output.read().decode()
+    finished = complete_call(partial(function, *map(str, arguments)), timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
 
 
 def in_a_process(function: Callable, *arguments) -> str:
