@@ -9,7 +9,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt_akl.config.checks import FOR_PRETRAINING
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.litdata import open_chunks
-from litgpt_akl.data.litgpt_modules import open_module
+from litgpt_akl.data.litgpt_modules import SFTSettings, open_module
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import UserError
@@ -55,4 +55,6 @@ def prepare_datasets(
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=train.max_seq_length)
     if isinstance(data, StreamingSFT):
         return data.prepare(checkpoint_dir, context_length, cut_by, date)
-    return open_module(data, tokenizer, train.max_seq_length, context_length, checkpoint_dir, cut_by)
+    style = getattr(data, "prompt_style", None)
+    settings = SFTSettings(checkpoint_dir, tokenizer, style, train.max_seq_length, context_length, "stop", cut_by)
+    return open_module(data, settings)

@@ -165,8 +165,9 @@ class ArrowDataset(TokenizedDataset):
         return self._columns(numbers, "length")[0].to_numpy()
 
     def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
-        counted = self._mask_prompt
-        return self._columns(numbers, "response_tokens")[0].to_numpy() if counted else super().response_tokens(numbers)
+        if not self._mask_prompt:
+            return super().response_tokens(numbers)
+        return self._columns(numbers, "response_tokens")[0].to_numpy()
 
     def prompt_lengths(self, numbers: np.ndarray) -> np.ndarray:
         if not self._mask_prompt:

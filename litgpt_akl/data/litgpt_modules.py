@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import xxhash
 from litgpt.data import JSON, DataModule, SFTDataset
-from litgpt.tokenizer import Tokenizer
 from torch.utils.data import Dataset, random_split
 
 from litgpt_akl.data.dataset import ArrowDataset, InMemoryDataset, TokenizedDataset
@@ -144,21 +143,12 @@ class ModuleRecords:
         return f"{self._module}: record {row}"
 
 
-def open_module(
-    data: DataModule,
-    tokenizer: Tokenizer,
-    max_seq_length: int | None,
-    context_length: int,
-    checkpoint_dir: Path,
-    cut_by: str,
-) -> tuple[TokenizedDataset, TokenizedDataset]:
-    """The training and validation samples of a connected data module; ``cut_by`` is the option for ``max_seq_length``.
+def open_module(data: DataModule, settings: SFTSettings) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """The training and validation samples of a connected data module.
 
     Raises UserError for unreadable data, a record without its fields, a response cut off entirely, a sample that is too
     long, or no training samples, with file and line where there is one.
     """
-    style = getattr(data, "prompt_style", None)
-    settings = SFTSettings(checkpoint_dir, tokenizer, style, max_seq_length, context_length, "stop", cut_by)
     if type(data) is JSON:
         splits = _open_json(data, replace(settings, mask_prompt=data.mask_prompt))
     else:

@@ -1,7 +1,7 @@
 """Which samples make which optimizer step, and the micro-batches of each, fetched ahead."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -197,6 +197,7 @@ class StepBatches(Dataset):
         recorded = numbers[~np.isin(numbers, list(prompts))]
         lengths = self.dataset.lengths(recorded)
         cuts = cut(lengths, self.micro_batch_size, self.micro_batch_tokens)
+        parts = (recorded[part] for part in turns(cuts, self.rank, self.world_size))
         return StepBatch(
             epoch,
             step,
@@ -204,7 +205,7 @@ class StepBatches(Dataset):
             response_tokens=int(self.dataset.response_tokens(recorded).sum()),
             tokens=int(lengths.sum()),
             padded_tokens=padded(lengths, cuts),
-            micro_batches=list(_share(self.dataset, recorded, cuts, self.rank, self.world_size, self.cache)),
+            micro_batches=list(_read(self.dataset, parts, self.cache)),
             prompts=prompts,
         )
 
@@ -256,16 +257,10 @@ def turns(cuts: list[slice], rank: int, world_size: int) -> Iterator[slice]:
         yield cuts[turn] if turn < len(cuts) else slice(0, 0)
 
 
-def _share(
-    dataset: TokenizedDataset,
-    numbers: np.ndarray,
-    cuts: list[slice],
-    rank: int,
-    world_size: int,
-    cache: HiddenStateCache | None,
+def _read(
+    dataset: TokenizedDataset, parts: Iterable[np.ndarray], cache: HiddenStateCache | None
 ) -> Iterator[MicroBatch]:
-    for part in turns(cuts, rank, world_size):
-        own = numbers[part]
+    for own in parts:
         samples = dataset.read(own) if len(own) else []
         batch = collate(samples)
         if cache is not None:
@@ -305,7 +300,7 @@ def in_order(
     lengths = dataset.lengths(numbers)
     order = np.argsort(lengths, kind="stable")
     cuts = cut(lengths[order], micro_batch_size, micro_batch_tokens)
-    yield from _share(dataset, numbers[order], cuts, rank, world_size, cache)
+    return _read(dataset, (numbers[order][part] for part in turns(cuts, rank, world_size)), cache)
 
 
 def load(step_batches: StepBatches, numbers: Sequence[int], num_workers: int) -> Fetched:
