@@ -1,4 +1,4 @@
-"""From a data module, whichever it is, to a store of training samples and one of validation samples."""
+"""From a data module, whichever it is, to a dataset of training samples and one of validation samples."""
 
 from pathlib import Path
 

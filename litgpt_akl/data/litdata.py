@@ -1,4 +1,4 @@
-"""A store on LitData's chunks of tokens, local or remote: LitGPT's `LitData` module.
+"""A dataset on LitData's chunks of tokens, local or remote: LitGPT's `LitData` module.
 
 LitData finds the chunks and fetches remote ones. They are read here, because its reader is made for orders of its own:
 asked for numbers, it hangs in forked processes and wherever the data is larger than the cache for remote chunks.

@@ -101,10 +101,10 @@ class StreamingSFT(DataModule):
         common = checkpoint_dir, self.tokenizer, self.prompt_style, self.max_seq_length, context_length
         settings = Settings(*common, self.on_error, cut_by, self.date)
         if self.val_path is not None:
-            train, validation = (self._stores(path, settings, [ALL])[0] for path in (self.path, self.val_path))
+            train, validation = (self._datasets(path, settings, [ALL])[0] for path in (self.path, self.val_path))
         else:
             fraction = 0.05 if self.val_split_fraction is None else self.val_split_fraction
-            train, validation = self._stores(self.path, settings, [(fraction, math.inf), (0.0, fraction)])
+            train, validation = self._datasets(self.path, settings, [(fraction, math.inf), (0.0, fraction)])
         if len(train) == 0:
             raise UserError(f"--data.path {self.path} leaves no training records. Hold fewer out, or give more.")
         longest = max(train.longest, validation.longest)
@@ -115,7 +115,7 @@ class StreamingSFT(DataModule):
             )
         return train, validation
 
-    def _stores(self, path: str, settings: Settings, ranges: list[tuple[float, float]]) -> list[ArrowDataset]:
+    def _datasets(self, path: str, settings: Settings, ranges: list[tuple[float, float]]) -> list[ArrowDataset]:
         records = FileRecords(find_files(path))
         rows = prepare(records, settings, self.cache_dir or default_cache_dir(), self.num_proc or available_cores())
         if len(rows) == 0:
