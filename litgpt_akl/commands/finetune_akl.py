@@ -146,7 +146,8 @@ def setup(
     if teacher.quantize is not None:
         check_quantization(teacher.quantize, options.processes, needed=not dry_run)
     pair = None if dry_run else find_pair(options)
-    memory = estimate_memory(options, pair, fused)
+    models = find_models(options.checkpoint_dir, options.teacher_dir, pair)
+    memory = make_estimate(options, models, partial(make_optimizer, options.optimizer, fused=fused))
     if pair is None:
         tell_memory(options, memory)
         return
@@ -164,12 +165,6 @@ def find_pair(options: Options) -> Pair:
     options.out_dir = init_out_dir(options.out_dir)
     check_places(options.out_dir, options.teacher, pair)
     return pair
-
-
-def estimate_memory(options: Options, pair: Pair | None, fused: bool) -> MemoryEstimate:
-    """The memory of a run; of a dry run, which has no pair, from what can be known of the models' names."""
-    models = find_models(options.checkpoint_dir, options.teacher_dir, pair)
-    return make_estimate(options, models, partial(make_optimizer, options.optimizer, fused=fused))
 
 
 def tell_memory(options: Options, memory: MemoryEstimate) -> None:

@@ -80,7 +80,7 @@ def generate(
     Raises:
         UserError: a prompt is longer than :func:`longest_prompt`.
     """
-    config = model.config
+    config, bare = model.config, unwrap(model)
     for prompt in prompts:
         if len(prompt) > longest_prompt(config):
             raise UserError(
@@ -98,7 +98,7 @@ def generate(
     # a process without prompts takes part with one token that nobody asked for
     rows, texts = list(range(len(answers))), [answer.prompt for answer in answers] or [[0]]
     capacity = max((len(answer.prompt) + answer.limit for answer in answers), default=1)
-    _open_cache(unwrap(model), len(texts), capacity, fabric.device)
+    _open_cache(bare, len(texts), capacity, fabric.device)
     ids = pad_sequence([torch.tensor(text, device=fabric.device) for text in texts], batch_first=True)
     positions = torch.arange(ids.size(1), device=fabric.device)
     last = torch.tensor([len(text) - 1 for text in texts], device=fabric.device)
@@ -111,15 +111,16 @@ def generate(
                 answers[row].append(token)
             going = [place for place, row in enumerate(rows) if not answers[row].ended]
             if 0 < len(going) < len(rows):
-                _keep_rows(unwrap(model), going, fabric.device)
+                _keep_rows(bare, going, fabric.device)
             rows = [rows[place] for place in going]
         texts = [answers[row].text for row in rows] or [[0]]
         ids = torch.tensor([[text[-1]] for text in texts], device=fabric.device)
         positions = torch.tensor([[len(text) - 1] for text in texts], device=fabric.device)
         last = torch.zeros(len(texts), dtype=torch.int64, device=fabric.device)
-    _close_cache(unwrap(model))
+    bare.clear_kv_cache()
+    bare.max_seq_length = config.block_size
     model.train(training)
-    reshard(unwrap(model))
+    reshard(bare)
     return [answer.tokens for answer in answers]
 
 
@@ -203,8 +204,3 @@ def _keep_rows(model: GPT, places: list[int], device: torch.device) -> None:
     for block in model.transformer.h:
         for buffer in (block.attn.kv_cache.k, block.attn.kv_cache.v):
             buffer[: len(places)] = buffer[kept]
-
-
-def _close_cache(model: GPT) -> None:
-    model.clear_kv_cache()
-    model.max_seq_length = model.config.block_size

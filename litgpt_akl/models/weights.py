@@ -273,19 +273,15 @@ def _checksum(path: Path) -> str:
     found = _known.get(stamp) or _recall(stamp)
     if found is None:
         began = time.time_ns()
-        found = _read_checksum(path, stamp.size)
+        options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 2}
+        with progress_bar(total=stamp.size, desc=f"reading {path.name}", **options) as bar:
+            found = file_checksum(path, bar.update)
         check_unchanged([stamp])
         # a change right after the one before leaves a file's times as they are
         if began - max(stamp.modified, stamp.changed) > CLOCK_STEP:
             _known[stamp] = found
             _remember(stamp, found)
     return found
-
-
-def _read_checksum(path: Path, size: int) -> str:
-    options = {"unit": "B", "unit_scale": True, "leave": False, "delay": 2}
-    with progress_bar(total=size, desc=f"reading {path.name}", **options) as bar:
-        return file_checksum(path, bar.update)
 
 
 def _memory_of(path: Path) -> Path:

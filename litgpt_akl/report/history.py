@@ -101,18 +101,13 @@ def _columns_left(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     whole = [row for row in rows if len(row) == len(header)]
     if len(whole) < len(rows):
         notes.append(f"{len(rows) - len(whole):,} rows of another length are left out")
-    doubled = sorted({name for name in header if header.count(name) > 1})
-    if doubled:
+    if doubled := sorted({name for name in header if header.count(name) > 1}):
         notes.append(f"of columns named twice ({quoted(', '.join(doubled), 80)}) the first is shown")
-    columns, words = {}, 0
-    for place, name in enumerate(header):
-        if name not in columns:
-            values = [_number(row[place]) for row in whole]
-            columns[name] = np.array(values, dtype=np.float64)
-            words += values.count(None)
-    if words:
+    places = {name: header.index(name) for name in header}
+    columns = {name: [_number(row[place]) for row in whole] for name, place in places.items()}
+    if words := sum(values.count(None) for values in columns.values()):
         notes.append(f"{words:,} cells that are no numbers are left out")
-    return columns, notes
+    return {name: np.array(values, dtype=np.float64) for name, values in columns.items()}, notes
 
 
 def _number(cell: str) -> float | None:
