@@ -13,6 +13,7 @@ UNEVEN = {"max_steps": 10, "global_batch_size": 7, "micro_batch_size": 2, "max_n
 
 
 def losses_in(precision, run, out_dir, processes):
-    """Of each step of a run in that precision."""
-    in_processes(processes, partial(run, out_dir, precision=precision))
+    """Of each step of a run in that precision, which is not validated."""
+    unseen = {"initial_validation": False, "final_validation": False}
+    in_processes(processes, partial(run, out_dir, precision=precision, eval=unseen))
     return [row["loss"] for row in metrics(out_dir) if "loss" in row]

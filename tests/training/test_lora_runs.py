@@ -159,7 +159,7 @@ def test_base_and_teacher_are_held_in_memory_once(alice_json, tmp_path, processe
     copy = shutil.copytree(source, tmp_path / "copy")
     for teacher, times in ((None, 1), (copy, 2)):
         out_dir = tmp_path / f"teacher-{times}"
-        in_processes(processes, measure, source, teacher, alice_json, out_dir, processes, fresh=True)
+        in_processes(processes, measure, source, teacher, alice_json, out_dir, processes)
         for rank in range(processes):
             growth = int(out_dir.with_suffix(f".{rank}").read_text())
             assert growth == pytest.approx(times * size, rel=0.1)
