@@ -85,7 +85,7 @@ def _report_on_student(fabric: L.Fabric, run: Run, state: dict, failures: list[s
             fabric.print(f"{run.out_dir / FINAL_HF} is not of this student: litgpt export_hf {final} NEW_DIR")
     with _noted_if_saved(state, failures, "The last report"):
         if run.eval.final_validation:
-            report(fabric, run, state, complain=failures.append)
+            report(fabric, run, state, failures=failures)
         else:
             refresh_page(fabric, run, state, failures.append)
     with _noted_if_saved(state, failures, f"{run.teacher.cache_dir}"):

@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -40,6 +41,8 @@ TOKENS = 24
 """Shown of a distribution, the teacher's most probable first."""
 CONTEXT = 20
 """Tokens shown before a position."""
+PAGE_SECONDS = 10.0
+"""Before the page is drawn again while a run goes on; it takes a second."""
 
 
 def announce(fabric: L.Fabric, run: Run, state: dict) -> None:
@@ -74,13 +77,14 @@ def announce(fabric: L.Fabric, run: Run, state: dict) -> None:
 
 
 def report(
-    fabric: L.Fabric, run: Run, state: dict, with_example: bool = False, complain: Callable[[str], None] = tell
+    fabric: L.Fabric, run: Run, state: dict, with_example: bool = False, failures: list[str] | None = None
 ) -> None:
-    """Validate, log, print, keep examples of what both models say, and refresh the page.
+    """Validate, log, print, keep examples of what both models say, and refresh the page, unless it is new.
 
-    With ``with_example`` also the student's response to a prompt is printed. What cannot be written is handed to
-    ``complain``, in process 0.
+    With ``with_example`` also the student's response to a prompt is printed. What cannot be written is added to
+    ``failures`` in process 0, or else told; they are given at the end of a run, when the page is refreshed in any case.
     """
+    complain = tell if failures is None else failures.append
     if len(state["validation_dataset"]) > 0:
         metrics = validate(fabric, run, state)
         state["caches"].flush()
@@ -92,7 +96,8 @@ def report(
         if with_example and run.eval.max_new_tokens is not None:
             print_example(fabric, run, state)
         keep_examples(fabric, run, state, complain)
-    refresh_page(fabric, run, state, complain)
+    if failures is not None or time.monotonic() - state["page_drawn"] >= PAGE_SECONDS:
+        refresh_page(fabric, run, state, complain)
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -282,6 +287,7 @@ def refresh_page(fabric: L.Fabric, run: Run, state: dict, complain: Callable[[st
     metrics = flushed_metrics(fabric) if fabric.is_global_zero else None
     if metrics is None or not metrics.is_file():
         return
+    state["page_drawn"] = time.monotonic()
     # Bokeh takes half a second to import, which a start is not to wait for
     from litgpt_akl.report.page import write_page
     from litgpt_akl.report.runs import read_run

@@ -1,5 +1,6 @@
 """Set-up of a run in each of its processes: directory, datasets, cache, models, optimizer, scheduler, resume."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -169,7 +170,7 @@ def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> di
         # how far the run has come
         **dict.fromkeys(("step_count", "epoch", "tokens", "nonfinite_in_a_row"), 0),
         **{"last_validation": -1, "saved_student": -1, "has_examples": False},
-        **{"told_of_page": set(), "metrics_marker": MetricsMarker()},
+        **{"told_of_page": set(), "page_drawn": time.monotonic(), "metrics_marker": MetricsMarker()},
     }
     if run.lora.r is not None and weights is not None:
         weights = with_new_adapters(student, weights, run.seed)

@@ -18,6 +18,7 @@ from helpers.runs import alice, distil, gpt, metrics
 from litgpt.args import LogArgs
 from litgpt.tokenizer import Tokenizer
 
+import litgpt_akl.report.page
 import litgpt_akl.training.reporting
 from litgpt_akl.commands.report_akl import report_akl
 from litgpt_akl.config.args import TeacherArgs
@@ -208,11 +209,28 @@ def test_what_cannot_be_written_does_not_end_the_run(
         return validate(fabric, run, state, *arguments)
 
     monkeypatch.setattr(litgpt_akl.training.reporting, "validate", validate_where_names_are_taken)
+    monkeypatch.setattr(litgpt_akl.training.reporting, "PAGE_SECONDS", 0.0)
     options = {"train": {"max_steps": 2}, "eval": {"initial_validation": False, "interval": 1}}
     distil(student_dir, teacher_dir, alice_json, tmp_path, **options)
     told = capsys.readouterr().out
     assert told.count("report.html was not refreshed (IsADirectoryError") == 1
     assert (tmp_path / "final" / "lit_model.pth").is_file() and all(path.is_file() for path in taken)
+
+
+@pytest.mark.parametrize(("seconds", "drawn"), [(0.0, 4), (600.0, 1)])
+def test_a_page_that_is_new_is_drawn_again_at_the_end_only(
+    teacher_dir, student_dir, alice_json, tmp_path, monkeypatch, seconds, drawn
+):
+    steps, write_page = [], litgpt_akl.report.page.write_page
+
+    def write_and_count(path, shown):
+        steps.append(shown[0].history.validation["step"][-1])
+        write_page(path, shown)
+
+    monkeypatch.setattr(litgpt_akl.report.page, "write_page", write_and_count)
+    monkeypatch.setattr(litgpt_akl.training.reporting, "PAGE_SECONDS", seconds)
+    distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 3}, eval={"interval": 1})
+    assert len(steps) == drawn and steps[-1] == 3
 
 
 def test_a_new_run_forgets_the_one_before(teacher_dir, student_dir, alice_json, tmp_path):
