@@ -287,12 +287,12 @@ def test_two_processes_prepare_the_same_data_one_after_the_other(tmp_path, teach
     (folder,) = (entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir())
     shutil.rmtree(folder)
     lock = f"{folder}.lock"
-    code = f"from filelock import FileLock; import time\nwith FileLock({lock!r}): print(flush=True); time.sleep(1)"
+    code = f"from filelock import FileLock; import time\nwith FileLock({lock!r}): print(flush=True); time.sleep(2)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         begin = time.monotonic()
         open_stores(data, teacher_dir)
-        assert time.monotonic() - begin >= 0.7 and folder.is_dir() and other.wait(timeout=60) == 0
+        assert time.monotonic() - begin >= 1.5 and folder.is_dir() and other.wait(timeout=60) == 0
     assert capsys.readouterr().err.count("Waiting for another process, which prepares the same data") == 1
 
 

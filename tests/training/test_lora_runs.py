@@ -1,5 +1,7 @@
 """Runs with a LoRA student: in any number of processes, resumed, taught by its own base, taken by LitGPT."""
 
+import ctypes
+import gc
 import json
 import os
 import shutil
@@ -140,6 +142,9 @@ def measure(source: Path, teacher: Path | None, data: Path, out_dir: Path, devic
     return_freed_memory()
 
     def make_state_measured(fabric: L.Fabric, *arguments) -> dict:
+        # what tests before have freed in the process of which this one is a copy would be taken again, unseen
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
         before = anonymous()
         state = make_state(fabric, *arguments)
         out_dir.with_suffix(f".{fabric.global_rank}").write_text(str(anonymous() - before))
