@@ -12,13 +12,13 @@ from operator import add
 from os.path import commonprefix
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 import jinja2.filters
 import psutil
 from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Name, Scope
+from jinja2.nodes import Const, Getattr, Name, Scope
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -40,6 +40,19 @@ BITS = 2**16
 """Of a whole number."""
 
 Result = TypeVar("Result")
+
+
+class Rendering(NamedTuple):
+    """A conversation's text; the lists are of the assistant's messages, in their order."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    """``(begin, end)`` of each in the text's characters. What the template puts before it is not in it, what ends the
+    turn neither."""
+    said: list[int]
+    """Characters that each has, its reasoning too; white space does not count."""
+    lost: list[int]
+    """Of these, characters that its span has not."""
 
 
 class OverBudget(Exception):
@@ -151,8 +164,11 @@ _budget = _Budget()
 
 STAND_IN = secrets.token_hex(16)
 """What is rendered in place of an assistant's message to see where the template puts it; no data can hold it."""
-ALSO_SAID = ("reasoning_content", "reasoning", "thinking", "tool_calls")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields of an assistant's message with what it says before its content."""
+ALSO_SAID = (*REASONING, "tool_calls")
 """Fields of an assistant's message that templates render beside its content, and that the assistant says too."""
+ASKED = {"role": "user", "content": "probe"}
 CLOCK = "strftime_now"
 """The function by which a template writes the date, in Transformers."""
 WAY_OUT = "Take the file from the model's publisher again, or remove the template to use LitGPT's prompt style."
@@ -188,7 +204,10 @@ class ChatTemplate:
         # templates compare these two with none, which an undefined variable is not
         names = {"tools": None, "documents": None, **variables}
         parsed = environment.parse(source)
-        self.writes_date = any(name.name == CLOCK for name in parsed.find_all(Name))
+        self._names = {node.name for node in parsed.find_all(Name)} | {node.attr for node in parsed.find_all(Getattr)}
+        self._names |= {node.value for node in parsed.find_all(Const) if isinstance(node.value, str)}
+        self.writes_date = CLOCK in self._names
+        self._openings: dict[str, str | None] = {}
         self._template = within_budget(lambda: environment.from_string(parsed, globals=names))
 
     def __reduce__(self) -> tuple:
@@ -228,56 +247,98 @@ class ChatTemplate:
                 what = f"has an error in its line {error.lineno}: {error.message}"
             raise UserError(f"The chat template in {path} {what}\n{WAY_OUT}") from error
 
-    def render(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation and the character spans of what the assistant says in it.
+    def reads(self, name: str) -> bool:
+        """Whether the template names a variable or a field, whatever it does with it."""
+        return name in self._names
+
+    def render(self, messages: list[dict], keywords: dict[str, Any] | None = None) -> Rendering:
+        """The text of a conversation and what of it the assistant says.
+
+        A response begins where the text for a generation ends that has the messages before it, so that all is learnt
+        which the template does not write itself then. Of a template without such an end it begins with its content.
 
         Args:
             messages: each with ``role`` and ``content``, both text, and what else the template reads.
-
-        Returns:
-            The text, and ``(begin, end)`` of each message of the assistant. What the template puts around a message
-            is not in its span, what ends the turn neither.
+            keywords: what else the template is given, such as ``tools``.
 
         Raises:
             ValueError: the template refuses the conversation or fails, or it cannot be told where a message is.
         """
-        text = self._render(messages)
+        text = self._render(messages, keywords := keywords or {})
         numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = self._find_unchanged(text, messages, numbers)
-        return text, spans or [self._find_message(text, messages, number) for number in numbers]
+        spans = self._find_unchanged(text, messages, numbers, keywords)
+        spans = spans or [self._find_message(text, messages, number, keywords) for number in numbers]
+        said = [_said(messages[number]) for number in numbers]
+        lost = [_count_lost(parts, text[begin:end]) for parts, (begin, end) in zip(said, spans, strict=True)]
+        return Rendering(text, spans, [sum(map(len, parts)) for parts in said], lost)
 
-    def _render(self, messages: list[dict]) -> str:
+    def _render(self, messages: list[dict], keywords: dict[str, Any], add_generation_prompt: bool = False) -> str:
+        values = {**keywords, "messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            return within_budget(lambda: self._template.render(messages=messages, add_generation_prompt=False))
+            return within_budget(lambda: self._template.render(values))
         except OverBudget as error:
             raise ValueError(f"the chat template {error}") from error
         except Exception as error:  # a template is a program, it can fail in every way
             raise ValueError(f"the chat template refuses it: {reason(error)}") from error
 
-    def _find_unchanged(self, text: str, messages: list[dict], numbers: list[int]) -> list[tuple[int, int]] | None:
-        """All messages by one rendering, or None if the text holds them otherwise than they are."""
+    def _opening(self, keywords: dict[str, Any]) -> str | None:
+        """What the template adds for a generation; "" if it never adds anything, None if it cannot be told."""
+        if not self.reads("add_generation_prompt"):
+            return ""
+        switches = {name: value for name, value in keywords.items() if isinstance(value, (str, int, float, bool))}
+        key = json.dumps(switches, sort_keys=True)
+        if key not in self._openings:
+            try:
+                without, full = (self._render([ASKED], switches, adds) for adds in (False, True))
+            except ValueError:
+                without, full = "", ""
+            self._openings[key] = full.removeprefix(without) if full.startswith(without) else None
+        return self._openings[key] or None
+
+    def _find_unchanged(
+        self, text: str, messages: list[dict], numbers: list[int], keywords: dict[str, Any]
+    ) -> list[tuple[int, int]] | None:
+        """All messages by one rendering; None if the text holds them otherwise than they are, or begins them so."""
+        opening = self._opening(keywords)
+        if opening is None:
+            return None
         spoken = [_stand_in(message) if message["role"] == "assistant" else message for message in messages]
-        first, *others = self._render(spoken).split(STAND_IN)
+        first, *others = self._render(spoken, keywords).split(STAND_IN)
         contents = [messages[number]["content"] for number in numbers]
         if len(others) != len(contents) or text != first + "".join(map(add, contents, others)):
             return None
         spans, begin = [], len(first)
         for content, other in zip(contents, others, strict=True):
+            if not text.endswith(opening, 0, begin):
+                return None
             spans.append((begin, begin + len(content)))
             begin += len(content) + len(other)
         return spans
 
-    def _find_message(self, text: str, messages: list[dict], number: int) -> tuple[int, int]:
+    def _find_message(self, text: str, messages: list[dict], number: int, keywords: dict[str, Any]) -> tuple[int, int]:
         message = messages[number]
         spoken = [*messages[:number], _stand_in(message), *messages[number + 1 :]]
-        before, *after = self._render(spoken).split(STAND_IN)
+        before, *after = self._render(spoken, keywords).split(STAND_IN)
         if len(after) != 1:
             raise ValueError(f"the chat template shows message {number + 1} {len(after)} times")
-        begin = len(before) if text.startswith(before) else _begin_after_changed(text, before, message)
         end = len(text) - len(after[0])
+        begin = self._generation_begin(text, messages[:number], keywords)
+        if begin is None or begin >= end:
+            begin = len(before) if text.startswith(before) else _begin_after_changed(text, before, message)
         if begin is None or begin >= end or not text.endswith(after[0]):
             raise ValueError(f"it cannot be told where the chat template puts message {number + 1}")
         return begin, end
+
+    def _generation_begin(self, text: str, messages: list[dict], keywords: dict[str, Any]) -> int | None:
+        """Where the text for a generation after ``messages`` ends, if ``text`` goes on from there."""
+        if self._opening(keywords) == "":
+            return None
+        try:
+            asked = self._render(messages, keywords, add_generation_prompt=True)
+        except ValueError:
+            # many refuse a conversation that the assistant begins
+            return None
+        return len(asked) if text.startswith(asked) else None
 
 
 class _GenerationTag(Extension):
@@ -293,6 +354,24 @@ class _GenerationTag(Extension):
 
 def _stand_in(message: dict) -> dict:
     return {name: value for name, value in message.items() if name not in ALSO_SAID} | {"content": STAND_IN}
+
+
+def _said(message: dict) -> list[str]:
+    """What an assistant's message says, without white space, which templates change."""
+    parts = [next((message[name] for name in REASONING if isinstance(message.get(name), str)), ""), message["content"]]
+    return ["".join(part.split()) for part in parts]
+
+
+def _count_lost(said: list[str], shown: str) -> int:
+    """Characters of the parts that a text lacks; of a part of which some is left, all between its begin and end."""
+    shown = "".join(shown.split())
+    lost = 0
+    for part in said:
+        if part not in shown:
+            begin = len(commonprefix((part, shown)))
+            end = len(commonprefix((part[begin:][::-1], shown[::-1])))
+            lost += len(part) - begin - end
+    return lost
 
 
 def _begin_after_changed(text: str, before: str, message: dict) -> int | None:

@@ -19,15 +19,11 @@ from torch import Tensor
 from litgpt_akl.files.changed_files import watch
 from litgpt_akl.files.reading import explain_damage, plain_names, read_json
 from litgpt_akl.messages import UserError, reason
+from litgpt_akl.models.config_agreement import check_agreement
 from litgpt_akl.models.model_files import describe_weights, read_hf_config, read_tokenizer, write_json
 
-SIZES = {
-    "num_hidden_layers": "n_layer",
-    "hidden_size": "n_embd",
-    "num_attention_heads": "n_head",
-    "num_key_value_heads": "n_query_groups",
-}
-"""Entries that every config.json has, also when they are still those of another model, and LitGPT's names of them."""
+NOT_OF_THE_MODEL = ("auto_map", "quantization_config", "_name_or_path", "id2label", "label2id", "problem_type")
+"""Entries of a config.json that say how its own weights lie there, or where code for them is; both are others now."""
 
 COMMON_TO_LLAMAS = {
     "norm_class_name": "RMSNorm",
@@ -59,15 +55,9 @@ def make_hf_config(checkpoint_dir: Path, config: Config, tied: bool, dtype: torc
             raise UserError(
                 f"{path} does not say what the model is: it lacks {entry}. Copy the original model's to there."
             )
-    for entry, name in SIZES.items():
-        # some say null and mean a default
-        if hf_config.get(entry) not in (None, getattr(config, name)):
-            raise UserError(
-                f"{path} is of another model: {entry} is {hf_config[entry]}, and model_config.yaml says"
-                f" {getattr(config, name)}.\nCorrect it; `litgpt make_student` writes both."
-            )
-    # the module that it names is not here, and would be looked for where remote code is trusted
-    hf_config.pop("auto_map", None)
+    check_agreement(checkpoint_dir, config, hf_config)
+    for entry in NOT_OF_THE_MODEL:
+        hf_config.pop(entry, None)
     if not hf_config.keys() & {"dtype", "torch_dtype"}:
         # of the two names the one that every version knows
         hf_config["torch_dtype"] = None
@@ -132,6 +122,10 @@ def _refuse(checkpoint_dir: Path, config: Config, name: str) -> None:
 
 INDEX = "model.safetensors.index.json"
 """Says which tensor is in which of several files."""
+WHOLE = "model.safetensors"
+"""Holds all of them, if there is no index."""
+OTHER_FORMATS = ("consolidated", "adapter_")
+"""How names of files begin in which tensors have other names, or are of a LoRA adapter alone."""
 
 
 def _phi_back(config: Config, state_dict: dict[str, Tensor], lit_weights: dict[str, Tensor]) -> None:
@@ -160,15 +154,19 @@ takes is not to be asked of it."""
 
 
 def files_in(directory: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face checkpoint: those that its index names, without one all there are.
+    """The safetensors files of a Hugging Face checkpoint: those that its index names, else ``model.safetensors``.
+
+    Without either they are all that there are, but for Mistral's own format and adapters.
 
     Raises:
         UserError: the index is damaged, or names something else than files beside it.
     """
     places = _read_index(directory)
-    if places is None:
-        return sorted(directory.glob("*.safetensors"))
-    return [directory / name for name in sorted(set(places.values()))]
+    if places is not None:
+        return [directory / name for name in sorted(set(places.values()))]
+    if (directory / WHOLE).is_file():
+        return [directory / WHOLE]
+    return sorted(path for path in directory.glob("*.safetensors") if not path.name.startswith(OTHER_FORMATS))
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:

@@ -5,9 +5,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from litgpt.config import Config
 from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
+from litgpt.utils import fix_and_load_json
 from tokenizers import processors
 
 from litgpt_akl.messages import UserError
@@ -17,13 +19,27 @@ PROBE = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": 
 
 
 class OneBosTokenizer(Tokenizer):
-    """LitGPT's tokenizer for training: a BOS token that a text begins with stays, and never gets another before it.
+    """LitGPT's tokenizer for training: one BOS token where a text begins, one EOS token where a response ends.
 
-    Whether other texts get one is LitGPT's rule; where that knows nothing, tokenizer.json's own.
+    A BOS token that a text begins with stays, and never gets another before it. Whether other texts get one is LitGPT's
+    rule; where that knows nothing, tokenizer.json's own. Nothing is cut off or padded, whatever tokenizer.json says,
+    which is for Transformers' calls that ask for it.
     """
 
     def __init__(self, checkpoint_dir: Path) -> None:
-        super().__init__(checkpoint_dir)
+        try:
+            super().__init__(checkpoint_dir)
+        except (KeyError, TypeError):
+            # LitGPT asks last for a tokenizer_class, by which it only decodes single tokens otherwise
+            if getattr(self, "apply_decoding_fix", ...) is not None:
+                raise
+        ends = _end_ids(self.eos_id)
+        self.eos_id = ends[0] if ends else None
+        self.end_ids = tuple(dict.fromkeys((*ends, *_end_ids(_generation_config(checkpoint_dir).get("eos_token_id")))))
+        """Each of which ends a text: tokenizer_config.json's EOS token first, then those of generation_config.json."""
+        if self.backend == "huggingface":
+            self.processor.no_truncation()
+            self.processor.no_padding()
         self.bos = bos_text(self)
         self.adds_bos = self.bos is not None and self.processor.encode("a").ids[:1] == [self.bos_id]
         """Whether tokenizer.json itself puts a BOS token before every text, as it does for Transformers."""
@@ -38,10 +54,25 @@ class OneBosTokenizer(Tokenizer):
             self.processor.post_processor = without
 
     def encode(self, string: str, device=None, bos: bool | None = None, eos: bool = False, max_length: int = -1):
-        """LitGPT's, but for a text that begins with a BOS token: LitGPT takes it away where it adds none."""
+        """LitGPT's, which takes a BOS or EOS token away that the text itself has, if it is asked to add one or none."""
         if bos is None and self.bos is not None and string.startswith(self.bos):
             bos = True
-        return super().encode(string, device, bos, eos, max_length)
+        ids = super().encode(string, device, bos)
+        if eos:
+            while len(ids) and ids[-1] == self.eos_id:
+                ids = ids[:-1]
+            ids = torch.cat((ids, ids.new_tensor([self.eos_id])))
+        return ids[:max_length] if max_length > 0 else ids
+
+
+def _end_ids(entry: int | list[int] | None) -> list[int]:
+    return [] if entry is None else entry if isinstance(entry, list) else [entry]
+
+
+def _generation_config(checkpoint_dir: Path) -> dict[str, Any]:
+    path = checkpoint_dir / "generation_config.json"
+    # some publishers' have commas too many, which LitGPT forgives
+    return fix_and_load_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def bos_text(tokenizer: Tokenizer) -> str | None:

@@ -25,6 +25,7 @@ from litgpt_akl.files.manifest import MANIFEST, METRICS_COPY, METRICS_MARK, dama
 from litgpt_akl.files.reading import explain_damage, file_checksum, read_yaml, with_checksum, without_checksum
 from litgpt_akl.messages import UserError, not_permitted, progress_bar
 from litgpt_akl.models import hf as hf_weights
+from litgpt_akl.models.config_agreement import check_agreement
 from litgpt_akl.models.lora import ADAPTERS
 from litgpt_akl.models.model_files import check_model_files, files_beside_weights, read_hf_config
 from litgpt_akl.models.tensor_file import check_tensors, read_tensors
@@ -105,7 +106,11 @@ def _check_written(directory: Path, chosen: Callable[[str], bool]) -> bool:
 
 
 def read_config(checkpoint_dir: Path) -> Config:
-    """The model's configuration; raises UserError if model_config.yaml is none, or no model can be made by it."""
+    """The model's configuration.
+
+    Raises:
+        UserError: model_config.yaml is none, or no model can be made by it, or config.json describes another model.
+    """
     path = checkpoint_dir / "model_config.yaml"
     with explain_damage(path, "a model configuration", CONVERT_AGAIN):
         if path.is_file() and "vocab_size" not in read_yaml(path, CONVERT_AGAIN):
@@ -117,6 +122,8 @@ def read_config(checkpoint_dir: Path) -> Config:
                 raise ValueError(f"{name} is {getattr(config, name)!r}, and should be {kind}")
         with torch.device("meta"):
             GPT(config)
+    if (checkpoint_dir / "config.json").is_file():
+        check_agreement(checkpoint_dir, config, read_hf_config(checkpoint_dir / "config.json"))
     return config
 
 
