@@ -1,26 +1,92 @@
 """Records become token ids, and it is known which of them are responses."""
 
+import json
 from bisect import bisect_right
+from collections.abc import Mapping
 from functools import cached_property
-from operator import itemgetter
+from typing import Any, NamedTuple
 
 from litgpt.data import SFTDataset
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Processor
 
-from litgpt_akl.messages import quoted
-from litgpt_akl.models.chat_template import ChatTemplate
+from litgpt_akl.data.formats import Conversation, Instruction, check_text, is_given, kind, read_format
+from litgpt_akl.messages import UserError, quoted
+from litgpt_akl.models.chat_template import ALSO_SAID, REASONING, ChatTemplate
 
 PROBE = "probe"
+MATTERS = ("input", "context", "system", "sys_prompt", "history", "tools", "documents", "functions")
+"""Fields of a record that say what a model is asked: unread, it would learn to answer something else."""
+
+
+class Encoded(NamedTuple):
+    """A record's tokens, and what of the record they have."""
+
+    ids: list[int]
+    spans: list[int]
+    """``[begin, end, begin, end, ...]``: positions in ``ids`` of each response and of what ends it, in ascending order;
+    at least one, none empty, none with position 0, which no token predicts."""
+    said: int = 0
+    """Characters of the assistant's messages that are to be learnt, white space not counted."""
+    lost: int = 0
+    """Of these, characters that the text has not."""
+    notes: tuple[str, ...] = ()
+    """What a user is to know of the record, in words that are the same for all such records."""
+
+
+class StyledInstruction:
+    """Which fields of an instruction a prompt style reads. It can be pickled."""
+
+    def __init__(self, prompt_style: PromptStyle) -> None:
+        self._prompt_style = prompt_style
+        self._reads: dict[str, bool] = {}
+
+    def fit(self, instruction: Instruction) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """The fields that a style makes a prompt of, with all that matters in them, and notes on the others.
+
+        Raises:
+            ValueError: a field that matters is not read.
+        """
+        fields, notes = dict(instruction.fields), []
+        style = type(self._prompt_style).__name__
+        if instruction.system and self._is_read("sys_prompt", fields):
+            fields["sys_prompt"] = instruction.system
+        elif instruction.system:
+            fields["instruction"] = f"{instruction.system}\n\n{fields['instruction']}"
+        for name in [name for name in fields if name not in ("instruction", "output")]:
+            if not is_given(fields[name]) or self._is_read(name, fields):
+                continue
+            value = fields.pop(name)
+            if name == "input":
+                fields["instruction"] = f"{fields['instruction']}\n\n{value}"
+                notes.append(
+                    f"the field 'input' stands after the instruction: the prompt style {style} has no place for it"
+                )
+            elif name in MATTERS:
+                raise ValueError(f"has '{name}', which the prompt style {style} does not read")
+            else:
+                notes.append(f"the field '{quoted(name, 40)}' is not read")
+        return fields, tuple(notes)
+
+    def _is_read(self, name: str, fields: dict[str, Any]) -> bool:
+        if name not in self._reads:
+            # `prompt` and `self` are the style's own words
+            others = {key: value for key, value in fields.items() if key not in ("prompt", "self", name)}
+            self._reads[name] = name not in ("prompt", "self") and self._differs(name, others)
+        return self._reads[name]
+
+    def _differs(self, name: str, others: dict[str, Any]) -> bool:
+        try:
+            one, other = (self._prompt_style.apply(PROBE, **others, **{name: text}) for text in ("one", "other"))
+        except (AttributeError, KeyError, TypeError):
+            # a style of the user's own may want more of a field than a text
+            return True
+        return one != other
 
 
 class Encoder:
-    """Turns records into token ids and the spans of their responses. It can be pickled.
-
-    A record has ``instruction``, ``output`` and optionally ``input``, all text, or else ``messages``: a list of
-    ``{"role": "system" | "user" | "assistant", "content": text}``.
-    """
+    """Turns records of the formats in :mod:`~litgpt_akl.data.formats` into token ids and spans. It can be pickled."""
 
     def __init__(
         self,
@@ -28,45 +94,66 @@ class Encoder:
         prompt_style: PromptStyle,
         template: ChatTemplate | None,
         max_length: int | None = None,
+        *,
+        columns: Mapping[str, str] | None = None,
+        keywords: Mapping[str, Any] | None = None,
+        marks_needed: bool = False,
+        last_only: bool = False,
     ) -> None:
         """Reads which tokens are special.
 
-        Messages take the template, or the prompt style if there is none, as for SentencePiece (``tokenizer.model``),
-        which would read the special tokens that a template writes as common text. A record is cut off after
-        ``max_length`` tokens, at least 2.
+        Args:
+            tokenizer: the student's.
+            prompt_style: for instructions, and for messages if there is no template.
+            template: for messages. None for SentencePiece (``tokenizer.model``): there special tokens that a template
+                writes would be read as common text.
+            max_length: tokens after which a record is cut off; at least 2.
+            columns: the data's name of a field by ours.
+            keywords: what every conversation's template is given, if the record does not say otherwise.
+            marks_needed: whether a conversation is refused if the prompt style puts nothing between its turns.
+            last_only: whether only the last of the assistant's messages is learnt.
+
+        Raises:
+            ValueError: a template for a tokenizer that cannot read what it writes.
         """
         if template is not None and tokenizer.backend != "huggingface":
             raise ValueError("a chat template needs a tokenizer.json; with tokenizer.model give None")
         self._tokenizer, self._prompt_style, self._template = tokenizer, prompt_style, template
-        self._max_length = max_length
+        self._max_length, self._columns, self._keywords = max_length, columns, dict(keywords or {})
+        self._marks_needed, self._last_only = marks_needed, last_only
+        self._styled = StyledInstruction(prompt_style)
         if template is not None:
             self._processor = _without_limits(tokenizer.processor)
             added = self._processor.get_added_tokens_decoder()
             self._special_ids = {id for id, token in added.items() if token.special}
 
-    def encode(self, record: dict) -> tuple[list[int], list[int]]:
-        """A record's token ids and the spans of its responses.
+    def encode(self, record: dict) -> Encoded:
+        """A record's token ids, at most ``max_length``, and the spans of its responses.
 
         An instruction gives the ids of ``litgpt.data.SFTDataset``, messages with a chat template those of
         Transformers' ``apply_chat_template``.
 
-        Returns:
-            ids: at most ``max_length``.
-            spans: ``[begin, end, begin, end, ...]``, positions in ``ids`` of each response and of what ends it, in
-                ascending order; at least one, none empty, none with position 0, which no token predicts.
+        Args:
+            record: as read from JSON: nothing about it is taken for granted.
 
-        Raises ValueError if the record cannot be used, and says why; where it stands is for the caller to add.
+        Raises:
+            ValueError: the record cannot be used. The message says why; where it stands is for the caller to add.
+            UserError: no record of its format can be used.
         """
         if not isinstance(record, dict):
-            raise ValueError(f"is {_kind(record)}, not a record")
-        if "messages" in record and not ("instruction" in record and "output" in record):
-            messages = record["messages"]
-            _check_messages(messages)
-            ids, spans = self._encode_by_style(messages) if self._template is None else self._encode_chat(messages)
+            raise ValueError(f"is {kind(record)}, not a record")
+        form = read_format(record, self._columns)
+        if self._last_only and isinstance(form, Conversation):
+            form = form.with_last_only()
+        if isinstance(form, Instruction):
+            encoded = self._encode_instruction(form)
+        elif self._template is None:
+            encoded = self._encode_by_style(form)
         else:
-            _check_instruction(record)
-            ids, spans = self._encode_instruction(record)
-        return self._cut(ids, spans)
+            encoded = self._encode_chat(form)
+        notes = (*encoded.notes, *(f"the field '{quoted(name, 40)}' is not read" for name in form.unread))
+        ids, spans = self._cut(encoded.ids, encoded.spans)
+        return encoded._replace(ids=ids, spans=spans, notes=notes)
 
     def _cut(self, ids: list[int], spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
         limit = len(ids) if self._max_length is None else self._max_length
@@ -80,35 +167,54 @@ class Encoder:
             raise ValueError(f"has no token to learn from: {cut}")
         return ids[:limit], kept
 
-    def _encode_instruction(self, record: dict) -> tuple[list[int], list[tuple[int, int]]]:
-        # every other field is a keyword of the style, where `prompt` is the instruction's name
-        record = {name: value for name, value in record.items() if name != "prompt"}
-        dataset = SFTDataset([record], self._tokenizer, self._prompt_style)
+    def _encode_instruction(self, instruction: Instruction) -> Encoded:
+        fields, notes = self._styled.fit(instruction)
+        dataset = SFTDataset([fields], self._tokenizer, self._prompt_style)
         try:
             sample = dataset[0]
         except (AttributeError, KeyError, TypeError) as error:
             raise self._refusal(error) from error
         begin = sample["labels"].tolist().count(dataset.ignore_index)
-        return sample["input_ids"].tolist(), [(begin, len(sample["input_ids"]))]
+        ids, said = sample["input_ids"].tolist(), len("".join(fields["output"].split()))
+        return Encoded(ids, [(begin, len(ids))], said, 0, notes)
 
     def _refusal(self, error: Exception) -> ValueError:
         return ValueError(f"the prompt style {type(self._prompt_style).__name__} fails: {error!r}")
 
-    def _encode_by_style(self, messages: list[dict]) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode_by_style(self, conversation: Conversation) -> Encoded:
+        messages = conversation.messages
+        if self._marks_needed and not self._has_marks:
+            raise UserError(
+                f"Chats cannot be read: the student has no chat template, and its prompt style"
+                f" {type(self._prompt_style).__name__} puts no marks between turns.\nGive one with"
+                " --data.chat_template FILE or --data.chat_template teacher, or another --data.prompt_style."
+            )
+        for name in (*conversation.keywords, "tool_calls"):
+            if name in conversation.keywords or any(is_given(message.get(name)) for message in messages):
+                raise ValueError(f"has '{name}', which only a chat template can read; there is none")
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
         turns = messages[0 if system is None else 1 :]
         _check_order(turns, first=1 if system is None else 2)
-        ids, spans = [], []
+        trained = conversation.trained[-len(turns) :]
+        ids, spans, said, lost = [], [], 0, 0
         # of a last prompt without an answer nothing can be learnt
-        for prompt, answer in zip(turns[::2], turns[1::2], strict=False):
-            if spans:
+        for number, (prompt, answer) in enumerate(zip(turns[::2], turns[1::2], strict=False)):
+            if ids:
                 ids += self._encode_later_prompt(self._apply(prompt["content"], None))
             else:
                 ids += self._tokenizer.encode(self._apply(prompt["content"], system)).tolist()
             begin = len(ids)
             ids += self._tokenizer.encode(answer["content"], bos=False, eos=True).tolist()
-            spans.append((begin, len(ids)))
-        return ids, spans
+            if trained[2 * number + 1]:
+                spans.append((begin, len(ids)))
+                thought = next((answer[name] for name in REASONING if isinstance(answer.get(name), str)), "")
+                lost += len("".join(thought.split()))
+                said += len("".join((thought + answer["content"]).split()))
+        return Encoded(ids, spans, said, lost)
+
+    @cached_property
+    def _has_marks(self) -> bool:
+        return self._apply(PROBE, None).strip() != PROBE
 
     def _encode_later_prompt(self, prompt: str) -> list[int]:
         """A prompt without the BOS token that only a text's begin has."""
@@ -139,12 +245,28 @@ class Encoder:
         prompt = self._apply(PROBE, PROBE)
         return prompt.startswith(bos) and prompt.count(bos) > 1
 
-    def _encode_chat(self, messages: list[dict]) -> tuple[list[int], list[tuple[int, int]]]:
-        text, spans = self._template.render(messages)
-        _check_text(text, "its text")
-        encoding = self._processor.encode(text, add_special_tokens=False)
+    def _encode_chat(self, conversation: Conversation) -> Encoded:
+        messages, template = conversation.messages, self._template
+        for name in conversation.keywords:
+            if not template.reads(name):
+                raise ValueError(f"has '{name}', which the chat template does not read")
+        if any(is_given(message.get("tool_calls")) for message in messages) and not template.reads("tool_calls"):
+            raise ValueError("has 'tool_calls', which the chat template does not read")
+        rendering = template.render(messages, {**self._keywords, **conversation.keywords})
+        check_text(rendering.text, "its text")
+        _check_shown(rendering.text, messages)
+        encoding = self._processor.encode(rendering.text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets
-        return ids, [self._find_tokens(text, ids, offsets, *span) for span in spans]
+        assistants = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        kept = [order for order, number in enumerate(assistants) if conversation.trained[number]]
+        spans = [self._find_tokens(rendering.text, ids, offsets, *rendering.spans[order]) for order in kept]
+        said, lost = (sum(counts[order] for order in kept) for counts in (rendering.said, rendering.lost))
+        return Encoded(ids, spans, said, lost, self._describe_unread(messages))
+
+    def _describe_unread(self, messages: list[dict]) -> tuple[str, ...]:
+        names = {name for message in messages for name in message} - {"role", "content", *ALSO_SAID}
+        unread = sorted(name for name in names if not self._template.reads(name))
+        return tuple(f"the field '{quoted(name, 40)}' of messages is not read" for name in unread)
 
     def _find_tokens(
         self, text: str, ids: list[int], offsets: list[tuple[int, int]], begin: int, end: int
@@ -154,10 +276,10 @@ class Encoder:
         A token may reach over an edge by white space: `` Hello`` after a colon is one token. Tokens of no width come
         from byte-level tokenizers: a space, whose place is before their offset.
         """
-        first = bisect_right(offsets, begin, key=itemgetter(1))
+        first = bisect_right(offsets, begin, key=_offset_end)
         if first < len(ids) and offsets[first][0] < begin and not text[offsets[first][0] : begin].isspace():
             first += 1
-        last = bisect_right(offsets, end, key=itemgetter(1))
+        last = bisect_right(offsets, end, key=_offset_end)
         if last < len(ids) and offsets[last][0] < end and text[end : offsets[last][1]].isspace():
             last += 1
         return first, self._find_turn_end(text, ids, offsets, last, end)
@@ -175,6 +297,10 @@ class Encoder:
         return last
 
 
+def _offset_end(offset: tuple[int, int]) -> int:
+    return offset[1]
+
+
 def _without_limits(processor: Processor) -> Processor:
     """The tokenizer without the truncation and padding of its tokenizer.json, which Transformers does not apply."""
     if processor.truncation is None and processor.padding is None:
@@ -185,52 +311,26 @@ def _without_limits(processor: Processor) -> Processor:
     return processor
 
 
-def _check_instruction(record: dict) -> None:
-    missing = [name for name in ("instruction", "output") if name not in record]
-    if len(missing) == 2:
-        raise ValueError("has neither 'instruction' and 'output' nor 'messages'")
-    if missing:
-        raise ValueError(f"has no field '{missing[0]}'")
-    for name in ("instruction", "output", "input", "sys_prompt"):
-        if name in ("instruction", "output") or record.get(name) is not None:
-            _check_text(record[name], f"'{name}'")
-    if not record["output"].strip():
-        raise ValueError("its response is empty")
-
-
-def _check_messages(messages: list) -> None:
-    if not isinstance(messages, list):
-        raise ValueError(f"'messages' is {_kind(messages)}, not a list")
+def _check_shown(text: str, messages: list[dict]) -> None:
+    """Refuses a conversation of whose prompts the text lacks one: templates pass over roles that they do not know."""
+    bare = None
     for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise ValueError(f"message {number} is {_kind(message)}, not one with 'role' and 'content'")
-        for name in ("role", "content"):
-            if name not in message:
-                raise ValueError(f"message {number} has no field '{name}'")
-            _check_text(message[name], f"'{name}' of message {number}")
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError(f"its response is empty: message {number}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("has no message of the role 'assistant'")
+        content = message["content"]
+        if message["role"] == "assistant" or content.strip() in text:
+            continue
+        bare = bare or "".join(text.split())
+        # what tools answer is written as JSON by some
+        forms = (content, json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1])
+        if not any("".join(form.split()) in bare for form in forms):
+            raise ValueError(
+                f"the chat template leaves out message {number} of the role '{quoted(message['role'], 40)}'"
+            )
 
 
 def _check_order(turns: list[dict], first: int) -> None:
     for number, message in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if message["role"] != expected:
-            found = quoted(message["role"], 40)
-            raise ValueError(f"message {first + number} has the role '{found}', expected '{expected}'")
-
-
-def _check_text(value, name: str) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {_kind(value)}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds {value[error.start]!r}, half of a character that takes two") from error
-
-
-def _kind(value) -> str:
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
-    return kinds.get(type(value), "a number")
+            raise ValueError(
+                f"message {first + number} has the role '{quoted(message['role'], 40)}', expected '{expected}'"
+            )

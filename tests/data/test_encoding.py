@@ -22,8 +22,13 @@ from tokenizers import models, processors
 from transformers import PreTrainedTokenizerFast
 
 from litgpt_akl.data.encoding import Encoder
+from litgpt_akl.messages import UserError
 
 QUESTION = {"instruction": "Why?", "output": "Because."}
+WORDS = ("one", "two", "three", "four", "five", "six")
+TALK = talk("Who?", "Alice.")
+TOOL = {"type": "function", "function": {"name": "look"}}
+CALLING = {"role": "assistant", "content": "Let me look.", "tool_calls": [TOOL]}
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def test_instructions_give_what_litgpts_dataset_gives(teacher_dir, alice_json, s
             with pytest.raises(ValueError, match="has no token to learn from: the limit of 60 tokens cuts"):
                 encode(record)
             continue
-        ids, (begin, end) = encode(record)
+        ids, (begin, end) = encode(record)[:2]
         assert ids == sample["input_ids"].tolist()
         assert [-100] * begin + ids[begin:end] == labels
     assert cut_off == (0 if max_length is None or isinstance(style, Default) else 200)
@@ -68,14 +73,17 @@ def test_instructions_give_what_litgpts_dataset_gives(teacher_dir, alice_json, s
 
 def test_other_fields_reach_the_prompt_style(teacher_dir):
     plain = Encoder(Tokenizer(teacher_dir), Alpaca(), None).encode
-    assert plain(QUESTION | {"input": None, "prompt": "?"}) == plain(QUESTION | {"input": ""}) == plain(QUESTION)
-    ids, _ = plain(QUESTION | {"input": "the text", "sys_prompt": "Answer. "})
+    for field in ("prompt", "self", "id"):
+        encoded = plain(QUESTION | {"input": None, field: "?"})
+        assert encoded[:2] == plain(QUESTION | {"input": ""})[:2] == plain(QUESTION)[:2]
+        assert encoded.notes == (f"the field '{field}' is not read",)
+    ids = plain(QUESTION | {"input": "the text", "sys_prompt": "Answer. "}).ids
     text = decode(teacher_dir, ids).replace("<unk>", "#")
     assert text.startswith("Answer. ### Instruction:\nWhy?\n\n### Input:\nthe text\n\n### Resp")
 
 
 def test_no_token_predicts_the_first(teacher_dir):
-    ids, spans = Encoder(Tokenizer(teacher_dir), Default(), None).encode({"instruction": "", "output": "Because."})
+    ids, spans = Encoder(Tokenizer(teacher_dir), Default(), None).encode({"instruction": "", "output": "Because."})[:2]
     assert spans == [1, len(ids)]
 
 
@@ -86,7 +94,7 @@ def test_chats_give_what_transformers_gives_and_mark_the_assistant(tmp_path, tok
     reference = PreTrainedTokenizerFast.from_pretrained(directory)
     encode = encoder(directory).encode
     for messages in CONVERSATIONS.values():
-        ids, spans = encode({"messages": messages})
+        ids, spans = encode({"messages": messages})[:2]
         assert ids == reference.apply_chat_template(messages, return_dict=False)
         contents = [message["content"] for message in messages if message["role"] == "assistant"]
         for text, content in zip(responses(directory, ids, spans), contents, strict=True):
@@ -105,7 +113,7 @@ def test_the_assistant_may_speak_twice_or_first(chat_dir):
     messages = [*talk("", "a")[1:], *talk("b", "c"), *talk("", "d")[1:]]
     for name in ("chatml", "gemma", "qwen-3", "no-end", "generation", "phi-3"):
         directory = chat_dir(name)
-        ids, spans = encoder(directory).encode({"messages": messages})
+        ids, spans = encoder(directory).encode({"messages": messages})[:2]
         assert responses(directory, ids, spans) == [text + CASES[name].ends_turn for text in "acd"]
         assert ids == rendered_ids(directory, messages)
 
@@ -113,7 +121,7 @@ def test_the_assistant_may_speak_twice_or_first(chat_dir):
 def test_a_turn_without_a_header_begins_after_the_first_token(chat_dir):
     directory = chat_dir(Case("{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}", ""))
     messages = talk("?", "Alice")[1:]
-    ids, spans = encoder(directory).encode({"messages": messages})
+    ids, spans = encoder(directory).encode({"messages": messages})[:2]
     assert spans == [1, len(ids)]
     assert decode(directory, ids) == "Alice</s>"
 
@@ -122,10 +130,10 @@ def test_a_turn_without_a_header_begins_after_the_first_token(chat_dir):
 def test_truncation(chat_dir, template):
     directory = chat_dir("chatml")
     record = {"messages": talk("Who?", "The Queen of Hearts", "Who?", "The Dormouse and the Hatter")}
-    ids, spans = encoder(directory, ChatML(), template=template).encode(record)
+    ids, spans = encoder(directory, ChatML(), template=template).encode(record)[:2]
     first, _, third, last = spans
     for limit in range(first + 1, len(ids) + 2):
-        cut, kept = encoder(directory, ChatML(), limit, template).encode(record)
+        cut, kept = encoder(directory, ChatML(), limit, template).encode(record)[:2]
         assert cut == ids[:limit]
         assert kept == (spans[:2] if limit <= third else spans)[:-1] + [min(limit, last if limit > third else spans[1])]
     with pytest.raises(ValueError, match=f"no token to learn from: the limit of {first} tokens cuts its response off"):
@@ -140,7 +148,7 @@ def test_what_tokenizer_json_adds_or_cuts_off_is_for_litgpt_only(tmp_path):
     tokenizer.enable_padding(length=200)
     directory = write_tokenizer(tmp_path, tokenizer, CASES["chatml"])
     messages = talk("Who are you?", "I hardly know, just at present.")
-    ids, _ = encoder(directory).encode({"messages": messages})
+    ids, _ = encoder(directory).encode({"messages": messages})[:2]
     assert ids == rendered_ids(directory, messages)
     assert len(ids) < 100
     assert len(encoder(directory).encode(QUESTION)[0]) > 200
@@ -161,7 +169,7 @@ def test_tokens_that_reach_over_an_edge(tmp_path):
     ]:
         case = Case("!" + before + "{{ messages[0].content }}" + after, "")
         directory = write_tokenizer(tmp_path, tokenizer, case)
-        ids, (begin, end) = encoder(directory).encode({"messages": talk("", "abcd")[1:]})
+        ids, (begin, end) = encoder(directory).encode({"messages": talk("", "abcd")[1:]})[:2]
         assert [tokenizer.id_to_token(id) for id in ids[begin:end]] == expected.split(" ")
 
 
@@ -174,7 +182,7 @@ def test_without_a_template_the_prompt_style_writes_every_turn(chat_dir):
         (ChatML(), ["system\nCount.<|im_end|>\n<|im_start|>user\none<", "<|im_start|>user\nthree<"]),
         (Alpaca(), ["Count.### Instruction:\none", "Below is an instruction"]),
     ]:
-        ids, spans = encoder(directory, style, template=False).encode({"messages": messages})
+        ids, spans = encoder(directory, style, template=False).encode({"messages": messages})[:2]
         assert responses(directory, ids, spans) == ["two<|im_end|>", "four<|im_end|>"]
         assert len(ids) == spans[-1]
         for prompt, text in zip((ids[: spans[0]], ids[spans[1] : spans[2]]), expected, strict=True):
@@ -192,25 +200,77 @@ def test_only_the_first_turn_has_a_bos_token(tmp_path, use_bos):
     style = Default()
     style.apply = lambda prompt, sys_prompt=None: f"{bos}{prompt}:"
     directory = write_tokenizer(tmp_path, tokenizer, CASES["llama-3"], add_bos_token=use_bos)
-    ids, _ = encoder(directory, style, template=False).encode({"messages": talk("a", "b", "c", "d")})
+    ids, _ = encoder(directory, style, template=False).encode({"messages": talk("a", "b", "c", "d")})[:2]
     assert decode(directory, ids) == bos * (1 + use_bos) + "a:b<|eot_id|>c:d<|eot_id|>"
 
 
 @pytest.mark.parametrize("use_bos", [False, True])
 def test_a_bos_token_that_opens_every_message_stays(chat_dir, use_bos):
     directory = chat_dir("chatml", add_bos_token=use_bos)
-    ids, spans = encoder(directory, ChatML(), template=False).encode({"messages": talk("one", "two", "three", "four")})
+    ids, spans = encoder(directory, ChatML(), template=False).encode({"messages": talk("one", "two", "three", "four")})[
+        :2
+    ]
     opening = "<|im_start|>" if use_bos else ""
     assert decode(directory, ids[: spans[0]]) == opening + "user\none<|im_end|>\n<|im_start|>assistant\n"
     later = "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n"
     assert decode(directory, ids[spans[1] : spans[2]]) == later
 
 
+def test_what_matters_and_has_no_place_in_a_style_joins_the_instruction(teacher_dir):
+    plain = Encoder(Tokenizer(teacher_dir), Default(), None).encode
+    encoded = plain(QUESTION | {"input": "the text", "system": "Be brief."})
+    assert encoded[:2] == plain(QUESTION | {"instruction": "Be brief.\n\nWhy?\n\nthe text"})[:2]
+    assert len(encoded.notes) == 1 and encoded.notes[0].startswith("the field 'input' stands after the instruction")
+    assert Encoder(Tokenizer(teacher_dir), ChatML(), None).encode(QUESTION | {"system": "Be brief."}).ids == (
+        Encoder(Tokenizer(teacher_dir), ChatML(), None).encode(QUESTION | {"sys_prompt": "Be brief."}).ids
+    )
+
+
+def test_chats_need_marks_between_turns_or_a_style_that_was_chosen(teacher_dir):
+    record = {"messages": talk("one", "two", "three", "four")}
+    Encoder(Tokenizer(teacher_dir), Default(), None).encode(record)
+    Encoder(Tokenizer(teacher_dir), ChatML(), None, marks_needed=True).encode(record)
+    needing = Encoder(Tokenizer(teacher_dir), Default(), None, marks_needed=True)
+    needing.encode(QUESTION)
+    with pytest.raises(UserError, match="prompt style Default puts no marks between turns"):
+        needing.encode(record)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_what_is_not_to_be_learnt_is_no_response(chat_dir, template):
+    directory = chat_dir("chatml")
+    messages = talk("one", "two", "three", "four", "five", "six")
+    messages[3]["weight"] = 0
+    ids, spans = encoder(directory, ChatML(), template=template).encode({"messages": messages})[:2]
+    assert responses(directory, ids, spans) == ["two<|im_end|>", "six<|im_end|>"]
+    assert ids == encoder(directory, ChatML(), template=template).encode({"messages": talk(*WORDS)}).ids
+    ids, spans = encoder(directory, ChatML(), template=template, last_only=True).encode({"messages": messages})[:2]
+    assert responses(directory, ids, spans) == ["six<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": TALK, "tools": [TOOL]}, "has 'tools', which the chat template does not read"),
+        ({"messages": [TALK[0], CALLING]}, "has 'tool_calls', which the chat template does not read"),
+        ({"messages": [*TALK, {"role": "tool", "content": "a rose"}]}, "the chat template leaves out message 3 of the"),
+    ],
+)
+def test_what_a_template_does_not_write_is_refused(chat_dir, record, reason):
+    source = (
+        "{% for m in messages if m.role != 'tool' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    with pytest.raises(ValueError, match=reason):
+        encoder(chat_dir(Case(source, ""))).encode(record)
+    with pytest.raises(ValueError, match="which only a chat template can read|has the role 'tool', expected 'user'"):
+        encoder(chat_dir(Case(source, "")), ChatML(), template=False).encode(record)
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
         ([], "is a list, not a record"),
-        ({}, "has neither 'instruction' and 'output' nor 'messages'"),
+        ({}, "has neither 'messages' nor 'instruction' and 'output': it has no fields"),
         ({"instruction": "?"}, "has no field 'output'"),
         ({"output": "!"}, "has no field 'instruction'"),
         (QUESTION | {"output": ["!"]}, "'output' is a list, not text"),
@@ -219,7 +279,7 @@ def test_a_bos_token_that_opens_every_message_stays(chat_dir, use_bos):
         (QUESTION | {"output": " \n"}, "its response is empty"),
         (QUESTION | {"output": "</s>"}, "has no token to learn from: its response has none"),
         (QUESTION | {"output": "\ud83d"}, "'output' holds '\\ud83d', half of a character that takes two"),
-        (QUESTION | {"self": 1}, "the prompt style Default fails: TypeError"),
+        (QUESTION | {"context": "?"}, "has 'context', which the prompt style Default does not read"),
         ({"messages": {}}, "'messages' is an object, not a list"),
         ({"messages": []}, "has no message of the role 'assistant'"),
         ({"messages": talk("?")}, "has no message of the role 'assistant'"),
@@ -227,7 +287,7 @@ def test_a_bos_token_that_opens_every_message_stays(chat_dir, use_bos):
         ({"messages": [*talk("?"), {"content": "!"}]}, "message 2 has no field 'role'"),
         ({"messages": [{"role": "user"}]}, "message 1 has no field 'content'"),
         ({"messages": [{"role": [], "content": ""}]}, "'role' of message 1 is a list, not text"),
-        ({"messages": talk([{"type": "image"}], "!")}, "'content' of message 1 is a list, not text"),
+        ({"messages": talk([{"type": "image"}], "!")}, "message 1 has a part that is no text: image"),
         ({"messages": talk("?", None)}, "'content' of message 2 is null, not text"),
         ({"messages": talk("?", "!", "?", " ")}, "its response is empty: message 4"),
         ({"messages": [*talk("?"), *talk("?", "!")]}, "message 2 has the role 'user', expected 'assistant'"),

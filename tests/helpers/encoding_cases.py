@@ -229,9 +229,9 @@ CONVERSATIONS = {
 }
 
 
-def encoder(directory, style=None, max_length=None, template=True) -> Encoder:
+def encoder(directory, style=None, max_length=None, template=True, **options) -> Encoder:
     found = ChatTemplate.find(directory) if template else None
-    return Encoder(LitGPTTokenizer(directory), style or Default(), found, max_length)
+    return Encoder(LitGPTTokenizer(directory), style or Default(), found, max_length, **options)
 
 
 def decode(directory, ids) -> str:

@@ -111,14 +111,14 @@ def test_a_message_with_its_own_opening_begins_before_it():
     source = "{% set parts = messages[0].content.split('</think>') %}"
     source += "<think>{{ parts[0].split('<think>')[-1] if parts[1:] }}</think>{{ parts[-1] }}"
     content = "<think><b>Hm</b></think>Yes"
-    assert ChatTemplate(source, {}).render(talk("", content)[1:]) == (content, [(0, len(content))])
+    assert ChatTemplate(source, {}).render(talk("", content)[1:])[:2] == (content, [(0, len(content))])
 
 
 def test_the_spans_are_of_the_text(tmp_path):
     for case in CASES.values():
         template = ChatTemplate(case.source, {"bos_token": case.bos_token, "eos_token": case.eos_token})
         for messages in CONVERSATIONS.values():
-            rendered, spans = template.render(messages)
+            rendered, spans, _, _ = template.render(messages)
             contents = [message["content"] for message in messages if message["role"] == "assistant"]
             expected = [content.strip() if case.trims else content for content in contents]
             assert [rendered[begin:end] for begin, end in spans] == expected
@@ -131,7 +131,7 @@ def test_a_generation_block_encloses_the_same_tokens(tmp_path, kind):
     for messages in CONVERSATIONS.values():
         if all(message["content"] == message["content"].strip() for message in messages):
             mask = reference.apply_chat_template(messages, return_assistant_tokens_mask=True)["assistant_masks"]
-            ids, spans = encoder(directory).encode({"messages": messages})
+            ids, spans = encoder(directory).encode({"messages": messages})[:2]
             inside = {n for begin, end in zip(spans[::2], spans[1::2], strict=True) for n in range(begin, end)}
             assert [int(number in inside) for number in range(len(ids))] == mask
 
@@ -153,7 +153,7 @@ def test_what_an_assistant_thinks_and_calls_is_its_response(tmp_path):
         ),
     ]:
         messages = [*talk("one"), earlier, *talk("two"), {"role": "assistant", **fields}]
-        ids, spans = encode({"messages": messages})
+        ids, spans = encode({"messages": messages})[:2]
         assert ids == rendered_ids(directory, messages)
         assert responses(directory, ids, spans) == ["No<|im_end|>", expected + "<|im_end|>"]
 

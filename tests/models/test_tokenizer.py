@@ -177,7 +177,7 @@ def test_conversations_have_the_ids_of_training(kind, folders):
     original = transformers_tokenizer(source)
     for question in QUESTIONS:
         messages = talk(question, "The Knave of Hearts.")
-        ids, _ = encoder.encode({"messages": messages})
+        ids, _ = encoder.encode({"messages": messages})[:2]
         assert ids == original.apply_chat_template(messages, return_dict=False)
         for name, path in written(folders).items():
             tokenizer = transformers_tokenizer(path)

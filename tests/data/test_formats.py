@@ -1,0 +1,139 @@
+"""Records of other tools' formats: what is read of them, and what is refused by name."""
+
+import json
+
+import pytest
+
+from litgpt_akl.data.formats import Conversation, Instruction, read_format
+
+USER, ASSISTANT = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Alice."}
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"in": "the garden"}}}
+TALK = [USER, ASSISTANT]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": TALK},
+        {"messages": json.dumps(TALK)},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Wh"}, {"text": "o?"}]}, ASSISTANT]},
+        {"messages": [{**USER, "tool_calls": None}, {**ASSISTANT, "name": None}]},
+        {"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Alice."}]},
+        {"conversations": TALK, "messages": None, "tools": [], "documents": ""},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+        {"prompt": [USER], "completion": "Alice."},
+    ],
+)
+def test_chats_of_every_tool_are_the_same(record):
+    assert read_format(record) == Conversation(TALK, [False, True])
+
+
+@pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        ({"instruction": "Who?", "output": "Alice."}, {}),
+        ({"prompt": "Who?", "completion": "Alice."}, {}),
+        ({"question": "Who?", "answer": "Alice.", "history": [], "system": ""}, {}),
+        ({"frage": "Who?", "antwort": "Alice."}, {"instruction": "frage", "output": "antwort"}),
+        ({"output": "Who?", "instruction": "Alice."}, {"instruction": "output", "output": "instruction"}),
+        ({"messages": TALK, "q": "Who?", "output": "Alice."}, {"instruction": "q"}),
+    ],
+)
+def test_instructions_of_every_tool_are_the_same(record, columns):
+    found = read_format(record, columns)
+    assert isinstance(found, Instruction) and not found.system
+    assert {"instruction": "Who?", "output": "Alice."}.items() <= found.fields.items()
+    assert found.fields.keys() <= {"instruction", "output", "messages"}
+
+
+def test_a_history_and_tools_make_a_chat_of_an_instruction():
+    record = {"instruction": "And", "input": "now?", "output": "Alice.", "system": "Be brief.", "history": [["a", "b"]]}
+    talk = [SYSTEM, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    talk += [{"role": "user", "content": "And\n\nnow?"}, ASSISTANT]
+    assert read_format(record) == Conversation(talk, [False, False, True, False, True])
+    record = {"question": "Who?", "answer": "Alice.", "tools": json.dumps([TOOL]), "id": 3}
+    assert read_format(record) == Conversation(TALK, [False, True], {"tools": [TOOL]}, ("id",))
+
+
+def test_what_stands_beside_the_messages():
+    keywords = {"tools": [TOOL], "documents": [{"title": "Alice"}], "enable_thinking": False}
+    record = {"messages": TALK, "system": "Be brief.", "tools": json.dumps([TOOL]), "documents": keywords["documents"]}
+    record |= {"chat_template_kwargs": {"enable_thinking": False}, "source": "a book", "empty": None}
+    assert read_format(record) == Conversation([SYSTEM, *TALK], [False, False, True], keywords, ("source",))
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_a_message_can_be_left_out_of_what_is_learnt(mark):
+    found = read_format({"messages": [USER, {**ASSISTANT, **mark}, USER, {**ASSISTANT, "weight": 1, "train": True}]})
+    assert found == Conversation(TALK * 2, [False, False, False, True])
+    assert Conversation(TALK * 2, [False, True] * 2).with_last_only().trained == [False, False, False, True]
+
+
+def test_calls_of_tools_need_no_text():
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    answered = {"role": "tool", "content": "a rose"}
+    expected = Conversation([USER, called, answered, ASSISTANT], [False, True, False, True])
+    for first in (called, {"role": "assistant", "content": None, "tool_calls": [CALL]}):
+        assert read_format({"messages": [USER, first, answered, ASSISTANT]}) == expected
+    said = json.dumps(CALL["function"])
+    speakers = [("human", "Who?"), ("function_call", said), ("observation", "a rose"), ("gpt", "Alice.")]
+    assert read_format({"conversations": [{"from": name, "value": text} for name, text in speakers]}) == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "reason"),
+    [
+        ({"text": "a b"}, {}, "but 'text': a text alone does not say where a response begins"),
+        (
+            {"src_text": "a", "target_text": "b"},
+            {},
+            "give --data.columns '{instruction: src_text, output: target_text}'",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {}, "'{instruction: prompt, output: chosen}'"),
+        ({"chat": TALK}, {}, "give --data.columns '{messages: chat}'"),
+        ({"frage": "a", "antwort": "b"}, {}, "name them with --data.columns '{instruction: ..., output: ...}'"),
+        (
+            {"messages": TALK, "instruction": "a", "output": "b"},
+            {},
+            "could be read by 'messages' and 'output': say",
+        ),
+        ({"prompt": "a", "completion": 3}, {}, "'completion' is a number, not text"),
+        ({"question": "a"}, {}, "has no field 'answer'"),
+        ({"messages": TALK, "functions": [TOOL]}, {}, "has 'functions', which is not read; give --data.columns"),
+        ({"messages": TALK, "tools": "look"}, {}, "'tools' is text that is not JSON"),
+        ({"messages": TALK, "tools": {"a": 1}}, {}, "'tools' is not a list of objects"),
+        ({"messages": TALK, "chat_template_kwargs": [1]}, {}, "'chat_template_kwargs' is a list, not an object"),
+        ({"messages": [SYSTEM, *TALK], "system": "?"}, {}, "has a field 'system' and a message of the role 'system'"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, {}, "'weight' of message 2 is 0.5, which is neither 0"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, {}, "has no message to learn from"),
+        ({"messages": [{**USER, "train": True}, ASSISTANT]}, {}, "message 1 of the role 'user' is to be trained on"),
+        ({"conversations": [{"from": "human"}]}, {}, "message 1 has no field 'value'"),
+        ({"conversations": [{"from": "function_call", "value": "{"}]}, {}, "'value' of message 1 is text that is not"),
+        ({"prompt": [USER], "completion": [USER]}, {}, "has no message of the role 'assistant'"),
+        ({"prompt": TALK, "completion": [USER]}, {}, "'completion' has no message of the role 'assistant'"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, {}, "'history' is not a list of pairs of texts"),
+    ],
+)
+def test_a_record_of_no_known_format_is_told_what_to_do(record, columns, reason):
+    with pytest.raises(ValueError) as caught:
+        read_format(record, columns)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "columns"),
+    [
+        ({"src_text": "a", "target_text": "b"}, {"instruction": "src_text", "output": "target_text"}),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, {"instruction": "prompt", "output": "chosen"}),
+        ({"chat": TALK}, {"messages": "chat"}),
+        ({"messages": TALK, "instruction": "a", "output": "b"}, {"messages": "messages"}),
+        ({"messages": TALK, "functions": [TOOL]}, {"tools": "functions"}),
+    ],
+)
+def test_what_a_refusal_advises_helps(record, columns):
+    with pytest.raises(ValueError) as caught:
+        read_format(record)
+    assert "{" + ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items()) + "}" in str(caught.value)
+    read_format(record, columns)
