@@ -85,6 +85,15 @@ class StyledInstruction:
         return one != other
 
 
+def puts_marks(prompt_style: PromptStyle) -> bool:
+    """Whether a prompt style writes anything around what it is given."""
+    try:
+        return prompt_style.apply(PROBE).strip() != PROBE
+    except (AttributeError, KeyError, TypeError):
+        # a style of the user's own that wants more is not without marks
+        return True
+
+
 class Encoder:
     """Turns records of the formats in :mod:`~litgpt_akl.data.formats` into token ids and spans. It can be pickled."""
 
@@ -97,7 +106,7 @@ class Encoder:
         *,
         columns: Mapping[str, str] | None = None,
         keywords: Mapping[str, Any] | None = None,
-        marks_needed: bool = False,
+        refuse_chats: str | None = None,
         last_only: bool = False,
     ) -> None:
         """Reads which tokens are special.
@@ -110,7 +119,7 @@ class Encoder:
             max_length: tokens after which a record is cut off; at least 2.
             columns: the data's name of a field by ours.
             keywords: what every conversation's template is given, if the record does not say otherwise.
-            marks_needed: whether a conversation is refused if the prompt style puts nothing between its turns.
+            refuse_chats: what a user is told who has conversations, if none can be read.
             last_only: whether only the last of the assistant's messages is learnt.
 
         Raises:
@@ -120,7 +129,7 @@ class Encoder:
             raise ValueError("a chat template needs a tokenizer.json; with tokenizer.model give None")
         self._tokenizer, self._prompt_style, self._template = tokenizer, prompt_style, template
         self._max_length, self._columns, self._keywords = max_length, columns, dict(keywords or {})
-        self._marks_needed, self._last_only = marks_needed, last_only
+        self._refuse_chats, self._last_only = refuse_chats, last_only
         self._styled = StyledInstruction(prompt_style)
         if template is not None:
             self._processor = _without_limits(tokenizer.processor)
@@ -183,12 +192,8 @@ class Encoder:
 
     def _encode_by_style(self, conversation: Conversation) -> Encoded:
         messages = conversation.messages
-        if self._marks_needed and not self._has_marks:
-            raise UserError(
-                f"Chats cannot be read: the student has no chat template, and its prompt style"
-                f" {type(self._prompt_style).__name__} puts no marks between turns.\nGive one with"
-                " --data.chat_template FILE or --data.chat_template teacher, or another --data.prompt_style."
-            )
+        if self._refuse_chats is not None:
+            raise UserError(self._refuse_chats)
         for name in (*conversation.keywords, "tool_calls"):
             if name in conversation.keywords or any(is_given(message.get(name)) for message in messages):
                 raise ValueError(f"has '{name}', which only a chat template can read; there is none")
@@ -211,10 +216,6 @@ class Encoder:
                 lost += len("".join(thought.split()))
                 said += len("".join((thought + answer["content"]).split()))
         return Encoded(ids, spans, said, lost)
-
-    @cached_property
-    def _has_marks(self) -> bool:
-        return self._apply(PROBE, None).strip() != PROBE
 
     def _encode_later_prompt(self, prompt: str) -> list[int]:
         """A prompt without the BOS token that only a text's begin has."""

@@ -2,44 +2,35 @@
 
 import json
 import secrets
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable
 from datetime import datetime
 from operator import add
 from os.path import commonprefix
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jinja2
-import jinja2.filters
-import psutil
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Const, Getattr, Name, Scope
 from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from litgpt_akl.files.reading import explain_damage, read_json
 from litgpt_akl.messages import UserError, reason
+from litgpt_akl.models.template_budget import BudgetedEnvironment, OverBudget, within_budget
 
-if sys.platform == "linux":
-    import resource
-else:
-    # others have no such limit, or do not keep to it
-    resource = None
-
-SECONDS = 10.0
-"""Of one rendering, which usually takes a ten-thousandth of a second."""
-MEMORY = 2**30
-"""Bytes beyond what the process has."""
-BITS = 2**16
-"""Of a whole number."""
-
-Result = TypeVar("Result")
+STAND_IN = secrets.token_hex(16)
+"""What is rendered in place of an assistant's message to see where the template puts it; no data can hold it."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields of an assistant's message with what it says before its content."""
+ALSO_SAID = (*REASONING, "tool_calls")
+"""Fields of an assistant's message that templates render beside its content, and that the assistant says too."""
+ASKED = {"role": "user", "content": "probe"}
+DEFAULT = "default"
+"""The name of the template that is taken without being chosen."""
+CLOCK = "strftime_now"
+"""The function by which a template writes the date, in Transformers."""
+WAY_OUT = "Take the file from the model's publisher again, or remove the template to use LitGPT's prompt style."
+LONGEST_OPENING = 64
+"""Characters of a mark such as ``<think>`` that a template writes itself unless a message begins with it."""
 
 
 class Rendering(NamedTuple):
@@ -53,127 +44,6 @@ class Rendering(NamedTuple):
     """Characters that each has, its reasoning too; white space does not count."""
     lost: list[int]
     """Of these, characters that its span has not."""
-
-
-class OverBudget(Exception):
-    """The message follows "the chat template": "does not end within 10 s"."""
-
-
-class BudgetedEnvironment(ImmutableSandboxedEnvironment):
-    """Templates that compute with no number of more than ``BITS`` bits: no signal ends what would take hours."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.filters["round"] = _round
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """The product or power; raises OverBudget if it would have too many bits."""
-        if isinstance(left, int) and isinstance(right, int):
-            bits = left.bit_length()
-            _check_bits(bits * right if operator == "**" else bits + right.bit_length())
-        return super().call_binop(context, operator, left, right)
-
-
-def _round(value: float, precision: int = 0, method: str = "common") -> float:
-    _check_bits(4 * abs(precision))
-    return jinja2.filters.do_round(value, precision, method)
-
-
-def _check_bits(bits: int) -> None:
-    if bits > BITS:
-        raise OverBudget(f"computes with a number of more than {BITS:,} bits")
-
-
-def within_budget(function: Callable[[], Result]) -> Result:
-    """What ``function`` returns, a part of a template's work.
-
-    The time is not limited outside of a process's main thread, and neither is on systems without such limits.
-
-    Raises:
-        OverBudget: it takes more than ``SECONDS`` or ``MEMORY``.
-    """
-    for is_last in (False, True):
-        try:
-            with _budget:
-                return function()
-        except MemoryError:
-            # the process may have grown by itself since its size was asked for
-            if is_last or not _budget.has_grown():
-                raise OverBudget(f"takes more than {MEMORY / 2**30:g} GiB of memory") from None
-
-
-class _Budget:
-    """The limits, set while it is entered; that takes as long as a few steps of a template, so it is done with care."""
-
-    def __init__(self) -> None:
-        self._is_armed = self._is_installed = self._is_over = False
-        self._before: Any = None
-        self._size: int | None = None
-
-    def __enter__(self) -> None:
-        self._is_over = False
-        if resource is not None:
-            self._size = self._size or _size()
-            self._limits = resource.getrlimit(resource.RLIMIT_AS)
-            others = [limit for limit in self._limits if limit != resource.RLIM_INFINITY]
-            resource.setrlimit(resource.RLIMIT_AS, (min(self._size + MEMORY, *others, sys.maxsize), self._limits[1]))
-        if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
-            if not self._is_installed:
-                self._before, self._is_installed = signal.signal(signal.SIGALRM, self._end), True
-            self._begin, self._is_armed = time.monotonic(), True
-            # again and again, since what an exception meets on its way may drop it
-            self._other = signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.5)
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if self._is_armed:
-            self._is_armed = False
-            left, interval = self._other
-            if left:
-                left = max(1e-3, left - (time.monotonic() - self._begin))
-            signal.setitimer(signal.ITIMER_REAL, left, interval)
-        if resource is not None:
-            resource.setrlimit(resource.RLIMIT_AS, self._limits)
-        if self._is_over and kind is not None:
-            # now and then CPython loses an exception of a signal, and raises a SystemError in its place
-            raise OverBudget(f"does not end within {SECONDS:g} s") from None
-
-    def _end(self, number: int, frame: FrameType | None) -> None:
-        if self._is_armed:
-            self._is_over = True
-            raise OverBudget
-        if callable(self._before):
-            self._before(number, frame)
-
-    def has_grown(self) -> bool:
-        """Whether the process needs more room than when it was asked last."""
-        if resource is None:
-            return False
-        before, self._size = self._size, _size()
-        return before is not None and self._size > before
-
-
-def _size() -> int:
-    """Bytes of addresses that this process has."""
-    return psutil.Process().memory_info().vms
-
-
-_budget = _Budget()
-
-
-STAND_IN = secrets.token_hex(16)
-"""What is rendered in place of an assistant's message to see where the template puts it; no data can hold it."""
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Fields of an assistant's message with what it says before its content."""
-ALSO_SAID = (*REASONING, "tool_calls")
-"""Fields of an assistant's message that templates render beside its content, and that the assistant says too."""
-ASKED = {"role": "user", "content": "probe"}
-CLOCK = "strftime_now"
-"""The function by which a template writes the date, in Transformers."""
-WAY_OUT = "Take the file from the model's publisher again, or remove the template to use LitGPT's prompt style."
-LONGEST_OPENING = 64
-"""Characters of a mark such as ``<think>`` that a template writes itself unless a message begins with it."""
 
 
 def today() -> str:
@@ -190,15 +60,21 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, variables: dict[str, str], date: str | None = None) -> None:
-        """Compiles the template; ``variables`` are ``bos_token`` and the like, ``date`` is as 2026-11-27 or of today.
+        """Compiles the template.
+
+        Args:
+            source: in Jinja's language.
+            variables: ``bos_token``, ``eos_token`` and the like.
+            date: the day that it is to write, as 2026-11-27; by default the present one.
 
         Raises:
             jinja2.TemplateSyntaxError: the source is no template.
             OverBudget: it cannot be compiled in the time and the memory that it may take.
         """
         self._source, self._variables, self.date = source, variables, date or today()
-        extensions = [_GenerationTag, loopcontrols]
-        environment = BudgetedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment = BudgetedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
+        )
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, CLOCK: datetime.fromisoformat(self.date).strftime}
         # templates compare these two with none, which an undefined variable is not
@@ -214,38 +90,42 @@ class ChatTemplate:
         return ChatTemplate, (self._source, self._variables, self.date)
 
     @classmethod
-    def find(cls, checkpoint_dir: Path, date: str | None = None) -> "ChatTemplate | None":
-        """The chat template of a checkpoint, or None if it has none; ``date`` is the constructor's.
+    def find(cls, checkpoint_dir: Path, date: str | None = None, choice: str | None = None) -> "ChatTemplate | None":
+        """A chat template of a checkpoint, or None if it has none that is taken without being chosen.
 
-        It is ``chat_template.jinja``, else ``chat_template`` of ``tokenizer_config.json``, of several the one named
-        ``default``: what Transformers takes without being told otherwise.
+        That is the one of ``chat_template.jinja``, ``chat_template.json`` or ``tokenizer_config.json``; of several the
+        one named ``default``: what Transformers takes without being told otherwise.
+
+        Args:
+            checkpoint_dir: whose special tokens the template writes, too.
+            date: the constructor's.
+            choice: another file with a template, or the name of one of several.
 
         Raises:
-            UserError: its file is empty or damaged, or it is not written in Jinja's language.
+            UserError: its file is empty or damaged, or it is not written in Jinja's language; there is no such choice.
         """
         config = _read_json(checkpoint_dir / "tokenizer_config.json")
-        path = checkpoint_dir / "chat_template.jinja"
-        if path.is_file():
-            with explain_damage(path, "a chat template"):
-                source = path.read_text(encoding="utf-8")
-                if not source.strip():
-                    raise ValueError("it is empty")
+        if choice is not None and Path(choice).is_file():
+            path, source = Path(choice), _read_jinja(Path(choice))
         else:
-            path, source = checkpoint_dir / "tokenizer_config.json", config.get("chat_template")
-            with explain_damage(path, "a file with chat templates"):
-                if isinstance(source, list):
-                    source = {entry["name"]: entry["template"] for entry in source}.get("default")
-                if not isinstance(source, (str, type(None))):
-                    raise TypeError(f"chat_template is {source!r}")
+            found = named_templates(checkpoint_dir)
+            if choice is not None and choice not in found:
+                has = f"has the templates {', '.join(found)}" if found else "has no chat template"
+                raise UserError(
+                    f"--data.chat_template {choice} is neither a file nor a template's name: {checkpoint_dir} {has}.\n"
+                    "Give the path of a file in Jinja's language, or one of those names."
+                )
+            path, source = found.get(choice or DEFAULT, (checkpoint_dir, ""))
         if not source:
             return None
         try:
             return cls(source, _special_tokens(checkpoint_dir, config), date)
-        except (jinja2.TemplateSyntaxError, OverBudget) as error:
-            what = f"{error}."
-            if isinstance(error, jinja2.TemplateSyntaxError):
-                what = f"has an error in its line {error.lineno}: {error.message}"
-            raise UserError(f"The chat template in {path} {what}\n{WAY_OUT}") from error
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"The chat template in {path} has an error in its line {error.lineno}: {error.message}\n{WAY_OUT}"
+            ) from error
+        except OverBudget as error:
+            raise UserError(f"The chat template in {path} {error}.\n{WAY_OUT}") from error
 
     def reads(self, name: str) -> bool:
         """Whether the template names a variable or a field, whatever it does with it."""
@@ -398,13 +278,51 @@ def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+def named_templates(checkpoint_dir: Path) -> dict[str, tuple[Path, str]]:
+    """File and text of each chat template that a checkpoint has, by name; most have one, ``default``.
+
+    Raises:
+        UserError: a file with a template is empty or damaged.
+    """
+    path = checkpoint_dir / "tokenizer_config.json"
+    entry = _read_json(path).get("chat_template")
+    with explain_damage(path, "a file with chat templates"):
+        templates = {each["name"]: each["template"] for each in entry} if isinstance(entry, list) else {DEFAULT: entry}
+        if not all(isinstance(template, (str, type(None))) for template in templates.values()):
+            raise TypeError(f"chat_template is {entry!r}")
+    found = {name: (path, template) for name, template in templates.items() if template}
+    if (path := checkpoint_dir / "chat_template.json").is_file():
+        template = _read_json(path).get("chat_template")
+        with explain_damage(path, "a file with a chat template"):
+            if not isinstance(template, str):
+                raise TypeError(f"chat_template is {template!r}")
+        found[DEFAULT] = path, template
+    for path in sorted((checkpoint_dir / "additional_chat_templates").glob("*.jinja")):
+        found[path.stem] = path, _read_jinja(path)
+    if (path := checkpoint_dir / "chat_template.jinja").is_file():
+        found[DEFAULT] = path, _read_jinja(path)
+    return found
+
+
+def _read_jinja(path: Path) -> str:
+    with explain_damage(path, "a chat template"):
+        source = path.read_text(encoding="utf-8")
+        if not source.strip():
+            raise ValueError("it is empty")
+    return source
+
+
 def _special_tokens(checkpoint_dir: Path, config: dict) -> dict[str, str]:
     """``bos_token`` and the like by name, as Transformers gathers them."""
     entries = config
     if "added_tokens_decoder" not in config:
         entries = config | _read_json(checkpoint_dir / "special_tokens_map.json")
-    contents = {name: of.get("content") if isinstance(of, dict) else of for name, of in entries.items()}
-    return {name: token for name, token in contents.items() if name.endswith("_token") and isinstance(token, str)}
+    tokens = {
+        name: entry.get("content") if isinstance(entry, dict) else entry
+        for name, entry in entries.items()
+        if name.endswith("_token")
+    }
+    return {name: token for name, token in tokens.items() if isinstance(token, str)}
 
 
 def _read_json(path: Path) -> dict:

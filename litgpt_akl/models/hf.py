@@ -22,6 +22,14 @@ from litgpt_akl.messages import UserError, reason
 from litgpt_akl.models.config_agreement import check_agreement
 from litgpt_akl.models.model_files import describe_weights, read_hf_config, read_tokenizer, write_json
 
+SIZES = {
+    "num_hidden_layers": "n_layer",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_query_groups",
+}
+"""Entries that every config.json has, and LitGPT's names of them."""
+
 NOT_OF_THE_MODEL = ("auto_map", "quantization_config", "_name_or_path", "id2label", "label2id", "problem_type")
 """Entries of a config.json that say how its own weights lie there, or where code for them is; both are others now."""
 

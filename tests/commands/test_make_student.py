@@ -192,7 +192,7 @@ def test_wrong_weights_are_refused(teacher_dir, student_dir, tmp_path):
             make_student(teacher, tmp_path / "student", layers=2)
     (teacher / "lit_model.pth").write_bytes(whole)
     shutil.copy(student_dir / "model_config.yaml", teacher)
-    with pytest.raises(UserError, match="config.json is of another model: num_hidden_layers is 4, and .* says 2, and 3"):
+    with pytest.raises(UserError, match="is of another model: num_hidden_layers is 4, and .* says 2, and 3"):
         make_student(teacher, tmp_path / "student", layers=2)
     (teacher / "config.json").unlink()
     with pytest.raises(UserError, match="does not fit its model_config.yaml"):

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import models, processors
 from transformers import PreTrainedTokenizerFast
 
-from litgpt_akl.data.encoding import Encoder
+from litgpt_akl.data.encoding import Encoder, puts_marks
 from litgpt_akl.messages import UserError
 
 QUESTION = {"instruction": "Why?", "output": "Because."}
@@ -226,14 +226,14 @@ def test_what_matters_and_has_no_place_in_a_style_joins_the_instruction(teacher_
     )
 
 
-def test_chats_need_marks_between_turns_or_a_style_that_was_chosen(teacher_dir):
+def test_chats_without_a_template_can_be_refused(teacher_dir):
     record = {"messages": talk("one", "two", "three", "four")}
     Encoder(Tokenizer(teacher_dir), Default(), None).encode(record)
-    Encoder(Tokenizer(teacher_dir), ChatML(), None, marks_needed=True).encode(record)
-    needing = Encoder(Tokenizer(teacher_dir), Default(), None, marks_needed=True)
-    needing.encode(QUESTION)
-    with pytest.raises(UserError, match="prompt style Default puts no marks between turns"):
-        needing.encode(record)
+    refusing = Encoder(Tokenizer(teacher_dir), Default(), None, refuse_chats="There is no template.")
+    refusing.encode(QUESTION)
+    with pytest.raises(UserError, match="There is no template."):
+        refusing.encode(record)
+    assert puts_marks(ChatML()) and puts_marks(Alpaca()) and not puts_marks(Default())
 
 
 @pytest.mark.parametrize("template", [True, False])

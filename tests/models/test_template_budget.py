@@ -8,8 +8,9 @@ import jinja2
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from litgpt_akl.models import chat_template as template_budget
-from litgpt_akl.models.chat_template import BudgetedEnvironment, ChatTemplate, OverBudget, within_budget
+from litgpt_akl.models import template_budget
+from litgpt_akl.models.chat_template import ChatTemplate
+from litgpt_akl.models.template_budget import BudgetedEnvironment, OverBudget, within_budget
 
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "World"}]
 DOUBLING = "{% set ns = namespace(x='ab') %}{% for i in range(99) %}{% set ns.x = ns.x OP ns.x %}{% endfor %}{{ ns.x }}"
