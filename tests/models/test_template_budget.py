@@ -61,7 +61,7 @@ def test_what_does_not_end_or_fills_the_memory_is_an_error_of_the_record(small, 
     assert time.monotonic() - begin < 8
     # what is limited for a template is not limited for what comes next
     assert len(bytearray(2**29)) == 2**29
-    assert ChatTemplate("{{ messages[0].content }}", {})._render(MESSAGES) == "Hello"
+    assert ChatTemplate("{{ messages[0].content }}", {})._render(MESSAGES, {}) == "Hello"
 
 
 def test_the_end_of_the_time_is_told_also_where_its_exception_is_lost(small):
