@@ -152,6 +152,10 @@ class ChatTemplate:
         lost = [_count_lost(parts, text[begin:end]) for parts, (begin, end) in zip(said, spans, strict=True)]
         return Rendering(text, spans, [sum(map(len, parts)) for parts in said], lost)
 
+    def generation_prompt(self, messages: list[dict], keywords: dict[str, Any] | None = None) -> str:
+        """The text after which a model answers; raises ValueError as :meth:`render` does."""
+        return self._render(messages, keywords or {}, add_generation_prompt=True)
+
     def _render(self, messages: list[dict], keywords: dict[str, Any], add_generation_prompt: bool = False) -> str:
         values = {**keywords, "messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
