@@ -15,6 +15,9 @@ from torch import Tensor
 from litgpt_akl.files.directories import explain_failure
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 
+SEEN = 256
+"""Samples by which it is seen how responses end."""
+
 
 class TokenizedDataset:
     """Tokenised samples, read by number; by default every token of them counts."""
@@ -63,6 +66,16 @@ def sample_keys(numbers: Sequence[int], samples: list[dict[str, Tensor]]) -> np.
     """The number and the digest of each sample, ``[samples, 2]``: by these a cache knows them."""
     keys = [(number, digest(sample)) for number, sample in zip(numbers, samples, strict=True)]
     return np.array(keys, dtype=np.int64).reshape(-1, 2)
+
+
+def turn_ends(dataset: TokenizedDataset, special_ids: set[int]) -> list[int]:
+    """The special tokens that end responses in the first samples of a dataset, as a model learns to end them."""
+    found: dict[int, None] = {}
+    for sample in dataset.read(range(min(SEEN, len(dataset)))):
+        counted = sample["labels"] != IGNORE_INDEX
+        last = counted & ~torch.cat((counted[1:], counted.new_zeros(1)))
+        found |= dict.fromkeys(sample["input_ids"][last].tolist())
+    return [id for id in found if id in special_ids]
 
 
 class InMemoryDataset(TokenizedDataset):

@@ -35,9 +35,15 @@ def longest_prompt(config: Config) -> int:
     return min(config.block_size - 1, config.sliding_window_size or config.block_size)
 
 
-def stop_sequences(tokenizer: Tokenizer, prompt_style: PromptStyle | None) -> list[list[int]]:
-    """The ids that end an answer: EOS, and what the prompt style names, if the tokenizer has it."""
-    sequences = [[tokenizer.eos_id]]
+def stop_sequences(tokenizer: Tokenizer, prompt_style: PromptStyle | None, ends: Sequence[int] = ()) -> list[list[int]]:
+    """The ids that end an answer, wherever it is said which: one set for all that a run generates.
+
+    Args:
+        tokenizer: its EOS token, and those that generation_config.json names.
+        prompt_style: what it names, as far as the tokenizer has it.
+        ends: what ends the responses of the training data.
+    """
+    sequences = [[id] for id in (*getattr(tokenizer, "end_ids", (tokenizer.eos_id,)), *ends)]
     with suppress(ValueError):
         sequences += [] if prompt_style is None else map(list, prompt_style.stop_tokens(tokenizer))
     return [sequence for n, sequence in enumerate(sequences) if None not in sequence and sequence not in sequences[:n]]

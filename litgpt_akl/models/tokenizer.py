@@ -53,6 +53,13 @@ class OneBosTokenizer(Tokenizer):
             without.__setstate__(json.dumps(_with_bos_rule(state, self.bos, self.bos_id, False)).encode())
             self.processor.post_processor = without
 
+    @property
+    def special_ids(self) -> set[int]:
+        """The ids of special tokens, which are no text; of SentencePiece those of its control symbols."""
+        if self.backend == "huggingface":
+            return {id for id, token in self.processor.get_added_tokens_decoder().items() if token.special}
+        return {id for id in range(self.processor.vocab_size()) if self.processor.is_control(id)}
+
     def encode(self, string: str, device=None, bos: bool | None = None, eos: bool = False, max_length: int = -1):
         """LitGPT's, which takes a BOS or EOS token away that the text itself has, if it is asked to add one or none."""
         if bos is None and self.bos is not None and string.startswith(self.bos):
