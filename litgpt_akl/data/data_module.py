@@ -24,6 +24,7 @@ def prepare_datasets(
     checkpoint_dir: Path,
     cut_by: str = "--train.max_seq_length",
     date: str | None = None,
+    teacher_dir: Path | None = None,
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
     """A data module's training and validation samples, tokenised.
 
@@ -35,6 +36,7 @@ def prepare_datasets(
         checkpoint_dir: the student's, for its chat template and its prompt style.
         cut_by: the command's option for ``max_seq_length``, for messages.
         date: the day that the student's chat template is to write, if it writes one (default: the present one).
+        teacher_dir: the teacher's, for its chat template if that is chosen.
 
     Raises UserError for unreadable data, a bad record, a sample that is too long, or no training samples, with file and
     line where there is one.
@@ -54,7 +56,7 @@ def prepare_datasets(
         return open_chunks(data, train.max_seq_length or context_length, cut_by, vocab_size)
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=train.max_seq_length)
     if isinstance(data, StreamingSFT):
-        return data.prepare(checkpoint_dir, context_length, cut_by, date)
+        return data.prepare(checkpoint_dir, context_length, cut_by, date, teacher_dir)
     style = getattr(data, "prompt_style", None)
     settings = SFTSettings(checkpoint_dir, tokenizer, style, train.max_seq_length, context_length, "stop", cut_by)
     return open_module(data, settings)

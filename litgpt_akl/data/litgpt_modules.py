@@ -17,7 +17,10 @@ import xxhash
 from litgpt.data import JSON, DataModule, SFTDataset
 from torch.utils.data import Dataset, random_split
 
+from litgpt_akl.data.accounting import tell_what_is_left_out
 from litgpt_akl.data.dataset import ArrowDataset, InMemoryDataset, TokenizedDataset
+from litgpt_akl.data.encoding import Encoded, StyledInstruction
+from litgpt_akl.data.formats import Instruction
 from litgpt_akl.data.preparation import FileRecords, Settings, prepare
 from litgpt_akl.data.records import Record, place
 from litgpt_akl.data.workers import available_cores
@@ -54,14 +57,18 @@ class SFTEncoder:
         self._settings = settings
         limit = settings.max_seq_length or -1
         self._dataset = SFTDataset([], settings.tokenizer, settings.prompt_style, limit, True, IGNORE_INDEX)
+        self._styled = StyledInstruction(settings.prompt_style)
 
-    def encode(self, record: dict) -> tuple[list[int], list[int]]:
+    def encode(self, record: dict) -> Encoded:
         """Its ids, and where its response begins and ends, unless that is cut off and the prompt counts too.
 
         Raises ValueError, of two lines, if the record lacks a field, cannot be read or is too long, or no token counts.
         """
-        self._dataset.data = [record]
+        if isinstance(record, dict) and "messages" in record and not {"instruction", "output"} & record.keys():
+            raise ValueError("is a chat, which this data module does not read.\nUse --data StreamingSFT for chats.")
         try:
+            fields, notes = self._fit(record)
+            self._dataset.data = [fields]
             sample = self._dataset[0]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(_describe_bad_record(error)) from error
@@ -70,7 +77,13 @@ class SFTEncoder:
         learns = length > max(begin if self._settings.mask_prompt else 0, 1)
         if flaw := _flaw(length, learns, self._settings):
             raise ValueError(flaw)
-        return sample["input_ids"].tolist(), [begin, length] if begin < length else []
+        return Encoded(sample["input_ids"].tolist(), [begin, length] if begin < length else [], notes=notes)
+
+    def _fit(self, record: dict) -> tuple[dict, tuple[str, ...]]:
+        try:
+            return self._styled.fit(Instruction(record))
+        except ValueError as error:
+            raise ValueError(f"{error}.\nRemove the field, or choose another --data.prompt_style.") from error
 
 
 def _describe_bad_record(error: Exception) -> str:
@@ -95,6 +108,10 @@ def _flaw(length: int, learns: bool, settings: SFTSettings) -> str | None:
 class JSONRecords(FileRecords):
     """The records of one file of LitGPT's ``JSON`` module, all of which must be good."""
 
+    @property
+    def name(self) -> str:
+        return self.files[0]
+
     def __iter__(self) -> Iterator[tuple[int, Record]]:
         (file,) = self.files
         for row, (number, record) in enumerate(super().__iter__()):
@@ -117,7 +134,7 @@ class ModuleRecords:
     unit = " records"
 
     def __init__(self, module: str, records: Sequence[dict], transform: Callable[[dict], dict] | None) -> None:
-        self._module, self._records, self._transform = module, records, transform
+        self.name, self._records, self._transform = module, records, transform
         self.sizes = [len(records)]
         digest = xxhash.xxh3_128()
         for number, record in self:
@@ -140,7 +157,7 @@ class ModuleRecords:
         """Nobody else has what lies in this process's memory."""
 
     def place(self, file: int, line: int, row: int) -> str:
-        return f"{self._module}: record {row}"
+        return f"{self.name}: record {row}"
 
 
 def open_module(data: DataModule, settings: SFTSettings) -> tuple[TokenizedDataset, TokenizedDataset]:
@@ -202,6 +219,7 @@ def _prepared(
     """A dataset of each part of the records, whose numbers ``split`` tells, or None for all."""
     num_proc = available_cores() if sum(records.sizes) > SMALL[records.unit] else 0
     rows = prepare(records, settings, default_cache_dir(), num_proc)
+    tell_what_is_left_out(rows, records.name, records.place, settings.cut_by, may_be_bad=False)
     common = {"mask_prompt": settings.mask_prompt, "settings": settings.fingerprint, "place": records.place}
     return [ArrowDataset(rows, numbers=numbers, **common) for numbers in split(len(rows))]
 

@@ -7,11 +7,11 @@ import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import datasets
 import numpy as np
@@ -32,7 +32,7 @@ from litgpt_akl.files.manifest import damage, write_manifest
 from litgpt_akl.messages import UserError, progress_bar, reason, say
 from litgpt_akl.models.chat_template import ChatTemplate
 
-FORMAT = 3
+FORMAT = 4
 """Goes into every fingerprint; to be raised when the same records become other rows."""
 Portion = list[tuple[int, Record]]
 """Records, each with the number of its file."""
@@ -44,16 +44,20 @@ COLUMNS = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
         "responses": datasets.List(datasets.Value("int32")),  # begin, end, begin, end, ...
-        "length": datasets.Value("int32"),  # 0 for a bad record
+        "length": datasets.Value("int32"),  # 0 for one that is bad or dropped
         "response_tokens": datasets.Value("int32"),
         "draw": datasets.Value("float32"),  # from the record's hash, even over [0, 1]: held out if below a fraction
         "file": datasets.Value("int32"),
         "line": datasets.Value("int64"),
-        "error": datasets.Value("string"),
+        "error": datasets.Value("string"),  # why it is bad or dropped
+        "dropped": datasets.Value("bool"),  # it is good and too long
+        "said": datasets.Value("int32"),  # characters of what the assistant says, without white space
+        "lost": datasets.Value("int32"),  # of these, how many the text has not
+        "notes": datasets.Value("string"),  # of one line each
     }
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
-TOKENIZER_FILES += ("special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES += ("special_tokens_map.json",)
 
 
 def probe(style: PromptStyle) -> list[str]:
@@ -92,8 +96,12 @@ class Settings:
     on_error: str
     cut_by: str
     """The command's option for ``max_seq_length``, for messages."""
-    date: str | None = None
-    """The day that the chat template writes, if it writes any."""
+    template: ChatTemplate | None = None
+    """For chats, if there is one that the tokenizer can read."""
+    too_long: Literal["drop", "cut", "error"] = "error"
+    """What becomes of a record that has more tokens than ``limit``."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further ones of :class:`Encoder`, plain data."""
 
     other_cache: ClassVar[str] = "Give another directory with --data.cache_dir."
     """What to do where prepared data cannot be kept."""
@@ -108,8 +116,14 @@ class Settings:
     @property
     def rules(self) -> list:
         """What decides beside the tokenizer and the prompt style, as plain data."""
-        rules = [self.tokenizer.use_bos, self.max_seq_length, self.context_length, self.on_error]
-        return rules if self.date is None else [*rules, self.date]
+        template = None if self.template is None else self.template.identity
+        limits = [self.max_seq_length, self.context_length, self.on_error, self.too_long]
+        return [self.tokenizer.use_bos, *limits, template, self.options]
+
+    @property
+    def limit(self) -> int:
+        """Tokens of a record, at most."""
+        return min(self.max_seq_length or self.context_length, self.context_length)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -120,9 +134,8 @@ class Settings:
 
     def encoder(self) -> Encoder:
         """What makes token ids of records."""
-        has_template = self.tokenizer.backend == "huggingface"
-        template = ChatTemplate.find(self.checkpoint_dir, self.date) if has_template else None
-        return Encoder(self.tokenizer, self.prompt_style, template, self.max_seq_length)
+        max_length = self.limit if self.too_long == "cut" else None
+        return Encoder(self.tokenizer, self.prompt_style, self.template, max_length, **self.options)
 
 
 class Source(Protocol):
@@ -188,29 +201,47 @@ class Rows(Dataset):
         return file, record.bytes_read, pa.RecordBatch.from_pylist(rows, schema=COLUMNS.arrow_schema)
 
     def _row(self, record: Record) -> dict:
+        dropped = False
         try:
             if record.error is not None:
                 raise ValueError(record.error)
-            input_ids, responses = self._encoder.encode(record.value)
-            context_length = self.settings.context_length
-            if len(input_ids) > context_length:
+            encoded = self._encoder.encode(record.value)
+            if len(encoded.ids) > self.settings.limit:
                 # kept on disk, this is read by commands that have other options
-                raise ValueError(f"has {len(input_ids):,} tokens; the pair reads {context_length:,}")
+                dropped = self.settings.too_long == "drop"
+                raise ValueError(self._describe_length(len(encoded.ids)))
         except (ValueError, RecursionError, MemoryError) as error:
             told = str(error) if isinstance(error, ValueError) else f"cannot be encoded: {error!r}"
-            # half a character has no place in an Arrow file
-            told = told.encode(errors="backslashreplace").decode()
-            return {"input_ids": [], "responses": [], "length": 0, "response_tokens": 0, "draw": 0, "error": told}
-        begins, ends = np.reshape(responses, (-1, 2)).T
+            return {**NOTHING, "error": _printable(told), "dropped": dropped}
+        begins, ends = np.reshape(encoded.spans, (-1, 2)).T
         return {
-            "input_ids": np.array(input_ids, dtype=np.int32),
-            "responses": np.array(responses, dtype=np.int32),
-            "length": len(input_ids),
+            "input_ids": np.array(encoded.ids, dtype=np.int32),
+            "responses": np.array(encoded.spans, dtype=np.int32),
+            "length": len(encoded.ids),
             # no token comes before the first of a sample, so nothing predicts it
             "response_tokens": int((ends - np.maximum(begins, 1)).sum()),
             "draw": xxhash.xxh3_64_intdigest(json.dumps(record.value, sort_keys=True, default=repr).encode()) / 2**64,
             "error": None,
+            "dropped": False,
+            "said": encoded.said,
+            "lost": encoded.lost,
+            "notes": _printable("\n".join(encoded.notes)),
         }
+
+    def _describe_length(self, length: int) -> str:
+        limit, cut_by = self.settings.max_seq_length, self.settings.cut_by
+        if limit is not None and limit < self.settings.context_length:
+            return f"has {length:,} tokens; {cut_by} is {limit:,}"
+        return f"has {length:,} tokens; the pair reads {self.settings.context_length:,}"
+
+
+NOTHING = {"input_ids": [], "responses": [], "length": 0, "response_tokens": 0, "draw": 0.0, "said": 0, "lost": 0}
+"""What a row has that is left out."""
+
+
+def _printable(text: str) -> str:
+    """Half a character has no place in an Arrow file."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _write_rows(path: Path, source: Source, settings: Settings, num_proc: int) -> int:
@@ -274,7 +305,8 @@ def _sendable(record: Record) -> Record:
 
 
 def _check(rows: pa.RecordBatch, first_row: int, source: Source, settings: Settings) -> None:
-    for bad in np.flatnonzero(rows["length"].to_numpy() == 0):
+    dropped = rows["dropped"].to_numpy(zero_copy_only=False)
+    for bad in np.flatnonzero((rows["length"].to_numpy() == 0) & ~dropped):
         row = rows.slice(bad, 1).to_pylist()[0]
         place = source.place(row["file"], row["line"], first_row + int(bad))
         raise UserError(settings.refusal.format(place=place, error=row["error"], cut_by=settings.cut_by))

@@ -1,29 +1,26 @@
 """A data module for records that are far more than memory holds, on local disks or in object storage."""
 
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import datasets
-import numpy as np
 from litgpt.data import DataModule
 from litgpt.model import Config
 from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
 
+from litgpt_akl.data.accounting import tell_what_is_left_out
 from litgpt_akl.data.dataset import ALL, ArrowDataset
+from litgpt_akl.data.encoding import puts_marks
 from litgpt_akl.data.files import find_files
+from litgpt_akl.data.formats import COLUMNS
 from litgpt_akl.data.preparation import FileRecords, Settings, prepare
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.files.directories import default_cache_dir
 from litgpt_akl.files.reading import explain_damage
-from litgpt_akl.messages import UserError, say
-from litgpt_akl.models.chat_template import ChatTemplate
-
-MAX_BAD_SHARE = 0.01
-"""Of all records; with more bad ones than this, something is wrong with the data or with how it is read."""
+from litgpt_akl.messages import UserError
+from litgpt_akl.models.chat_template import ChatTemplate, named_templates
 
 
 @dataclass
@@ -32,7 +29,8 @@ class StreamingSFT(DataModule):
 
     path: str
     """A JSON, JSONL or Parquet file (JSON and JSONL also as .gz or .zst), a folder of them, a glob, or a URL of these
-    such as s3://, gs:// or hf://. A record has 'instruction', 'output' and optionally 'input', or chat 'messages'."""
+    such as s3://, gs:// or hf://. A record has 'instruction', 'output' and optionally 'input', or chat 'messages', or
+    another tool's format: 'prompt' and 'completion', 'question' and 'answer', or ShareGPT's 'conversations'."""
     mask_prompt: bool = False
     """Whether to mask the prompt section from the label (with ``ignore_index``)."""
     val_path: str | None = None
@@ -43,6 +41,20 @@ class StreamingSFT(DataModule):
     prompt_style: str | PromptStyle | None = None
     """The style to apply to prompts (default: the student's own). Chat messages take the tokenizer's chat template
     instead if it has one. See `litgpt.prompts` for a list of available styles."""
+    columns: dict[str, str] | None = None
+    """The data's names of fields by ours, such as ``{instruction: question, output: answer}``. Ours are messages,
+    instruction, output, input, system, history, tools and documents."""
+    chat_template: str | None = None
+    """The chat template to use in place of the student's default: a file in Jinja's language, the name of one of
+    several that the student has, or ``teacher``."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """What the chat template is told beside the messages, such as ``{enable_thinking: false}``."""
+    train_on: Literal["all", "last"] = "all"
+    """Which of a chat's responses are learnt: all, or only the last. A message with ``weight: 0`` or ``train: false``
+    is never learnt."""
+    too_long: Literal["drop", "cut", "error"] = "drop"
+    """What becomes of records that are longer than ``train.max_seq_length`` or than the models can read: they are left
+    out and counted, cut off at their end, or stop the run."""
     on_error: Literal["stop", "skip"] = "stop"
     """Whether to stop at a bad record or to leave bad records out; more than 1 % of them always stop."""
     micro_batch_tokens: int | None = None
@@ -59,6 +71,8 @@ class StreamingSFT(DataModule):
     max_seq_length: int | None = field(default=None, init=False, repr=False)
     date: str | None = field(default=None, init=False, repr=False)
     """The day that prompts have in them, once they are prepared; None if the chat template writes none."""
+    template: ChatTemplate | None = field(default=None, init=False, repr=False)
+    """What chats are written by, once they are prepared."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -72,6 +86,11 @@ class StreamingSFT(DataModule):
             )
         if fraction is not None and not 0 <= fraction < 1:
             raise UserError(f"--data.val_split_fraction must be at least 0 and below 1, got {fraction}.")
+        if unknown := sorted((self.columns or {}).keys() - set(COLUMNS)):
+            raise UserError(
+                f"--data.columns has '{unknown[0]}', which is no field of ours.\nGive the data's name by one of"
+                f" {', '.join(COLUMNS)}, such as '{{instruction: question, output: answer}}'."
+            )
         for name, least in (("micro_batch_tokens", 2), ("num_workers", 0), ("num_proc", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -89,24 +108,35 @@ class StreamingSFT(DataModule):
         context_length: int,
         cut_by: str = "--train.max_seq_length",
         date: str | None = None,
+        teacher_dir: Path | None = None,
     ) -> tuple[ArrowDataset, ArrowDataset]:
         """The training and the validation records; arguments are those of ``prepare_datasets``.
 
         Raises UserError for no data, a bad record, more than 1 % of them, a sample longer than ``micro_batch_tokens``.
         """
+        style_is_chosen = self.prompt_style is not None
         if self.prompt_style is None:
             self.prompt_style = own_prompt_style(checkpoint_dir)
-        template = ChatTemplate.find(checkpoint_dir, date) if self.tokenizer.backend == "huggingface" else None
-        self.date = template.date if template is not None and template.writes_date else None
+        self.template = self._find_template(checkpoint_dir, date, teacher_dir)
+        self.date = self.template.date if self.template is not None and self.template.writes_date else None
+        refused = None if style_is_chosen else _refusal_of_chats(self.template, checkpoint_dir, self.prompt_style)
+        options = {
+            "columns": self.columns,
+            "keywords": self.chat_template_kwargs,
+            "refuse_chats": refused,
+            "last_only": self.train_on == "last",
+        }
         common = checkpoint_dir, self.tokenizer, self.prompt_style, self.max_seq_length, context_length
-        settings = Settings(*common, self.on_error, cut_by, self.date)
+        settings = Settings(*common, self.on_error, cut_by, self.template, self.too_long, options)
         if self.val_path is not None:
-            train, validation = (self._datasets(path, settings, [ALL])[0] for path in (self.path, self.val_path))
+            train, validation = (self._stores(path, settings, [ALL])[0] for path in (self.path, self.val_path))
         else:
             fraction = 0.05 if self.val_split_fraction is None else self.val_split_fraction
-            train, validation = self._datasets(self.path, settings, [(fraction, math.inf), (0.0, fraction)])
+            train, validation = self._stores(self.path, settings, [(fraction, math.inf), (0.0, fraction)])
         if len(train) == 0:
-            raise UserError(f"--data.path {self.path} leaves no training records. Hold fewer out, or give more.")
+            raise UserError(
+                f"--data.path {self.path} leaves no training records. Hold fewer out, give more, or raise {cut_by}."
+            )
         longest = max(train.longest, validation.longest)
         if self.micro_batch_tokens is not None and longest > self.micro_batch_tokens:
             raise UserError(
@@ -115,32 +145,52 @@ class StreamingSFT(DataModule):
             )
         return train, validation
 
-    def _datasets(self, path: str, settings: Settings, ranges: list[tuple[float, float]]) -> list[ArrowDataset]:
+    def _find_template(self, checkpoint_dir: Path, date: str | None, teacher_dir: Path | None) -> ChatTemplate | None:
+        choice = self.chat_template
+        if self.tokenizer.backend != "huggingface":
+            if choice is not None:
+                raise UserError(
+                    f"--data.chat_template {choice} has no effect: {checkpoint_dir} has a tokenizer.model, which reads"
+                    " the marks of a template as common text.\nPut the model's tokenizer.json there, or remove it."
+                )
+            return None
+        if choice == "teacher" and teacher_dir is not None:
+            template = ChatTemplate.find(teacher_dir, date)
+            if template is None:
+                raise UserError(
+                    f"--data.chat_template teacher: {teacher_dir} has no chat template of its own.\n"
+                    "Give a file in Jinja's language in its place."
+                )
+            return template
+        return ChatTemplate.find(checkpoint_dir, date, choice)
+
+    def _stores(self, path: str, settings: Settings, ranges: list[tuple[float, float]]) -> list[ArrowDataset]:
         records = FileRecords(find_files(path))
         rows = prepare(records, settings, self.cache_dir or default_cache_dir(), self.num_proc or available_cores())
         if len(rows) == 0:
             raise UserError(f"There are no records in {', '.join(records.files[:3])}. Give a file that has some.")
-        if self.on_error == "skip":
-            _report_bad_records(rows, path, records, settings.cut_by)
+        tell_what_is_left_out(rows, path, records.place, settings.cut_by, may_be_bad=self.on_error == "skip")
         common = {"mask_prompt": self.mask_prompt, "settings": settings.fingerprint, "place": records.place}
         return [ArrowDataset(rows, draws, **common) for draws in ranges]
 
 
-def _report_bad_records(rows: datasets.Dataset, path: str, records: FileRecords, cut_by: str) -> None:
-    lengths = rows.select_columns("length").with_format("numpy")
-    parts = enumerate(lengths.iter(100_000))
-    bad = np.concatenate([np.flatnonzero(part["length"] == 0) + 100_000 * number for number, part in parts])
-    if len(bad) == 0:
-        return
-    for row, number in zip(rows.select(bad[:10]), bad, strict=False):
-        say(f"Left out: {records.place(row['file'], row['line'], number)}: {row['error']}.", file=sys.stderr)
-    share = len(bad) / len(rows)
-    if share > MAX_BAD_SHARE:
-        raise UserError(
-            f"{len(bad):,} of {len(rows):,} records in {path} are bad ({share:.1%}), more than 1 %.\n"
-            f"The first ones are named above; see whether the fields and {cut_by} are as meant."
+def _refusal_of_chats(template: ChatTemplate | None, checkpoint_dir: Path, style: PromptStyle) -> str | None:
+    """What a user is told whose chats nothing can write that the student knows; None if something can."""
+    if template is not None:
+        return None
+    named = ", ".join(named_templates(checkpoint_dir))
+    if named:
+        return (
+            f"Chats cannot be read: {checkpoint_dir} has chat templates named {named}, and none is the default.\n"
+            "Choose one with --data.chat_template NAME."
         )
-    say(f"Left out {len(bad):,} bad records of {len(rows):,}.", file=sys.stderr)
+    if not puts_marks(style):
+        return (
+            f"Chats cannot be read: {checkpoint_dir} has no chat template that its tokenizer reads, and its prompt"
+            f" style {type(style).__name__} puts no marks between turns.\nGive one with --data.chat_template FILE or"
+            " --data.chat_template teacher, or choose the turns' form with --data.prompt_style, such as chatml."
+        )
+    return None
 
 
 def own_prompt_style(checkpoint_dir: Path) -> PromptStyle:

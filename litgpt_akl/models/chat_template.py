@@ -127,6 +127,11 @@ class ChatTemplate:
         except OverBudget as error:
             raise UserError(f"The chat template in {path} {error}.\n{WAY_OUT}") from error
 
+    @property
+    def identity(self) -> list:
+        """What tells templates apart, as plain data: the date only where it is written."""
+        return [self._source, self._variables, self.date if self.writes_date else None]
+
     def reads(self, name: str) -> bool:
         """Whether the template names a variable or a field, whatever it does with it."""
         return name in self._names

@@ -209,7 +209,7 @@ def test_a_bad_record_stops_or_is_left_out(tmp_path, teacher_dir, capsys, num_pr
 def test_faults_in_records(tmp_path, teacher_dir, content, reason):
     (tmp_path / "data.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=f"data.jsonl, {reason}"):
-        splits(tmp_path / "data.jsonl", teacher_dir, tmp_path / "cache")
+        splits(tmp_path / "data.jsonl", teacher_dir, tmp_path / "cache", too_long="error")
 
 
 def test_what_only_looks_like_a_fault(tmp_path, teacher_dir):
@@ -223,10 +223,9 @@ def test_what_only_looks_like_a_fault(tmp_path, teacher_dir):
     prompts = [Tokenizer(teacher_dir).encode(row["instruction"]).tolist() for row in rows]
     assert [dataset.prompt(number).tolist() for number in range(len(dataset))] == prompts
     # a record of most of a megabyte is cut as any other sample is
-    (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "a", "output": "one two " * 100_000}))
-    dataset = splits(
-        tmp_path / "long.jsonl", teacher_dir, tmp_path / "cache", max_seq_length=64, val_split_fraction=0.0
-    )[0]
+    path = write(tmp_path / "long.jsonl", [{"instruction": "a", "output": "one two " * 100_000}])
+    options = {"max_seq_length": 64, "val_split_fraction": 0.0, "too_long": "cut"}
+    dataset = splits(path, teacher_dir, tmp_path / "cache", **options)[0]
     assert dataset.lengths(np.array([0])).tolist() == [64]
 
 
