@@ -59,6 +59,21 @@ def tell_what_is_left_out(
         _tell_bad(rows, np.concatenate([*bad, np.empty(0, dtype=np.int64)]), name, place, cut_by)
 
 
+def tell_what_occurs_twice(training: datasets.Dataset, validation: datasets.Dataset) -> None:
+    """Say how many of the validation records are training records, too: what they measure is no promise then."""
+    held_out = _hashes(validation)
+    both = np.zeros(len(held_out), dtype=bool)
+    for table in training.select_columns(["draw", "length"]).with_format("arrow").iter(100_000):
+        both |= np.isin(held_out, table["draw"].to_numpy()[table["length"].to_numpy() > 0])
+    if both.any():
+        _say(f"{_share(int(both.sum()), len(held_out))} validation records are in the training data, too.")
+
+
+def _hashes(rows: datasets.Dataset) -> np.ndarray:
+    table = rows.select_columns(["draw", "length"]).with_format("arrow")[:]
+    return table["draw"].to_numpy()[table["length"].to_numpy() > 0]
+
+
 def _tell_bad(
     rows: datasets.Dataset, bad: np.ndarray, name: str, place: Callable[[int, int, int], str], cut_by: str
 ) -> None:

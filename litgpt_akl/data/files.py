@@ -70,12 +70,38 @@ def find_files(path: str) -> list[str]:
         else:
             file_format(path)
             return [name if isinstance(file_system, LocalFileSystem) else path]
+    if any(entry.endswith((".arrow", "/dataset_dict.json")) for entry in names) and any(
+        entry.endswith("/dataset_info.json") for entry in names
+    ):
+        raise UserError(
+            f"{path} is a dataset by save_to_disk of Hugging Face's datasets, not a folder of records.\n"
+            f"Write each of its splits as Parquet: datasets.load_from_disk({path!r}).to_parquet('FILE.parquet')."
+        )
     names = [entry for entry in names if _suffix(entry) and "/." not in "/" + entry[len(root) :].lstrip("/")]
     if not names:
         raise UserError(f"{path} has no data file: none ends in {', '.join(FORMATS)}.")
     if not isinstance(file_system, LocalFileSystem):
         names = [file_system.unstrip_protocol(entry) for entry in names]
     return sorted(names)
+
+
+SPLITS = {
+    "training": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in the names of files and folders by which Hugging Face's datasets tell splits."""
+
+
+def group_by_split(files: list[str]) -> dict[str, list[str]]:
+    """The files of each split by their names, if they are of more than one; those without a split's name under ""."""
+    common = files[0][: len(os.path.commonprefix(files).rpartition("/")[0])] if len(files) > 1 else ""
+    groups: dict[str, list[str]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", file[len(common) :].lower())
+        split = next((split for split, names in SPLITS.items() if set(names) & set(words)), "")
+        groups.setdefault(split, []).append(file)
+    return groups if "training" in groups and len(groups.keys() - {""}) > 1 else {"training": files}
 
 
 def _walk(folder: str) -> list[str]:

@@ -130,6 +130,12 @@ def _describe_unknown(record: Mapping[str, Any]) -> str:
     names = ", ".join(f"'{quoted(name, 40)}'" for name in list(record)[:8])
     told = f"{told}, but {names}{' and more' if len(record) > 8 else ''}"
     lists = [name for name, value in record.items() if isinstance(value, list) and value and _is_message(value[0])]
+    others = [
+        name for name, value in record.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+    ]
+    if others and not lists:
+        found = f"'{quoted(others[0], 40)}' is a list of {len(record[others[0]]):,} objects"
+        return f"{told}: {found}: write it to a file of its own if these are the records"
     ask, answer = _nearest(record, ASKS), _nearest(record, ANSWERS)
     if lists:
         return f"{told}; give --data.columns '{{messages: {lists[0]}}}'"

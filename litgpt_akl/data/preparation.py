@@ -46,7 +46,7 @@ COLUMNS = datasets.Features(
         "responses": datasets.List(datasets.Value("int32")),  # begin, end, begin, end, ...
         "length": datasets.Value("int32"),  # 0 for one that is bad or dropped
         "response_tokens": datasets.Value("int32"),
-        "draw": datasets.Value("float32"),  # from the record's hash, even over [0, 1]: held out if below a fraction
+        "draw": datasets.Value("float64"),  # from the record's hash, even over [0, 1]: held out if below a fraction
         "file": datasets.Value("int32"),
         "line": datasets.Value("int64"),
         "error": datasets.Value("string"),  # why it is bad or dropped

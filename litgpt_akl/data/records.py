@@ -4,7 +4,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from litgpt_akl.data.files import Chunks, file_format, read_chunks, read_rows
@@ -15,6 +15,8 @@ LARGEST = 32 * 2**20
 DEEPEST = 256
 """Levels of lists and objects in each other; Python's own ways of handling values end at about a thousand."""
 TOO_DEEP = f"is nested too deeply: in more than {DEEPEST} levels"
+
+SEVERAL_LINES = "begins a JSON object of several lines: a file has a list of records, or one record in each line"
 
 DECODER = json.JSONDecoder()
 BLANK = re.compile(r"[ \t\r\n]*")
@@ -91,13 +93,25 @@ def _peek(chunks: Chunks) -> tuple[bool, Chunks]:
 
 
 def _read_lines(chunks: Chunks) -> Iterator[Record]:
-    empty = True
+    empty, opening = True, None
     for number, (line, bytes_read) in enumerate(_lines(chunks), start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
-        if line and not line.isspace():
-            empty = False
-            yield Record(number, *_parse(line), bytes_read, len(line))
+        if not line or line.isspace():
+            continue
+        record = Record(number, *_parse(line), bytes_read, len(line))
+        if opening is not None and record.error is not None:
+            yield replace(opening, error=SEVERAL_LINES)
+            return
+        if opening is not None:
+            yield opening
+        # a line of an object that goes on is told from a broken one by the next
+        opening = record if empty and record.error is not None and line.lstrip().startswith(b"{") else None
+        empty = False
+        if opening is None:
+            yield record
+    if opening is not None:
+        yield opening
     if empty:
         yield Record(1, None, "the file is empty", bytes_read)
 

@@ -1,25 +1,28 @@
 """A data module for records that are far more than memory holds, on local disks or in object storage."""
 
 import math
+import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 from litgpt.data import DataModule
 from litgpt.model import Config
 from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
 
-from litgpt_akl.data.accounting import tell_what_is_left_out
+from litgpt_akl.data.accounting import tell_what_is_left_out, tell_what_occurs_twice
 from litgpt_akl.data.dataset import ALL, ArrowDataset
 from litgpt_akl.data.encoding import puts_marks
-from litgpt_akl.data.files import find_files
+from litgpt_akl.data.files import find_files, group_by_split
 from litgpt_akl.data.formats import COLUMNS
 from litgpt_akl.data.preparation import FileRecords, Settings, prepare
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.files.directories import default_cache_dir
 from litgpt_akl.files.reading import explain_damage
-from litgpt_akl.messages import UserError
+from litgpt_akl.messages import UserError, say
 from litgpt_akl.models.chat_template import ChatTemplate, named_templates
 
 
@@ -128,11 +131,16 @@ class StreamingSFT(DataModule):
         }
         common = checkpoint_dir, self.tokenizer, self.prompt_style, self.max_seq_length, context_length
         settings = Settings(*common, self.on_error, cut_by, self.template, self.too_long, options)
-        if self.val_path is not None:
-            train, validation = (self._stores(path, settings, [ALL])[0] for path in (self.path, self.val_path))
+        train_files, validation_files = self._files()
+        if validation_files:
+            prepared = [self._prepared(files, settings) for files in (train_files, validation_files)]
+            train, validation = (self._dataset(*each, settings, ALL) for each in prepared)
+            tell_what_occurs_twice(*(rows for rows, _ in prepared))
         else:
             fraction = 0.05 if self.val_split_fraction is None else self.val_split_fraction
-            train, validation = self._stores(self.path, settings, [(fraction, math.inf), (0.0, fraction)])
+            prepared = self._prepared(train_files, settings)
+            ranges = (fraction, math.inf), (0.0, fraction)
+            train, validation = (self._dataset(*prepared, settings, draws) for draws in ranges)
         if len(train) == 0:
             raise UserError(
                 f"--data.path {self.path} leaves no training records. Hold fewer out, give more, or raise {cut_by}."
@@ -164,14 +172,44 @@ class StreamingSFT(DataModule):
             return template
         return ChatTemplate.find(checkpoint_dir, date, choice)
 
-    def _stores(self, path: str, settings: Settings, ranges: list[tuple[float, float]]) -> list[ArrowDataset]:
-        records = FileRecords(find_files(path))
+    def _files(self) -> tuple[list[str], list[str]]:
+        """The files to train on and those to validate on, which may be none; no file is both."""
+        files = find_files(self.path)
+        if self.val_path is not None:
+            held_out = find_files(self.val_path)
+            if both := sorted(set(files) & set(held_out)):
+                raise UserError(
+                    f"{both[0]} is in both --data.path {self.path} and --data.val_path {self.val_path}"
+                    f" ({len(both):,} such files).\nMove it out of one, or name the files of one by a glob."
+                )
+            return files, held_out
+        groups = group_by_split(files)
+        if len(groups) == 1:
+            return files, []
+        held_out = groups.get("validation", []) if self.val_split_fraction is None else []
+        left_out = [file for file in files if file not in groups["training"] and file not in held_out]
+        counts = [f"{len(groups['training']):,} files named train are trained on"]
+        counts += [f"{len(held_out):,} named validation are held out"] if held_out else []
+        counts += [f"{len(left_out):,} more are left out, such as {left_out[0]}"] if left_out else []
+        say(f"{self.path}: {', '.join(counts)}.", file=sys.stderr)
+        return groups["training"], held_out
+
+    def _prepared(self, files: list[str], settings: Settings) -> tuple[datasets.Dataset, FileRecords]:
+        records = FileRecords(files)
         rows = prepare(records, settings, self.cache_dir or default_cache_dir(), self.num_proc or available_cores())
         if len(rows) == 0:
-            raise UserError(f"There are no records in {', '.join(records.files[:3])}. Give a file that has some.")
-        tell_what_is_left_out(rows, path, records.place, settings.cut_by, may_be_bad=self.on_error == "skip")
-        common = {"mask_prompt": self.mask_prompt, "settings": settings.fingerprint, "place": records.place}
-        return [ArrowDataset(rows, draws, **common) for draws in ranges]
+            raise UserError(f"There are no records in {', '.join(files[:3])}. Give a file that has some.")
+        name = (
+            files[0] if len(files) == 1 else f"{len(files):,} files of {os.path.dirname(os.path.commonprefix(files))}"
+        )
+        tell_what_is_left_out(rows, name, records.place, settings.cut_by, may_be_bad=self.on_error == "skip")
+        return rows, records
+
+    def _dataset(
+        self, rows: datasets.Dataset, records: FileRecords, settings: Settings, draws: tuple[float, float]
+    ) -> ArrowDataset:
+        options = {"mask_prompt": self.mask_prompt, "settings": settings.fingerprint, "place": records.place}
+        return ArrowDataset(rows, draws, **options)
 
 
 def _refusal_of_chats(template: ChatTemplate | None, checkpoint_dir: Path, style: PromptStyle) -> str | None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import datasets
 import pytest
 from helpers.encoding_cases import decode, talk
 from litgpt.prompts import ChatML, Default
@@ -139,11 +140,72 @@ def test_tools_and_keywords_reach_the_template(tmp_path, chat_dir):
         splits(path, chat_dir(CHATML, "plain"), **options)
 
 
-@pytest.mark.parametrize(
-    ("train_on", "expected"), [("all", "Alice.<|im_end|>The Queen.<|im_end|>"), ("last", "The Queen.<|im_end|>")]
-)
-def test_which_responses_are_learnt(tmp_path, chat_dir, train_on, expected):
+@pytest.mark.parametrize(("train_on", "first"), [("all", "Alice.<|im_end|>"), ("last", "")])
+def test_which_responses_are_learnt(tmp_path, chat_dir, train_on, first):
     directory = chat_dir(CHATML)
     path = write(tmp_path / "data.jsonl", CHATS)
     dataset = splits(path, directory, tmp_path / "cache", val_split_fraction=0.0, train_on=train_on)[0]
     assert {learnt for _, learnt in texts(directory, dataset)} == {f"{first}The Queen.<|im_end|>"}
+
+
+def test_one_object_is_no_file_of_records(tmp_path, teacher_dir):
+    """Each way out is tried."""
+    rows, options = records(5), {"val_split_fraction": 0.0, "cache_dir": tmp_path / "cache"}
+    for name, text, told in (
+        ("wrapped.json", json.dumps({"data": rows}, indent=1), "line 1: begins a JSON object of several lines"),
+        ("line.json", json.dumps({"version": 1, "data": rows}), "'data' is a list of 5 objects: write it to a file"),
+        ("pretty.jsonl", "\n".join(json.dumps(row, indent=1) for row in rows), "begins a JSON object of several lines"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=told):
+            splits(tmp_path / name, teacher_dir, **options)
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    assert len(splits(tmp_path / "list.json", teacher_dir, **options)[0]) == 5
+    # one broken line is one bad record all the same
+    broken = [json.dumps(row) for row in records(200)]
+    (tmp_path / "cut.jsonl").write_text("\n".join([broken[0][:20], *broken[1:]]))
+    assert len(splits(tmp_path / "cut.jsonl", teacher_dir, on_error="skip", **options)[0]) == 199
+
+
+def test_a_saved_dataset_is_told_from_a_folder_of_records(tmp_path, teacher_dir):
+    dataset, options = datasets.Dataset.from_list(records(5)), {"val_split_fraction": 0.0, "cache_dir": tmp_path / "c"}
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match=r"is a dataset by save_to_disk.*\n.*to_parquet"):
+        splits(tmp_path / "saved", teacher_dir, **options)
+    datasets.load_from_disk(str(tmp_path / "saved")).to_parquet(str(tmp_path / "saved.parquet"))
+    assert len(splits(tmp_path / "saved.parquet", teacher_dir, **options)[0]) == 5
+
+
+def test_the_splits_of_a_folder_are_kept_apart(tmp_path, teacher_dir, capsys):
+    folder, options = tmp_path / "data", {"cache_dir": tmp_path / "cache"}
+    folder.mkdir()
+    for name, first in (("train-00000", 0), ("train-00001", 20), ("validation-00000", 40), ("test-00000", 60)):
+        write(folder / f"{name}.jsonl", records(20, first))
+    write(folder / "more.jsonl", records(20, 80))
+    train, validation = splits(folder, teacher_dir, **options)
+    assert (len(train), len(validation)) == (40, 20)
+    told = capsys.readouterr().err
+    assert "2 files named train are trained on, 1 named validation are held out, 2 more are left out, such as" in told
+    train, validation = splits(folder, teacher_dir, val_split_fraction=0.5, **options)
+    assert len(train) + len(validation) == 40 and len(validation) > 5
+    assert "3 more are left out" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match=r"validation-00000.jsonl is in both --data.path .* and --data.val_path .*\(1 such"
+    ):
+        splits(folder, teacher_dir, val_path=str(folder / "validation*"), **options)
+    options["val_path"] = str(folder / "validation*")
+    assert len(splits(folder / "train*.jsonl", teacher_dir, **options)[0]) == 40
+    # a folder without names of splits is one
+    (tmp_path / "plain").mkdir()
+    write(tmp_path / "plain" / "train.jsonl", records(20))
+    write(tmp_path / "plain" / "other.jsonl", records(20, 20))
+    train, validation = splits(tmp_path / "plain", teacher_dir, cache_dir=tmp_path / "cache")
+    assert len(train) + len(validation) == 40
+
+
+def test_validation_records_that_are_trained_on_are_counted(tmp_path, teacher_dir, capsys):
+    path, other = write(tmp_path / "a.jsonl", records(30)), write(tmp_path / "b.jsonl", records(10, 25))
+    splits(path, teacher_dir, tmp_path / "cache", val_path=str(other))
+    assert "5 of 10 validation records are in the training data, too." in capsys.readouterr().err
+    splits(path, teacher_dir, tmp_path / "cache", val_path=str(write(tmp_path / "c.jsonl", records(10, 50))))
+    assert "validation records are in the training" not in capsys.readouterr().err
