@@ -10,6 +10,7 @@ from litgpt.utils import extend_checkpoint_dir
 
 from litgpt_akl.files.changed_files import WAY_OUT, Stamp, check_unchanged, stamp_of
 from litgpt_akl.messages import UserError
+from litgpt_akl.models.chat_template import named_templates
 from litgpt_akl.models.model_files import ModelFiles, read_model_files, read_tokenizer
 from litgpt_akl.models.weights import find_checkpoint_dir, is_said_to_be_tied, model_paths, read_config
 
@@ -23,13 +24,15 @@ class Pair:
     student_config: Config
     teacher_config: Config
     tokenizer: Tokenizer
-    """The student's; the teacher's has the same id -> token map."""
+    """The student's; the teacher's differs in added tokens at most."""
     vocab_size: int
-    """Ids that the tokenizer and both heads have; ids from here on are padding."""
+    """Ids that both tokenizers and both heads have; ids from here on are padding, or known to one model alone."""
     student_files: ModelFiles
     """What a trained student is written with."""
     stamps: dict[str, list[Stamp]]
     """Of all files of both models, by role, from before any was read."""
+    notes: tuple[str, ...] = ()
+    """What the two differ in that is no fault, to be said once."""
 
     @property
     def directories(self) -> dict[str, Path]:
@@ -77,22 +80,15 @@ def check_pair(
     student_files = read_model_files(student_dir)
     configs = {"student": read_config(student_dir), "teacher": read_config(teacher_dir)}
     tokenizer, teacher_tokenizer = read_tokenizer(student_dir), read_tokenizer(teacher_dir)
-    tokens = token_map(tokenizer)
-    _check_same_tokens(tokens, token_map(teacher_tokenizer), student_dir, teacher_dir)
-    vocab_size = max(tokens) + 1
-    for role, config in configs.items():
-        if config.padded_vocab_size < vocab_size:
-            raise UserError(
-                f"The {role}'s LM head has {config.padded_vocab_size:,} ids, but its tokenizer has"
-                f" {vocab_size:,} ({tokens[vocab_size - 1]!r} is the last).\nUse the tokenizer it was trained with."
-            )
+    vocab_size, notes = _compare_tokens({"student": tokenizer, "teacher": teacher_tokenizer}, directories, configs)
     for role, reader in (("student", tokenizer), ("teacher", teacher_tokenizer)):
         if not isinstance(reader.eos_id, int) or not 0 <= reader.eos_id < vocab_size:
             raise UserError(
                 f"The {role}'s end-of-text id is {reader.eos_id}; its tokenizer has the ids 0 to {vocab_size - 1}.\n"
                 "Set eos_token in its tokenizer_config.json to a token of the tokenizer."
             )
-    return Pair(*directories.values(), *configs.values(), tokenizer, vocab_size, student_files, stamps)
+    notes = (*notes, *_compare_ends(tokenizer, teacher_tokenizer, directories))
+    return Pair(*directories.values(), *configs.values(), tokenizer, vocab_size, student_files, stamps, notes)
 
 
 def token_map(tokenizer: Tokenizer) -> dict[int, str]:
@@ -103,16 +99,71 @@ def token_map(tokenizer: Tokenizer) -> dict[int, str]:
     return {id: processor.id_to_piece(id) for id in range(processor.vocab_size())}
 
 
-def _check_same_tokens(student: dict[int, str], teacher: dict[int, str], student_dir: Path, teacher_dir: Path) -> None:
-    if student == teacher:
-        return
+def _added_ids(tokenizer: Tokenizer) -> set[int]:
+    """Ids of tokens that no text is divided into by itself, such as marks between turns."""
+    if tokenizer.backend == "huggingface":
+        return set(tokenizer.processor.get_added_tokens_decoder())
+    return {id for id in range(tokenizer.processor.vocab_size()) if tokenizer.processor.is_control(id)}
+
+
+def _compare_tokens(
+    tokenizers: dict[str, Tokenizer], directories: dict[str, Path], configs: dict[str, Config]
+) -> tuple[int, list[str]]:
+    """How many ids both models have, and how their added tokens differ, by which models of one family may.
+
+    Raises:
+        UserError: the tokenizers divide texts otherwise, or a head has no row for a token of text.
+    """
+    maps = {role: token_map(tokenizer) for role, tokenizer in tokenizers.items()}
+    added = {role: _added_ids(tokenizer) for role, tokenizer in tokenizers.items()}
+    student, teacher = maps.values()
     differing = sorted(id for id in student.keys() | teacher.keys() if student.get(id) != teacher.get(id))
-    first = differing[0]
-    raise UserError(
-        f"The tokenizers differ in {len(differing):,} ids: id {first} is {student.get(first)!r} in {student_dir}"
-        f" ({len(student):,} ids) and {teacher.get(first)!r} in {teacher_dir} ({len(teacher):,} ids).\n"
-        "Choose models of one family: their next-token distributions are over the same ids then."
-    )
+    told = [
+        f"id {id} is {student.get(id)!r} for the student and {teacher.get(id)!r} for the teacher" for id in differing
+    ]
+    if any(id in maps[role] and id not in added[role] for id in differing for role in maps):
+        raise UserError(
+            f"The tokenizers differ in {len(differing):,} ids: {told[0]} ({directories['student']} has"
+            f" {len(student):,} ids, {directories['teacher']} {len(teacher):,}).\n"
+            "Choose models of one family: their next-token distributions are over the same ids then."
+        )
+    vocab_size = 1 + min(max(student), max(teacher))
+    notes = []
+    if differing:
+        notes.append(f"The tokenizers differ in {len(differing):,} added tokens: {'; '.join(told[:3])}.")
+    for role, config in configs.items():
+        beyond = [id for id in range(config.padded_vocab_size, vocab_size) if id in maps[role]]
+        if any(id not in added[role] for id in beyond):
+            raise UserError(
+                f"The {role}'s LM head has {config.padded_vocab_size:,} ids, but its tokenizer has {len(maps[role]):,}"
+                f" ({maps[role][max(maps[role])]!r} is the last).\nUse the tokenizer it was trained with."
+            )
+        if beyond:
+            notes.append(f"The {role} has no embedding of {maps[role][beyond[0]]!r}, id {beyond[0]}.")
+    common = min(vocab_size, *(config.padded_vocab_size for config in configs.values()))
+    if common < max(map(len, maps.values())):
+        notes.append(f"Ids from {common:,} on, which only one of the models knows, are not distilled.")
+    return common, notes
+
+
+def _compare_ends(student: Tokenizer, teacher: Tokenizer, directories: dict[str, Path]) -> list[str]:
+    """Base models and those trained for chats end texts otherwise, and the latter have a template."""
+    notes = []
+    if student.eos_id != teacher.eos_id:
+        names = {role: token_map(of).get(of.eos_id) for role, of in (("student", student), ("teacher", teacher))}
+        notes.append(
+            f"The student ends texts with {names['student']!r}, the teacher with {names['teacher']!r}: the labels end"
+            " in the student's, which the teacher may never write. Give both the same eos_token, if that is not meant."
+        )
+    templates = {role: named_templates(directory) for role, directory in directories.items()}
+    sources = {role: [source for _, source in found.values()] for role, found in templates.items()}
+    if sources["teacher"] and sources["student"] != sources["teacher"]:
+        lacks = "has another chat template than" if sources["student"] else "has no chat template, unlike"
+        notes.append(
+            f"The student {lacks} the teacher, which is asked in the student's form. --data.chat_template teacher"
+            " takes the teacher's for both."
+        )
+    return notes
 
 
 class Models(NamedTuple):
