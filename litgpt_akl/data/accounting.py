@@ -17,7 +17,7 @@ SHOWN = 10
 
 def tell_what_is_left_out(
     rows: datasets.Dataset, name: str, place: Callable[[int, int, int], str], cut_by: str, may_be_bad: bool
-) -> None:
+) -> int:
     """Say how many records are dropped, bad, or read otherwise than a user may think.
 
     Args:
@@ -27,15 +27,20 @@ def tell_what_is_left_out(
         cut_by: the command's option for the longest record.
         may_be_bad: whether bad records are left out; otherwise there are none.
 
+    Returns:
+        How many records a chat template wrote; a prompt style wrote the others.
+
     Raises:
-        UserError: More than ``MAX_BAD_SHARE`` of the records are bad, or all are too long.
+        UserError: More than ``MAX_BAD_SHARE`` of the records are bad.
     """
-    bad, dropped, notes, said, lost, losing = [], 0, Counter(), 0, 0, 0
-    columns = rows.select_columns(["length", "dropped", "notes", "said", "lost"]).with_format("arrow")
+    bad, dropped, notes, said, lost, losing, by_template = [], 0, Counter(), 0, 0, 0, 0
+    names = ["length", "dropped", "notes", "said", "lost", "by_template"]
+    columns = rows.select_columns(names).with_format("arrow")
     for first, table in zip(range(0, len(rows), 100_000), columns.iter(100_000), strict=True):
         length, is_dropped = table["length"].to_numpy(), table["dropped"].to_numpy()
         bad.append(first + np.flatnonzero((length == 0) & ~is_dropped))
         dropped += int(is_dropped.sum())
+        by_template += int(table["by_template"].drop_null().to_numpy().sum())
         losses = table["lost"].to_numpy()
         said, lost, losing = (
             said + int(table["said"].to_numpy().sum()),
@@ -57,6 +62,7 @@ def tell_what_is_left_out(
         _say(f"{name}: dropped {too_long}; {cut_by} and --data.too_long decide.")
     if may_be_bad:
         _tell_bad(rows, np.concatenate([*bad, np.empty(0, dtype=np.int64)]), name, place, cut_by)
+    return by_template
 
 
 def tell_what_occurs_twice(training: datasets.Dataset, validation: datasets.Dataset) -> None:

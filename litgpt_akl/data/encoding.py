@@ -33,6 +33,8 @@ class Encoded(NamedTuple):
     """Of these, characters that the text has not."""
     notes: tuple[str, ...] = ()
     """What a user is to know of the record, in words that are the same for all such records."""
+    by_template: bool = False
+    """Whether a chat template wrote the text, and not a prompt style."""
 
 
 class StyledInstruction:
@@ -262,7 +264,7 @@ class Encoder:
         kept = [order for order, number in enumerate(assistants) if conversation.trained[number]]
         spans = [self._find_tokens(rendering.text, ids, offsets, *rendering.spans[order]) for order in kept]
         said, lost = (sum(counts[order] for order in kept) for counts in (rendering.said, rendering.lost))
-        return Encoded(ids, spans, said, lost, self._describe_unread(messages))
+        return Encoded(ids, spans, said, lost, self._describe_unread(messages), by_template=True)
 
     def _describe_unread(self, messages: list[dict]) -> tuple[str, ...]:
         names = {name for message in messages for name in message} - {"role", "content", *ALSO_SAID}

@@ -54,6 +54,7 @@ COLUMNS = datasets.Features(
         "said": datasets.Value("int32"),  # characters of what the assistant says, without white space
         "lost": datasets.Value("int32"),  # of these, how many the text has not
         "notes": datasets.Value("string"),  # of one line each
+        "by_template": datasets.Value("bool"),  # whether a chat template wrote the text, and not a prompt style
     }
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
@@ -226,6 +227,7 @@ class Rows(Dataset):
             "said": encoded.said,
             "lost": encoded.lost,
             "notes": _printable("\n".join(encoded.notes)),
+            "by_template": encoded.by_template,
         }
 
     def _describe_length(self, length: int) -> str:

@@ -76,6 +76,8 @@ class StreamingSFT(DataModule):
     """The day that prompts have in them, once they are prepared; None if the chat template writes none."""
     template: ChatTemplate | None = field(default=None, init=False, repr=False)
     """What chats are written by, once they are prepared."""
+    by_template: int = field(default=0, init=False, repr=False)
+    """Records that it wrote; the prompt style wrote all others."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -131,6 +133,7 @@ class StreamingSFT(DataModule):
         }
         common = checkpoint_dir, self.tokenizer, self.prompt_style, self.max_seq_length, context_length
         settings = Settings(*common, self.on_error, cut_by, self.template, self.too_long, options)
+        self.by_template = 0
         train_files, validation_files = self._files()
         if validation_files:
             prepared = [self._prepared(files, settings) for files in (train_files, validation_files)]
@@ -202,7 +205,8 @@ class StreamingSFT(DataModule):
         name = (
             files[0] if len(files) == 1 else f"{len(files):,} files of {os.path.dirname(os.path.commonprefix(files))}"
         )
-        tell_what_is_left_out(rows, name, records.place, settings.cut_by, may_be_bad=self.on_error == "skip")
+        may_be_bad = self.on_error == "skip"
+        self.by_template += tell_what_is_left_out(rows, name, records.place, settings.cut_by, may_be_bad)
         return rows, records
 
     def _dataset(

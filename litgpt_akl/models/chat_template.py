@@ -84,6 +84,8 @@ class ChatTemplate:
         self._names |= {node.value for node in parsed.find_all(Const) if isinstance(node.value, str)}
         self.writes_date = CLOCK in self._names
         self._openings: dict[str, str | None] = {}
+        self.path: Path | None = None
+        """The file that it is from, if it was found in one."""
         self._template = within_budget(lambda: environment.from_string(parsed, globals=names))
 
     def __reduce__(self) -> tuple:
@@ -119,13 +121,15 @@ class ChatTemplate:
         if not source:
             return None
         try:
-            return cls(source, _special_tokens(checkpoint_dir, config), date)
+            template = cls(source, _special_tokens(checkpoint_dir, config), date)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 f"The chat template in {path} has an error in its line {error.lineno}: {error.message}\n{WAY_OUT}"
             ) from error
         except OverBudget as error:
             raise UserError(f"The chat template in {path} {error}.\n{WAY_OUT}") from error
+        template.path = path
+        return template
 
     @property
     def identity(self) -> list:
