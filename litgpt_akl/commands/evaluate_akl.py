@@ -20,7 +20,7 @@ from litgpt_akl.config.args import GenerationArgs, check_at_least_one
 from litgpt_akl.config.checks import check_hybrid_sharding, check_questions
 from litgpt_akl.config.recipe import check_masked, plain
 from litgpt_akl.data.data_module import prepare_datasets
-from litgpt_akl.data.dataset import TokenizedDataset
+from litgpt_akl.data.dataset import TokenizedDataset, turn_ends
 from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.files.directories import explain_failure, write_file
 from litgpt_akl.loss.distillation_loss import DistillationLoss
@@ -245,7 +245,8 @@ def _open_records(fabric: L.Fabric, evaluation: Evaluation) -> tuple[TokenizedDa
     day = fabric.broadcast(choose_day(students) if fabric.is_global_zero else None)
     with fabric.rank_zero_first():
         options = train, pair.context_length, pair.student_dir, "--max_seq_length"
-        splits = prepare_datasets(evaluation.data, pair.tokenizer, *options, date=day.date)
+        known = {"date": day.date, "teacher_dir": pair.teacher_dir, "vocab_size": pair.vocab_size}
+        splits = prepare_datasets(evaluation.data, pair.tokenizer, *options, **known)
     if getattr(evaluation.data, "date", None):
         fabric.print(day)
     pair.check_unchanged("student")
@@ -270,7 +271,7 @@ def _prepare_questions(
     if not args.seeds:
         return None, 0
     prompt_style = getattr(evaluation.data, "prompt_style", None)
-    stop = stop_sequences(pair.tokenizer, prompt_style)
+    stop = stop_sequences(pair.tokenizer, prompt_style, turn_ends(dataset, pair.tokenizer.special_ids))
     found = find_questions(dataset, numbers, pair.tokenizer, stop)
     configs = [each.student_config for each in evaluation.pairs.values()]
     configs += [pair.teacher_config] if args.teacher else []

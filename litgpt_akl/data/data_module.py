@@ -25,6 +25,7 @@ def prepare_datasets(
     cut_by: str = "--train.max_seq_length",
     date: str | None = None,
     teacher_dir: Path | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
     """A data module's training and validation samples, tokenised.
 
@@ -37,6 +38,7 @@ def prepare_datasets(
         cut_by: the command's option for ``max_seq_length``, for messages.
         date: the day that the student's chat template is to write, if it writes one (default: the present one).
         teacher_dir: the teacher's, for its chat template if that is chosen.
+        vocab_size: ids that the models know (default: all of the tokenizer); records with others are bad.
 
     Raises UserError for unreadable data, a bad record, a sample that is too long, or no training samples, with file and
     line where there is one.
@@ -51,12 +53,12 @@ def prepare_datasets(
         raise UserError(
             f"--data.ignore_index {ignored} is not supported: what does not count is {IGNORE_INDEX} here; remove it."
         )
+    vocab_size = vocab_size or max(token_map(tokenizer)) + 1
     if isinstance(data, LitData):
-        vocab_size = max(token_map(tokenizer)) + 1
         return open_chunks(data, train.max_seq_length or context_length, cut_by, vocab_size)
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=train.max_seq_length)
     if isinstance(data, StreamingSFT):
-        return data.prepare(checkpoint_dir, context_length, cut_by, date, teacher_dir)
+        return data.prepare(checkpoint_dir, context_length, cut_by, date, teacher_dir, vocab_size)
     style = getattr(data, "prompt_style", None)
-    settings = SFTSettings(checkpoint_dir, tokenizer, style, train.max_seq_length, context_length, "stop", cut_by)
-    return open_module(data, settings)
+    options = train.max_seq_length, context_length, "stop", cut_by, vocab_size
+    return open_module(data, SFTSettings(checkpoint_dir, tokenizer, style, *options))

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import math
 import pickle
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import datasets
 import numpy as np
 import pyarrow as pa
+import torch
 import xxhash
 from filelock import FileLock, Timeout
 from litgpt.prompts import PromptStyle
@@ -97,6 +99,8 @@ class Settings:
     on_error: str
     cut_by: str
     """The command's option for ``max_seq_length``, for messages."""
+    vocab_size: int | None = None
+    """Ids that the models know; None for all that the tokenizer makes."""
     template: ChatTemplate | None = None
     """For chats, if there is one that the tokenizer can read."""
     too_long: Literal["drop", "cut", "error"] = "error"
@@ -118,7 +122,7 @@ class Settings:
     def rules(self) -> list:
         """What decides beside the tokenizer and the prompt style, as plain data."""
         template = None if self.template is None else self.template.identity
-        limits = [self.max_seq_length, self.context_length, self.on_error, self.too_long]
+        limits = [self.max_seq_length, self.context_length, self.vocab_size, self.on_error, self.too_long]
         return [self.tokenizer.use_bos, *limits, template, self.options]
 
     @property
@@ -207,6 +211,9 @@ class Rows(Dataset):
             if record.error is not None:
                 raise ValueError(record.error)
             encoded = self._encoder.encode(record.value)
+            if (highest := max(encoded.ids)) >= (self.settings.vocab_size or math.inf):
+                token = self.settings.tokenizer.decode(torch.tensor([highest]))
+                raise ValueError(f"has the token {highest} ({token!r}), which the models do not both know")
             if len(encoded.ids) > self.settings.limit:
                 # kept on disk, this is read by commands that have other options
                 dropped = self.settings.too_long == "drop"

@@ -114,6 +114,7 @@ class StreamingSFT(DataModule):
         cut_by: str = "--train.max_seq_length",
         date: str | None = None,
         teacher_dir: Path | None = None,
+        vocab_size: int | None = None,
     ) -> tuple[ArrowDataset, ArrowDataset]:
         """The training and the validation records; arguments are those of ``prepare_datasets``.
 
@@ -132,7 +133,7 @@ class StreamingSFT(DataModule):
             "last_only": self.train_on == "last",
         }
         common = checkpoint_dir, self.tokenizer, self.prompt_style, self.max_seq_length, context_length
-        settings = Settings(*common, self.on_error, cut_by, self.template, self.too_long, options)
+        settings = Settings(*common, self.on_error, cut_by, vocab_size, self.template, self.too_long, options)
         self.by_template = 0
         train_files, validation_files = self._files()
         if validation_files:

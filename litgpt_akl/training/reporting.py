@@ -22,7 +22,7 @@ from litgpt_akl.files.manifest import EXAMPLES, PAGE
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.loss.divergences import in_head
 from litgpt_akl.messages import reason, tell
-from litgpt_akl.models.generation import generate, longest_prompt, stop_sequences, without_end
+from litgpt_akl.models.generation import generate, longest_prompt, without_end
 from litgpt_akl.models.gpt import Head
 from litgpt_akl.models.lora import without_adapters
 from litgpt_akl.models.parallel import broadcast_object, reshard
@@ -120,7 +120,7 @@ def print_example(fabric: L.Fabric, run: Run, state: dict) -> None:
     prompt = example_prompt(run.data, state["validation_dataset"], tokenizer, run.eval)
     if prompt is None or len(prompt) > longest_prompt(student.config):
         return
-    options = {"max_new_tokens": run.eval.max_new_tokens, "stop": stop_sequences(tokenizer, None)}
+    options = {"max_new_tokens": run.eval.max_new_tokens, "stop": run.stop}
     options |= {"vocab_size": run.pair.vocab_size, "seeds": [(state["step_count"],)], "temperature": 0.8}
     # every process draws the same: a sharded model only runs in all of them together
     (response,) = generate(fabric, student, [prompt], **options)
@@ -194,7 +194,7 @@ def _prompt(sample: dict[str, Tensor]) -> Tensor:
 
 def _generate(fabric: L.Fabric, run: Run, model: torch.nn.Module, prompts: list[Tensor]) -> list[str]:
     """What a model holds most probable, token by token."""
-    tokenizer, stop = run.pair.tokenizer, stop_sequences(run.pair.tokenizer, run.prompt_style)
+    tokenizer, stop = run.pair.tokenizer, run.stop
     options = {"max_new_tokens": run.eval.max_new_tokens, "stop": stop, "vocab_size": run.pair.vocab_size}
     responses: dict[int, list[int]] = {}
     for places in together(prompts, len(prompts), run.micro_batch[1]):

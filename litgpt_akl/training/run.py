@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +72,8 @@ class Run(Options):
     """With samples as long as they may be."""
     recipe: str
     """The options as YAML."""
+    stop: list[list[int]] = field(default_factory=list)
+    """What ends a response, wherever one is generated; known once the data is read."""
 
     @property
     def micro_batch(self) -> tuple[int, int | None]:

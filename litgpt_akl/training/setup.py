@@ -15,6 +15,7 @@ from litgpt.model import GPT
 from torch import Tensor
 
 from litgpt_akl.data.data_module import prepare_datasets
+from litgpt_akl.data.dataset import turn_ends
 from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.files.changed_files import WAY_OUT
 from litgpt_akl.files.manifest import FINAL, RECIPE, damage
@@ -61,9 +62,13 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
     # whatever is downloaded or prepared is then found by the other processes
     with fabric.rank_zero_first():
         options = pair.context_length, pair.student_dir
-        splits = prepare_datasets(run.data, pair.tokenizer, run.train, *options, date=day.date)
+        known = {"date": day.date, "teacher_dir": pair.teacher_dir, "vocab_size": pair.vocab_size}
+        splits = prepare_datasets(run.data, pair.tokenizer, run.train, *options, **known)
     if getattr(run.data, "date", None):
         fabric.print(day)
+    run.stop = stop_sequences(pair.tokenizer, run.prompt_style, turn_ends(splits[0], pair.tokenizer.special_ids))
+    for note in pair.notes:
+        fabric.print(note)
     # its tokenizer and its chat template were read
     pair.check_unchanged("student")
     if asked and not fills and not run.overwrite:
@@ -149,7 +154,7 @@ def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> di
     optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student, run.memory.optimizer_is_fused))
     steps, warmup = total_steps(run.train, len(splits[0])), warmup_steps(run.train, len(splits[0]))
     options = {"vocab_size": run.pair.vocab_size, "longest": run.longest_sample, "seed": run.seed}
-    options["stop"] = stop_sequences(run.pair.tokenizer, run.prompt_style)
+    options["stop"] = run.stop
     own = OnPolicySamples(fabric, student, run.distill, **options) if run.distill.on_policy > 0 else None
     state = {
         "student": student,
