@@ -71,7 +71,7 @@ class ChatTemplate:
             jinja2.TemplateSyntaxError: the source is no template.
             OverBudget: it cannot be compiled in the time and the memory that it may take.
         """
-        self._source, self._variables, self.date = source, variables, date or today()
+        self.source, self._variables, self.date = source, variables, date or today()
         environment = BudgetedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
         )
@@ -89,7 +89,7 @@ class ChatTemplate:
         self._template = within_budget(lambda: environment.from_string(parsed, globals=names))
 
     def __reduce__(self) -> tuple:
-        return ChatTemplate, (self._source, self._variables, self.date)
+        return ChatTemplate, (self.source, self._variables, self.date)
 
     @classmethod
     def find(cls, checkpoint_dir: Path, date: str | None = None, choice: str | None = None) -> "ChatTemplate | None":
@@ -134,7 +134,7 @@ class ChatTemplate:
     @property
     def identity(self) -> list:
         """What tells templates apart, as plain data: the date only where it is written."""
-        return [self._source, self._variables, self.date if self.writes_date else None]
+        return [self.source, self._variables, self.date if self.writes_date else None]
 
     def reads(self, name: str) -> bool:
         """Whether the template names a variable or a field, whatever it does with it."""

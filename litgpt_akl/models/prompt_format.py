@@ -1,17 +1,102 @@
 """One format of prompts told to two readers: LitGPT by a prompt style, Hugging Face's libraries by a chat template."""
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
-from litgpt.prompts import PromptStyle, prompt_styles
+from litgpt.prompts import PromptStyle, prompt_styles, save_prompt_style
 from litgpt.tokenizer import Tokenizer
+from litgpt.utils import fix_and_load_json
 
+from litgpt_akl.files.reading import read_json
 from litgpt_akl.models.chat_template import ChatTemplate
+from litgpt_akl.models.model_files import write_json
 
 PROBES = ("probe", "Who is\nit?")
+TEMPLATE = "chat_template.jinja"
 ASKED, ORDERED, ANSWERED = "\ue000asked\ue001", "\ue000ordered\ue001", "\ue000answered\ue001"
 """Texts that no style has in its own words."""
 BLANK_LINE = "\n\n"
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a student was asked in training, for what lies beside its weights."""
+
+    style: PromptStyle | None = None
+    """For LitGPT; None if nothing is known."""
+    template: str | None = None
+    """For Hugging Face's libraries, in Jinja's language; None if the student's own files say it."""
+    end_ids: tuple[int, ...] = ()
+    """What ended responses."""
+
+    def write(self, directory: Path) -> None:
+        """Make the files of a checkpoint say so, as far as they are there."""
+        if self.style is not None:
+            save_prompt_style(self.style, directory)
+        if self.template is not None and (directory / "tokenizer_config.json").is_file():
+            tokenizer_config = read_json(directory / "tokenizer_config.json")
+            tokenizer_config.pop("chat_template", None)
+            write_json(directory / "tokenizer_config.json", tokenizer_config)
+            (directory / "chat_template.json").unlink(missing_ok=True)
+            (directory / TEMPLATE).write_text(self.template, encoding="utf-8")
+        path = directory / "generation_config.json"
+        if self.end_ids and path.is_file():
+            generation_config = fix_and_load_json(path.read_text(encoding="utf-8"))
+            known = generation_config.get("eos_token_id")
+            known = [] if known is None else known if isinstance(known, list) else [known]
+            if missing := [id for id in self.end_ids if id not in known]:
+                write_json(path, {**generation_config, "eos_token_id": [*known, *missing]})
+
+
+def trained_format(
+    style: PromptStyle | None,
+    template: ChatTemplate | None,
+    tokenizer: Tokenizer,
+    ends: Iterable[int],
+    *,
+    has_written: bool,
+    is_own: bool,
+) -> tuple[PromptFormat, str | None]:
+    """What tells both readers of a student how it was asked, and what a user is to know where one cannot be told.
+
+    Args:
+        style: wrote the prompts, if no template did.
+        template: wrote them, or lies beside the student without having done so.
+        tokenizer: the student's.
+        ends: ids that ended responses.
+        has_written: whether the template wrote the prompts, or some of them.
+        is_own: whether it is the one that the student's files have.
+    """
+    ends, note = tuple(ends), None
+    if tokenizer.backend != "huggingface":
+        return PromptFormat(style, None, ends), None
+    if template is not None and has_written:
+        found = style_like(template, tokenizer)
+        if found is None:
+            note = (
+                "LitGPT has no prompt style that writes what the chat template of the training data does: `litgpt chat`"
+                " will ask the student otherwise. Its export to Hugging Face has the template."
+            )
+        return PromptFormat(found or style, None if is_own else template.source, ends), note
+    if style is None or (template is not None and _same_ids(style, template, tokenizer)):
+        return PromptFormat(style, None, ends), None
+    source = template_like(style, tokenizer)
+    if source is None:
+        note = (
+            f"The prompt style {type(style).__name__}, which wrote the prompts, cannot be told to Hugging Face's"
+            " libraries: apply_chat_template will ask the student otherwise."
+        )
+    return PromptFormat(style, source, ends), note
+
+
+def _same_ids(style: PromptStyle, template: ChatTemplate, tokenizer: Tokenizer) -> bool:
+    with suppress(ValueError, AttributeError, KeyError, TypeError):
+        wanted = [_ids_by_template(template, tokenizer, text) for text in PROBES]
+        return [tokenizer.encode(style.apply(text)).tolist() for text in PROBES] == wanted
+    return False
 
 
 def style_like(template: ChatTemplate, tokenizer: Tokenizer) -> PromptStyle | None:
@@ -21,15 +106,8 @@ def style_like(template: ChatTemplate, tokenizer: Tokenizer) -> PromptStyle | No
         template: of the training data's chats.
         tokenizer: the model's, of Hugging Face's kind.
     """
-    with suppress(ValueError):
-        wanted = [_ids_by_template(template, tokenizer, text) for text in PROBES]
-        for kind in dict.fromkeys(prompt_styles.values()):
-            # some want more than a prompt, or a token that the tokenizer has not
-            with suppress(AttributeError, KeyError, TypeError, NotImplementedError):
-                style = kind()
-                if [tokenizer.encode(style.apply(text)).tolist() for text in PROBES] == wanted:
-                    return style
-    return None
+    styles = (kind() for kind in dict.fromkeys(prompt_styles.values()))
+    return next((style for style in styles if _same_ids(style, template, tokenizer)), None)
 
 
 def _ids_by_template(template: ChatTemplate, tokenizer: Tokenizer, text: str) -> list[int]:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from litgpt.prompts import PromptStyle, save_prompt_style
 from torch import Tensor, nn
 
 from litgpt_akl.files.directories import clear_leftovers, explain_failure, restore_previous, write_directory
@@ -30,6 +29,7 @@ from litgpt_akl.messages import UserError
 from litgpt_akl.models import parallel
 from litgpt_akl.models.lora import ADAPTERS, adapters_of, read_trained, store_adapters, store_merged
 from litgpt_akl.models.model_files import ModelFiles, copy_model_files, describe_to_hugging_face
+from litgpt_akl.models.prompt_format import PromptFormat
 from litgpt_akl.models.tensor_file import TensorFile, read_tensors, tensor_file
 from litgpt_akl.models.vocabulary import write_config_without_padding
 
@@ -49,7 +49,7 @@ def write_student(
     model_files: ModelFiles,
     *,
     tied: bool,
-    prompt_style: PromptStyle | None,
+    prompt_format: PromptFormat,
     recipe: str,
     ids: int | None = None,
 ) -> None:
@@ -64,19 +64,18 @@ def write_student(
         model_files: Those of the student's original checkpoint.
         tied: Whether embeddings and LM head are one matrix in the file; written into config.json, since Hugging Face
             models throw away the LM head of a model that is said to be tied.
-        prompt_style: What the prompts were made with, if the data module tells.
+        prompt_format: How the student was asked, as far as the data module tells.
         recipe: The run's configuration, as YAML.
         ids: Rows of the student's embeddings and LM head, if it lost those that were padding.
     """
     if directory is not None:
         with model_files.unpacked(directory.parent) as source_dir:
-            copy_model_files(source_dir, directory, prompt_style)
+            copy_model_files(source_dir, directory, prompt_format.style)
             if ids is not None:
                 write_config_without_padding(source_dir, directory, ids)
         if (directory / "config.json").is_file():
             describe_to_hugging_face(directory / "config.json", tied, student.lm_head.weight.dtype, ids)
-        if prompt_style is not None:
-            save_prompt_style(prompt_style, directory)
+        prompt_format.write(directory)
         (directory / "hyperparameters.yaml").write_text(recipe, encoding="utf-8")
     with tensor_file(directory and directory / "lit_model.pth") as file:
         file.save(store_merged(student, file))

@@ -31,6 +31,7 @@ from litgpt_akl.report.runs import take_examples, write_examples
 from litgpt_akl.teacher.teacher import HeadOnly
 from litgpt_akl.training.logging import flushed_metrics
 from litgpt_akl.training.run import Run
+from litgpt_akl.training.sample_text import tell_what_is_learnt
 from litgpt_akl.training.validation import validate
 
 RECORDS = 3
@@ -62,6 +63,8 @@ def announce(fabric: L.Fabric, run: Run, state: dict) -> None:
     validation = state["validation_dataset"]
     for name, dataset in (("Training", state["dataset"]), ("Validation", validation)):
         fabric.print(f"{name}: {len(dataset):,} samples, {dataset.tokens:,} tokens")
+    if fabric.is_global_zero:
+        tell_what_is_learnt(run.data, state["dataset"], run.pair.tokenizer, run.stop)
     if len(validation) == 0:
         fabric.print("There are no validation samples: validation is off.")
     kind = fabric.device.type

@@ -20,6 +20,7 @@ from litgpt_akl.files.manifest import Damaged, read_manifest
 from litgpt_akl.memory import MemoryEstimate
 from litgpt_akl.models import chat_template
 from litgpt_akl.models.pair import Pair
+from litgpt_akl.models.prompt_format import PromptFormat
 from litgpt_akl.teacher.cache_identity import read_identity
 
 Splits = tuple[TokenizedDataset, TokenizedDataset]
@@ -72,6 +73,8 @@ class Run(Options):
     """With samples as long as they may be."""
     recipe: str
     """The options as YAML."""
+    prompt_format: PromptFormat = PromptFormat()
+    """How the student is asked; known once the data is read."""
     stop: list[list[int]] = field(default_factory=list)
     """What ends a response, wherever one is generated; known once the data is read."""
 
@@ -117,7 +120,7 @@ class Run(Options):
 
     def beside_weights(self, state: dict) -> dict[str, Any]:
         """What lies beside the weights of this run's students, as ``write_student`` takes it."""
-        described = {"prompt_style": self.prompt_style, "recipe": self.recipe, "tied": state["tied"]}
+        described = {"prompt_format": self.prompt_format, "recipe": self.recipe, "tied": state["tied"]}
         return {**described, "model_files": self.pair.student_files, "ids": state["student"].config.padded_vocab_size}
 
 

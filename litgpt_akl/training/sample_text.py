@@ -1,5 +1,6 @@
 """What a model is trained on, as a person reads it: one sample with its labels marked, and what made it."""
 
+from textwrap import indent
 from typing import Any
 
 from litgpt.tokenizer import Tokenizer
@@ -7,12 +8,21 @@ from torch import Tensor
 
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
+from litgpt_akl.messages import tell
 from litgpt_akl.models.pair import token_map
 
 OPEN, CLOSE = "⟦", "⟧"
 """What marks that which counts in the loss."""
 LONGEST = 1200
 """Characters of a text that is shown."""
+
+
+def tell_what_is_learnt(data: Any, dataset: TokenizedDataset, tokenizer: Tokenizer, stop: list[list[int]]) -> None:
+    """Print what makes the texts, how much of them counts, and the first of them."""
+    tell(f"Texts: {describe_format(data, len(dataset))}")
+    tell(f"Labels: {describe_labels(dataset, tokenizer, stop)}")
+    tell(f"The first, what is learnt in {OPEN}{CLOSE} ({dataset.place(0)}):")
+    tell(indent(sample_text(dataset.read([0])[0], tokenizer), "  ", lambda line: True))
 
 
 def describe_format(data: Any, samples: int) -> str:

@@ -22,9 +22,11 @@ from litgpt_akl.files.manifest import FINAL, RECIPE, damage
 from litgpt_akl.memory import report_memory
 from litgpt_akl.messages import UserError, say
 from litgpt_akl.models import gpt
+from litgpt_akl.models.chat_template import ChatTemplate
 from litgpt_akl.models.generation import stop_sequences
 from litgpt_akl.models.lora import lora_config, with_new_adapters
 from litgpt_akl.models.parallel import all_reduce_max_each, load_weights, return_freed_memory, wait_for_all
+from litgpt_akl.models.prompt_format import PromptFormat, trained_format
 from litgpt_akl.models.vocabulary import config_without_padding, count_ids, without_padding
 from litgpt_akl.models.weights import open_weights
 from litgpt_akl.teacher.cache import Caches, open_caches, read_head, write_head
@@ -67,8 +69,10 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
     if getattr(run.data, "date", None):
         fabric.print(day)
     run.stop = stop_sequences(pair.tokenizer, run.prompt_style, turn_ends(splits[0], pair.tokenizer.special_ids))
-    for note in pair.notes:
-        fabric.print(note)
+    run.prompt_format, note = _find_format(run)
+    for told in (*pair.notes, note):
+        if told is not None:
+            fabric.print(told)
     # its tokenizer and its chat template were read
     pair.check_unchanged("student")
     if asked and not fills and not run.overwrite:
@@ -89,6 +93,17 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
     fabric.barrier()
     fabric.seed_everything(run.seed, verbose=False)
     return splits, caches
+
+
+def _find_format(run: Run) -> tuple[PromptFormat, str | None]:
+    """How the student is asked, for its files; and what a user is to know of that."""
+    template, tokenizer = getattr(run.data, "template", None), run.pair.tokenizer
+    has_written = template is not None and run.data.by_template > 0
+    is_own = not has_written or run.data.chat_template is None
+    if not has_written and tokenizer.backend == "huggingface":
+        template = ChatTemplate.find(run.pair.student_dir)
+    ends = [sequence[0] for sequence in run.stop if len(sequence) == 1]
+    return trained_format(run.prompt_style, template, tokenizer, ends, has_written=has_written, is_own=is_own)
 
 
 def _open_cache(fabric: L.Fabric, run: Run, splits: Splits) -> Caches:

@@ -20,9 +20,11 @@ from litgpt_akl.models.gpt import build_model, distillation_loss, hidden_states,
 from litgpt_akl.models.lora import adapters_of, lora_config, with_new_adapters, without_adapters
 from litgpt_akl.models.model_files import read_model_files
 from litgpt_akl.models.parallel import load_weights
+from litgpt_akl.models.prompt_format import PromptFormat
 from litgpt_akl.models.weights import read_config
 from litgpt_akl.training.checkpoint import write_student
 
+PLAIN = {"prompt_format": PromptFormat(), "recipe": ""}
 SOURCES = ("student_dir", "untied_student_dir", "biased_dir")
 
 
@@ -63,7 +65,12 @@ def test_what_is_saved_gives_the_logits_of_the_student(request, source, targets,
     source, lora, tied = request.getfixturevalue(source), adapted(targets), source == "student_dir"
     student = make(source, lora, tied)
     write_student(
-        tmp_path, student, read_model_files(source), tied=tied and not lora.head, prompt_style=None, recipe=""
+        tmp_path,
+        student,
+        read_model_files(source),
+        tied=tied and not lora.head,
+        prompt_format=PromptFormat(),
+        recipe="",
     )
     # in float32 two ways to the same logits differ by 1e-5 on some processors
     logits, weights, adapters = student.double()(IDS), read(tmp_path), read_adapters(tmp_path)
@@ -79,7 +86,7 @@ def test_what_is_saved_gives_the_logits_of_the_student(request, source, targets,
 def test_only_what_has_an_adapter_changes(untied_student_dir, targets, tmp_path):
     lora = adapted(targets)
     student = make(untied_student_dir, lora)
-    write_student(tmp_path, student, read_model_files(untied_student_dir), tied=False, prompt_style=None, recipe="")
+    write_student(tmp_path, student, read_model_files(untied_student_dir), tied=False, **PLAIN)
     start, weights = read(untied_student_dir), read(tmp_path)
     assert weights.keys() == start.keys()
     layers = {
@@ -100,7 +107,7 @@ def test_only_what_has_an_adapter_changes(untied_student_dir, targets, tmp_path)
 
 def test_a_merged_weight_in_bfloat16_is_rounded_once(untied_student_dir, tmp_path):
     student = make(untied_student_dir, adapted("all")).bfloat16()
-    write_student(tmp_path, student, read_model_files(untied_student_dir), tied=False, prompt_style=None, recipe="")
+    write_student(tmp_path, student, read_model_files(untied_student_dir), tied=False, **PLAIN)
     layer = student.transformer.h[0].mlp.fc_1
     expected = layer.linear.weight.double() + 4 * layer.lora_B.double() @ layer.lora_A.double()
     found = read(tmp_path)["transformer.h.0.mlp.fc_1.weight"]
