@@ -17,7 +17,7 @@ from litgpt.utils import fix_and_load_json
 
 from litgpt_akl.files.reading import explain_damage, read_json, read_yaml
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.tokenizer import OneBosTokenizer, bos_rules, write_bos_rule
+from litgpt_akl.models.tokenizer import OneBosTokenizer, bos_rules, remove_limits, write_bos_rule
 
 HF_FILES = (
     *("generation_config.json", "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
@@ -158,9 +158,13 @@ def copy_hf_files(
     with explain_damage(source_dir / "tokenizer.json", "a tokenizer with the tokens of tokenizer_config.json"):
         rules = bos_rules(source_dir, style, for_transformers)
     tokenizer_config["add_bos_token"] = rules.add_bos_token
+    # LitGPT opens no tokenizer that lacks it, and only decodes by it
+    tokenizer_config["tokenizer_class"] = tokenizer_config.get("tokenizer_class") or "PreTrainedTokenizerFast"
     write_json(out_dir / "tokenizer_config.json", tokenizer_config)
     if rules.changes_json:
         write_bos_rule(out_dir / "tokenizer.json", rules)
+    if (out_dir / "tokenizer.json").is_file():
+        remove_limits(out_dir / "tokenizer.json")
     return rules.add_bos_token
 
 

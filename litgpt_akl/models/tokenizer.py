@@ -176,3 +176,12 @@ def write_bos_rule(path: Path, rules: BosRules) -> None:
     rule = _with_bos_rule(tokenizer.get("post_processor"), rules.bos, rules.bos_id, rules.in_json)
     tokenizer["post_processor"] = rule
     path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+
+
+def remove_limits(path: Path) -> None:
+    """Take truncation and padding out of a tokenizer.json, which somebody left there: LitGPT would apply them."""
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    if tokenizer.get("truncation") is None and tokenizer.get("padding") is None:
+        return
+    tokenizer |= {"truncation": None, "padding": None}
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.encoding_cases import CHATML, GEMMA, LLAMA_3, talk, train_tokenizer
+from helpers.encoding_cases import CASES, CHATML, GEMMA, LLAMA_3, talk, train_tokenizer
 from helpers.encoding_cases import Case as Template
 from helpers.encoding_cases import write_tokenizer as write_tokenizer_files
 from litgpt.config import Config
@@ -212,3 +212,70 @@ def test_tokenizer_file_is_left_as_it_is_where_it_says_so_already(kind, folders)
         assert {**found, "post_processor": None} == {**source, "post_processor": None}, name
         if kind.template == CHATML or kind.template == GEMMA:
             assert found == source, name
+
+
+def appending_eos(content: dict) -> None:
+    eos = "<|eot_id|>"
+    id = next(token["id"] for token in content["added_tokens"] if token["content"] == eos)
+    sequence = [{"Sequence": {"id": "A", "type_id": 0}}]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [*sequence, {"SpecialToken": {"id": eos, "type_id": 0}}],
+        "pair": [*sequence, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {eos: {"id": eos, "ids": [id], "tokens": [eos]}},
+    }
+
+
+def cutting(content: dict) -> None:
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+
+
+def padding(content: dict) -> None:
+    fixed = {"strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": None}
+    content["padding"] = {**fixed, "pad_id": 1, "pad_type_id": 0, "pad_token": "a"}
+
+
+@pytest.mark.parametrize("change", [None, appending_eos, cutting, padding])
+def test_a_response_ends_with_one_eos_token_whatever_tokenizer_json_does(tmp_path, change):
+    directory = write_tokenizer_files(tmp_path / "plain", train_tokenizer("byte-level"), CASES["llama-3"], add_bos_token=False)
+    plain = OneBosTokenizer(directory).encode("Who stole the tarts?", bos=False).tolist()
+    if change is not None:
+        content = json.loads((directory / "tokenizer.json").read_text())
+        change(content)
+        (directory / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = OneBosTokenizer(directory)
+    for text in ("Who stole the tarts?", "Who stole the tarts?<|eot_id|>", "Who stole the tarts?<|eot_id|><|eot_id|>"):
+        assert tokenizer.encode(text, bos=False, eos=True).tolist() == [*plain, tokenizer.eos_id]
+        assert tokenizer.encode(text, bos=False, eos=True, max_length=2).tolist() == plain[:2]
+    assert tokenizer.encode("Who stole the tarts?", bos=False).tolist() == plain
+    (tmp_path / "copy").mkdir()
+    copy_model_files(directory, tmp_path / "copy")
+    assert Tokenizer(tmp_path / "copy").encode("Who stole the tarts?", bos=False).tolist() == plain
+
+
+@pytest.mark.parametrize("entry", ["missing", None])
+def test_a_tokenizer_without_a_class_is_read_and_copied_with_one(tmp_path, entry):
+    directory = write_tokenizer_files(tmp_path / "plain", train_tokenizer("byte-level"), CASES["llama-3"])
+    expected = OneBosTokenizer(directory).encode("Who?").tolist()
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    del config["tokenizer_class"]
+    config |= {} if entry == "missing" else {"tokenizer_class": entry}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    assert OneBosTokenizer(directory).encode("Who?").tolist() == expected
+    (tmp_path / "copy").mkdir()
+    copy_model_files(directory, tmp_path / "copy")
+    assert Tokenizer(tmp_path / "copy").encode("Who?").tolist() == expected
+
+
+def test_all_ids_that_end_texts_are_known(tmp_path):
+    directory = write_tokenizer_files(tmp_path, train_tokenizer("byte-level"), CASES["llama-3"])
+    eos = OneBosTokenizer(directory).eos_id
+    for entry, expected in ((None, (eos,)), (eos, (eos,)), ([7, eos, 9], (eos, 7, 9)), (7, (eos, 7))):
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": entry}))
+        assert OneBosTokenizer(directory).end_ids == expected
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    del config["eos_token"]
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    tokenizer = OneBosTokenizer(directory)
+    assert (tokenizer.eos_id, tokenizer.end_ids) == (7, (7, 9))

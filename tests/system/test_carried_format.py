@@ -1,4 +1,4 @@
-"""A trained student is asked by LitGPT and by Transformers as it was asked in training, and stops where labels stopped."""
+"""A trained student is asked by LitGPT and by Transformers as it was in training, and stops where labels stopped."""
 
 import json
 import shutil
