@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +140,17 @@ def litgpts_samples(data: DataModule, tokenizer_dir: Path, max_seq_length: int |
     data.prepare_data()
     data.setup()
     datasets = (data.train_dataloader().dataset, data.val_dataloader().dataset)
+    for dataset in datasets:
+        style = dataset.prompt_style
+        if style.apply("a", input="b") == style.apply("a", input=""):
+            # what LitGPT would leave out stands after the instruction
+            dataset.transform = partial(with_input_in_instruction, dataset.transform or dict)
     return [[dataset[number] for number in range(len(dataset))] for dataset in datasets]
+
+
+def with_input_in_instruction(transform: Callable[[dict], dict], record: dict) -> dict:
+    record = transform(dict(record))
+    return record | {"instruction": "\n\n".join(filter(None, (record["instruction"], record.get("input"))))}
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -14,11 +14,12 @@ import torch
 
 from helpers.commands import complete_call
 from litgpt_akl.models.model_files import ModelFiles, read_model_files
+from litgpt_akl.models.prompt_format import PromptFormat
 from litgpt_akl.training.checkpoint import find_training_state, save_training_state
 from litgpt_akl.training.metrics import MetricsMarker
 
 IDENTITY = {"data": {"samples": 9, "fingerprint": "c0ffee"}, "models": {"student": "beef", "teacher": "cafe"}}
-EXPORT = {"tied": False, "prompt_style": None, "recipe": "seed: 0\n"}
+EXPORT = {"tied": False, "prompt_format": PromptFormat(), "recipe": "seed: 0\n"}
 
 
 def make_state(width: int = 32, seed: int = 0) -> dict:

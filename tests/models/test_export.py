@@ -174,13 +174,13 @@ def test_softcap_is_in_the_configuration_and_in_the_logits(distilled):
 
 def test_files_beside_the_weights(distilled):
     unchanged = [
-        "chat_template.jinja",
         "generation_config.json",
         "model_config.yaml",
         "special_tokens_map.json",
         "tokenizer.json",
     ]
     written = [
+        "chat_template.jinja",
         "config.json",
         "hyperparameters.yaml",
         "lit_model.pth",
@@ -197,6 +197,8 @@ def test_files_beside_the_weights(distilled):
         ("tokenizer_config.json", {"add_bos_token": distilled.case.bos}),
     ):
         entries, original = (json.loads((path / name).read_text()) for path in (final, source))
+        # it was not asked by the template, which is replaced
+        original.pop("chat_template", None)
         assert entries == {**original, **expected}
     assert type(load_prompt_style(final)) is Default
     recipe = yaml.safe_load((final / "hyperparameters.yaml").read_text())
@@ -204,9 +206,9 @@ def test_files_beside_the_weights(distilled):
     assert recipe["train"]["max_steps"] == 4
 
 
-def test_transformers_reads_the_chat_template(transformers_dir):
-    text = AutoTokenizer.from_pretrained(transformers_dir).apply_chat_template(MESSAGES, tokenize=False)
-    assert text == "<user>Who stole the tarts?"
+def test_transformers_asks_as_training_did(transformers_dir, distilled):
+    found = AutoTokenizer.from_pretrained(transformers_dir).apply_chat_template(MESSAGES, return_dict=False)
+    assert found == Tokenizer(distilled.source).encode(Default().apply("Who stole the tarts?")).tolist()
 
 
 def test_matrices_that_differ_are_not_tied(untied_student_dir, teacher_dir, alice_json, tmp_path):

@@ -237,7 +237,8 @@ def padding(content: dict) -> None:
 
 @pytest.mark.parametrize("change", [None, appending_eos, cutting, padding])
 def test_a_response_ends_with_one_eos_token_whatever_tokenizer_json_does(tmp_path, change):
-    directory = write_tokenizer_files(tmp_path / "plain", train_tokenizer("byte-level"), CASES["llama-3"], add_bos_token=False)
+    plain_dir = tmp_path / "plain"
+    directory = write_tokenizer_files(plain_dir, train_tokenizer("byte-level"), CASES["llama-3"], add_bos_token=False)
     plain = OneBosTokenizer(directory).encode("Who stole the tarts?", bos=False).tolist()
     if change is not None:
         content = json.loads((directory / "tokenizer.json").read_text())

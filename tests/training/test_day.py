@@ -15,6 +15,7 @@ from helpers.cache_runs import assert_equal
 from helpers.encoding_cases import talk
 from helpers.ranks import in_processes
 from helpers.runs import distil
+from litgpt.prompts import Default
 
 from litgpt_akl.commands.evaluate_akl import RESULTS, evaluate_akl
 from litgpt_akl.config.args import GenerationArgs, TeacherArgs
@@ -179,7 +180,7 @@ def test_a_student_is_evaluated_with_the_day_of_its_training(student, teacher_di
 def test_templates_without_a_date_do_not_change_with_it(student_dir, student, teacher_dir, chats, tmp_path, on):
     def fingerprint(directory: Path, date: str) -> str:
         on(date)
-        data = stream(chats)
+        data = stream(chats, prompt_style=Default())
         data.connect(read_tokenizer(directory), 1, None)
         return data.prepare(directory, 128)[0].fingerprint
 
