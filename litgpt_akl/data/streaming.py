@@ -231,7 +231,7 @@ def _refusal_of_chats(template: ChatTemplate | None, checkpoint_dir: Path, style
         return (
             f"Chats cannot be read: {checkpoint_dir} has no chat template that its tokenizer reads, and its prompt"
             f" style {type(style).__name__} puts no marks between turns.\nGive one with --data.chat_template FILE or"
-            " --data.chat_template teacher, or choose the turns' form with --data.prompt_style, such as chatml."
+            " --data.chat_template teacher, or choose the turns' form with --data.prompt_style, such as qwen3."
         )
     return None
 

@@ -6,7 +6,7 @@ import shutil
 import datasets
 import pytest
 from helpers.encoding_cases import decode, talk
-from litgpt.prompts import ChatML, Default
+from litgpt.prompts import Default
 from test_streaming import records, samples, splits, write
 from tokenizers import Tokenizer
 

@@ -54,7 +54,7 @@ def train_by_hf(out: Path) -> None:
 
 def chats(ending: str = "jsonl") -> StreamingSFT:
     path = f"data/chat.{ending}"
-    return StreamingSFT(path=path, val_path=path, cache_dir=Path("prepared"), num_workers=0, num_proc=1)
+    return StreamingSFT(path=path, val_split_fraction=0.0, cache_dir=Path("prepared"), num_workers=0, num_proc=1)
 
 
 def train_on_chats(out: Path) -> None:

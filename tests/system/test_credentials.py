@@ -14,6 +14,7 @@ import yaml
 from helpers.commands import complete
 from helpers.encoding_cases import talk
 from litgpt.args import LogArgs
+from litgpt.prompts import Default
 
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.report_akl import report_akl
@@ -173,6 +174,7 @@ def test_nothing_that_a_run_leaves_behind_gives_access(
     out_dir, cache = tmp_path / "out\x1b[2J", tmp_path / "cache"
     data = ["--data", "StreamingSFT", "--data.path", server, "--data.mask_prompt", "true", "--data.num_proc", "1"]
     data += ["--data.val_split_fraction", "0.3", "--data.num_workers", "0"]
+    data += ["--data.prompt_style.class_path", "litgpt.prompts.Default"]
     options = {"train.max_steps": 2, "train.global_batch_size": 2, "train.save_interval": 1, "export_hf": "true"}
     options |= {"eval.interval": 1, "eval.max_new_tokens": 4, "teacher.cache_dir": cache, "distill.compile": "false"}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
@@ -181,7 +183,7 @@ def test_nothing_that_a_run_leaves_behind_gives_access(
     assert trained.returncode == 0, trained.stderr
 
     final = out_dir / "final"
-    stream = StreamingSFT(server, mask_prompt=True, num_proc=1, val_split_fraction=0.3)
+    stream = StreamingSFT(server, mask_prompt=True, num_proc=1, val_split_fraction=0.3, prompt_style=Default())
     evaluate_akl(
         final,
         teacher_checkpoint_dir=teacher_dir,
@@ -227,7 +229,7 @@ TEXTS = {".yaml", ".json", ".jsonl", ".html", ".csv", ".txt"}
 
 
 def prepare(url: str, student_dir: Path) -> StreamingSFT:
-    data = StreamingSFT(url, num_proc=1)
+    data = StreamingSFT(url, num_proc=1, prompt_style=Default())
     data.connect(read_tokenizer(student_dir), 1, None)
     return data.prepare(student_dir, 128)
 
