@@ -107,12 +107,9 @@ def test_chats_need_a_template_or_a_style_that_is_chosen(tmp_path, chat_dir):
     assert "--data.chat_template FILE" in str(caught.value) and "--data.prompt_style" in str(caught.value)
     (tmp_path / "chatml.jinja").write_text(CHATML)
     expected = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nAlice.<|im_end|>"
-    for directory, choice in (
-        (plain, {"chat_template": str(tmp_path / "chatml.jinja")}),
-        (plain, {"prompt_style": ChatML()}),
-    ):
-        dataset = splits(path, directory, **{"prompt_style": None, **choice}, **options)[0]
-        assert texts(directory, dataset)[0][0].removeprefix("<s>").startswith(expected.split("Alice")[0])
+    for choice in ({"chat_template": str(tmp_path / "chatml.jinja")}, {"prompt_style": "qwen3"}):
+        dataset = splits(path, plain, **{"prompt_style": None, **choice}, **options)[0]
+        assert texts(plain, dataset)[0][0].removeprefix("<s>").startswith(expected.split("Alice")[0])
     assert len(splits(path, plain, prompt_style=Default(), **options)[0]) == 4
     with pytest.raises(UserError, match="has chat templates named tool_use, and none is the default"):
         splits(path, named, prompt_style=None, **options)
