@@ -114,7 +114,7 @@ class Settings:
     """What to do where so many do not fit."""
     refusal: ClassVar[str] = (
         "{place}: {error}.\n"
-        "Mend or remove it ({cut_by} cuts long ones), or leave bad records out with --data.on_error skip."
+        "Mend or remove it, or leave bad records out with --data.on_error skip (long ones with --data.too_long drop)."
     )
     """What a user is told of a bad record."""
 
@@ -318,7 +318,7 @@ def _check(rows: pa.RecordBatch, first_row: int, source: Source, settings: Setti
     for bad in np.flatnonzero((rows["length"].to_numpy() == 0) & ~dropped):
         row = rows.slice(bad, 1).to_pylist()[0]
         place = source.place(row["file"], row["line"], first_row + int(bad))
-        raise UserError(settings.refusal.format(place=place, error=row["error"], cut_by=settings.cut_by))
+        raise UserError(settings.refusal.format(place=place, error=row["error"]))
 
 
 LARGE = 2**30

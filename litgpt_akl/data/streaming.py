@@ -24,6 +24,7 @@ from litgpt_akl.files.directories import default_cache_dir
 from litgpt_akl.files.reading import explain_damage
 from litgpt_akl.messages import UserError, say
 from litgpt_akl.models.chat_template import ChatTemplate, named_templates
+from litgpt_akl.models.model_files import read_tokenizer
 
 
 @dataclass
@@ -120,6 +121,9 @@ class StreamingSFT(DataModule):
 
         Raises UserError for no data, a bad record, more than 1 % of them, a sample longer than ``micro_batch_tokens``.
         """
+        if type(self.tokenizer) is Tokenizer:
+            # LitGPT's own takes EOS tokens away, and keeps to limits that somebody left in tokenizer.json
+            self.tokenizer = read_tokenizer(checkpoint_dir)
         style_is_chosen = self.prompt_style is not None
         if self.prompt_style is None:
             self.prompt_style = own_prompt_style(checkpoint_dir)
@@ -147,7 +151,8 @@ class StreamingSFT(DataModule):
             train, validation = (self._dataset(*prepared, settings, draws) for draws in ranges)
         if len(train) == 0:
             raise UserError(
-                f"--data.path {self.path} leaves no training records. Hold fewer out, give more, or raise {cut_by}."
+                f"--data.path {self.path} leaves no training records.\nHold fewer out, give more, or have long ones cut"
+                " with --data.too_long cut."
             )
         longest = max(train.longest, validation.longest)
         if self.micro_batch_tokens is not None and longest > self.micro_batch_tokens:

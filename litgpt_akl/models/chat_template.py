@@ -114,7 +114,7 @@ class ChatTemplate:
             if choice is not None and choice not in found:
                 has = f"has the templates {', '.join(found)}" if found else "has no chat template"
                 raise UserError(
-                    f"--data.chat_template {choice} is neither a file nor a template's name: {checkpoint_dir} {has}.\n"
+                    f"The chat template {choice} is neither a file nor a template's name: {checkpoint_dir} {has}.\n"
                     "Give the path of a file in Jinja's language, or one of those names."
                 )
             path, source = found.get(choice or DEFAULT, (checkpoint_dir, ""))

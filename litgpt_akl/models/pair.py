@@ -160,8 +160,8 @@ def _compare_ends(student: Tokenizer, teacher: Tokenizer, directories: dict[str,
     if sources["teacher"] and sources["student"] != sources["teacher"]:
         lacks = "has another chat template than" if sources["student"] else "has no chat template, unlike"
         notes.append(
-            f"The student {lacks} the teacher, which is asked in the student's form. --data.chat_template teacher"
-            " takes the teacher's for both."
+            f"The student {lacks} the teacher, which is asked in the student's form. As the data's chat_template,"
+            " `teacher` takes the teacher's for both."
         )
     return notes
 

@@ -38,7 +38,8 @@ class PromptFormat:
             save_prompt_style(self.style, directory)
         if self.template is not None and (directory / "tokenizer_config.json").is_file():
             tokenizer_config = read_json(directory / "tokenizer_config.json")
-            tokenizer_config.pop("chat_template", None)
+            # the file of its own counts, but some readers know only this entry
+            tokenizer_config |= {"chat_template": self.template}
             write_json(directory / "tokenizer_config.json", tokenizer_config)
             (directory / "chat_template.json").unlink(missing_ok=True)
             (directory / TEMPLATE).write_text(self.template, encoding="utf-8")

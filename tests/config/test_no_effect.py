@@ -1,6 +1,7 @@
 """Every option of the commands has an effect, or the command says that it has none beside another one."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -180,11 +181,16 @@ def test_a_loss_without_divergence_is_said(student_dir, teacher_dir, short, tmp_
 def test_advice_names_the_options_of_an_evaluation(student_dir, teacher_dir, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"instruction": "count", "output": "one two three " * 60}))
     options = {"val_split_fraction": 0.0, "cache_dir": tmp_path / "prepared", "num_proc": 1}
-    data = StreamingSFT(str(tmp_path / "long.jsonl"), mask_prompt=True, prompt_style=Default(), **options)
+    make = partial(StreamingSFT, str(tmp_path / "long.jsonl"), mask_prompt=True, prompt_style=Default(), **options)
     evaluation = {"split": "training", "generation": GenerationArgs(seeds=[]), "out_dir": tmp_path / "out"}
-    with pytest.raises(UserError, match=r"the pair reads 128.\n.* \(--max_seq_length cuts long ones\)"):
-        evaluate_akl(student_dir, teacher_checkpoint_dir=teacher_dir, data=data, **evaluation)
-    evaluate_akl(student_dir, teacher_checkpoint_dir=teacher_dir, data=data, max_seq_length=128, **evaluation)
+    evaluate = partial(evaluate_akl, student_dir, teacher_checkpoint_dir=teacher_dir, **evaluation)
+    with pytest.raises(UserError, match=r"the pair reads 128.\n.* \(long ones with --data.too_long drop\)"):
+        evaluate(data=make(too_long="error"))
+    with pytest.raises(UserError, match=r"tokens; --max_seq_length is 100.\n"):
+        evaluate(data=make(too_long="error"), max_seq_length=100)
+    with pytest.raises(UserError, match=r"leaves no training records.\n.* --data.too_long cut"):
+        evaluate(data=make())
+    evaluate(data=make(too_long="cut"))
 
 
 @pytest.mark.parametrize("ignored", [-1, 0])

@@ -115,9 +115,7 @@ def test_chats_need_a_template_or_a_style_that_is_chosen(tmp_path, chat_dir):
         splits(path, named, prompt_style=None, **options)
     dataset = splits(path, named, prompt_style=None, chat_template="tool_use", **options)[0]
     assert texts(named, dataset)[0][0].startswith(expected)
-    with pytest.raises(
-        UserError, match="--data.chat_template rag is neither a file nor a template's name: .* tool_use"
-    ):
+    with pytest.raises(UserError, match="rag is neither a file nor a template's name: .* tool_use"):
         splits(path, named, prompt_style=None, chat_template="rag", **options)
 
 

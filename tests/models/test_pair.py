@@ -127,7 +127,7 @@ def test_other_ends_and_templates_are_told(teacher_dir, student_dir, tmp_path):
     ended, templated = check_pair(base, chatty).notes
     assert f"The student ends texts with {other!r}, the teacher with {config['eos_token']!r}" in ended
     assert "The student has no chat template, unlike the teacher" in templated
-    assert "--data.chat_template teacher" in templated
+    assert "As the data's chat_template, `teacher` takes the teacher's for both" in templated
 
 
 def test_directories(teacher_dir, student_dir, tmp_path):
