@@ -12,6 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from litgpt_akl.data.encoding import make_labels
 from litgpt_akl.files.directories import explain_failure
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 
@@ -195,11 +196,7 @@ class ArrowDataset(TokenizedDataset):
 
     def _sample(self, input_ids: np.ndarray, responses: np.ndarray) -> dict[str, Tensor]:
         input_ids = torch.from_numpy(input_ids.astype(np.int64))
-        labels = input_ids
-        if self._mask_prompt:
-            labels = torch.full_like(input_ids, IGNORE_INDEX)
-            for begin, end in responses.reshape(-1, 2):
-                labels[begin:end] = input_ids[begin:end]
+        labels = make_labels(input_ids, responses) if self._mask_prompt else input_ids
         return {"input_ids": input_ids, "labels": labels}
 
     def prompt(self, number: int) -> Tensor:

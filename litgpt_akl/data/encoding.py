@@ -1,4 +1,4 @@
-"""Records become token ids, and it is known which of them are responses."""
+"""Records become token ids and labels: it is known which tokens are responses."""
 
 import json
 from bisect import bisect_right
@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from litgpt.data import SFTDataset
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Processor
+from torch import Tensor
 
 from litgpt_akl.data.formats import Conversation, Instruction, check_text, is_given, kind, read_format
+from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import UserError, quoted
 from litgpt_akl.models.chat_template import ALSO_SAID, REASONING, ChatTemplate
 
@@ -35,6 +39,19 @@ class Encoded(NamedTuple):
     """What a user is to know of the record, in words that are the same for all such records."""
     by_template: bool = False
     """Whether a chat template wrote the text, and not a prompt style."""
+
+
+def make_labels(input_ids: Tensor, spans: np.ndarray) -> Tensor:
+    """The ids of responses where they stand, and ``IGNORE_INDEX`` elsewhere; not shifted.
+
+    Args:
+        input_ids: ``[length]``.
+        spans: ``[begin, end, begin, end, ...]``, as :class:`Encoded` has them.
+    """
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for begin, end in spans.reshape(-1, 2):
+        labels[begin:end] = input_ids[begin:end]
+    return labels
 
 
 class StyledInstruction:
