@@ -82,6 +82,8 @@ class StreamingSFT(DataModule):
 
     def __post_init__(self) -> None:
         super().__init__()
+        # it is chosen later if it is not now, and stays when the data is prepared again
+        self._style_is_chosen = self.prompt_style is not None
         if isinstance(self.prompt_style, str):
             self.prompt_style = PromptStyle.from_name(self.prompt_style)
         fraction = self.val_split_fraction
@@ -124,12 +126,11 @@ class StreamingSFT(DataModule):
         if type(self.tokenizer) is Tokenizer:
             # LitGPT's own takes EOS tokens away, and keeps to limits that somebody left in tokenizer.json
             self.tokenizer = read_tokenizer(checkpoint_dir)
-        style_is_chosen = self.prompt_style is not None
         if self.prompt_style is None:
             self.prompt_style = own_prompt_style(checkpoint_dir)
         self.template = self._find_template(checkpoint_dir, date, teacher_dir)
         self.date = self.template.date if self.template is not None and self.template.writes_date else None
-        refused = None if style_is_chosen else _refusal_of_chats(self.template, checkpoint_dir, self.prompt_style)
+        refused = None if self._style_is_chosen else _refusal_of_chats(self.template, checkpoint_dir, self.prompt_style)
         options = {
             "columns": self.columns,
             "keywords": self.chat_template_kwargs,

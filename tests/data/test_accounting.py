@@ -6,10 +6,14 @@ import shutil
 import datasets
 import pytest
 from helpers.encoding_cases import decode, talk
+from litgpt.args import TrainArgs
 from litgpt.prompts import Default
+from litgpt.tokenizer import Tokenizer as LitGPTTokenizer
 from test_streaming import records, samples, splits, write
 from tokenizers import Tokenizer
 
+from litgpt_akl.data import StreamingSFT
+from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.messages import UserError
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -104,6 +108,11 @@ def test_chats_need_a_template_or_a_style_that_is_chosen(tmp_path, chat_dir):
         UserError, match=r"no chat template that its tokenizer reads, .*Default puts no marks"
     ) as caught:
         splits(path, plain, prompt_style=None, **options)
+    data = StreamingSFT(str(path), **options)
+    for _ in range(2):
+        # the style that was chosen for want of another is no wish
+        with pytest.raises(UserError, match="puts no marks"):
+            prepare_datasets(data, LitGPTTokenizer(plain), TrainArgs(), 512, plain)
     assert "--data.chat_template FILE" in str(caught.value) and "--data.prompt_style" in str(caught.value)
     (tmp_path / "chatml.jinja").write_text(CHATML)
     expected = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nAlice.<|im_end|>"
