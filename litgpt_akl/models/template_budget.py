@@ -72,10 +72,13 @@ def within_budget(function: Callable[[], Result]) -> Result:
         try:
             with _budget:
                 return function()
-        except MemoryError:
-            # the process may have grown by itself since its size was asked for
-            if is_last or not _budget.has_grown():
-                raise OverBudget(f"takes more than {MEMORY / 2**30:g} GiB of memory") from None
+        except (MemoryError, SystemError) as error:
+            # the process may have grown by itself since its size was asked for; CPython loses some such errors
+            if _budget.has_grown() and not is_last:
+                continue
+            if isinstance(error, SystemError):
+                raise
+            raise OverBudget(f"takes more than {MEMORY / 2**30:g} GiB of memory") from None
 
 
 class _Budget:

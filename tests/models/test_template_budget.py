@@ -121,3 +121,21 @@ def test_another_timer_goes_on():
 def test_errors_of_a_template_stay_its_errors():
     with pytest.raises(jinja2.UndefinedError):
         within_budget(lambda: BudgetedEnvironment().from_string("{{ a.b.c }}").render())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), SystemError("error return without exception set")])
+def test_a_process_that_has_grown_is_asked_for_its_size_again(monkeypatch, error):
+    failures = [error]
+
+    def work() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    # as after a fork, or after the models were read
+    monkeypatch.setattr(template_budget, "_size", lambda: 2**40)
+    monkeypatch.setattr(template_budget._budget, "_size", 2**39)
+    assert within_budget(work) == "done"
+    failures.append(error)
+    with pytest.raises(OverBudget if isinstance(error, MemoryError) else SystemError):
+        within_budget(work)
