@@ -42,11 +42,9 @@ def tell_what_is_left_out(
         dropped += int(is_dropped.sum())
         by_template += int(table["by_template"].drop_null().to_numpy().sum())
         losses = table["lost"].to_numpy()
-        said, lost, losing = (
-            said + int(table["said"].to_numpy().sum()),
-            lost + int(losses.sum()),
-            losing + int((losses > 0).sum()),
-        )
+        said += int(table["said"].to_numpy().sum())
+        lost += int(losses.sum())
+        losing += int((losses > 0).sum())
         for entry in table["notes"].value_counts().to_pylist():
             for note in filter(None, (entry["values"] or "").splitlines()):
                 notes[note] += entry["counts"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from litgpt_akl.data.formats import Conversation, Instruction, check_text, is_given, kind, read_format
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import UserError, quoted
-from litgpt_akl.models.chat_template import ALSO_SAID, REASONING, ChatTemplate
+from litgpt_akl.models.chat_template import ALSO_SAID, ChatTemplate, bare, said_in
 
 PROBE = "probe"
 MATTERS = ("input", "context", "system", "sys_prompt", "history", "tools", "documents", "functions")
@@ -203,7 +203,7 @@ class Encoder:
         except (AttributeError, KeyError, TypeError) as error:
             raise self._refusal(error) from error
         begin = sample["labels"].tolist().count(dataset.ignore_index)
-        ids, said = sample["input_ids"].tolist(), len("".join(fields["output"].split()))
+        ids, said = sample["input_ids"].tolist(), len(bare(fields["output"]))
         return Encoded(ids, [(begin, len(ids))], said, 0, notes)
 
     def _refusal(self, error: Exception) -> ValueError:
@@ -231,9 +231,8 @@ class Encoder:
             ids += self._tokenizer.encode(answer["content"], bos=False, eos=True).tolist()
             if trained[2 * number + 1]:
                 spans.append((begin, len(ids)))
-                thought = next((answer[name] for name in REASONING if isinstance(answer.get(name), str)), "")
-                lost += len("".join(thought.split()))
-                said += len("".join((thought + answer["content"]).split()))
+                thought, content = map(len, said_in(answer))
+                lost, said = lost + thought, said + thought + content
         return Encoded(ids, spans, said, lost)
 
     def _encode_later_prompt(self, prompt: str) -> list[int]:
@@ -333,15 +332,15 @@ def _without_limits(processor: Processor) -> Processor:
 
 def _check_shown(text: str, messages: list[dict]) -> None:
     """Refuses a conversation of whose prompts the text lacks one: templates pass over roles that they do not know."""
-    bare = None
+    bare_text = None
     for number, message in enumerate(messages, start=1):
         content = message["content"]
         if message["role"] == "assistant" or content.strip() in text:
             continue
-        bare = bare or "".join(text.split())
+        bare_text = bare_text or bare(text)
         # what tools answer is written as JSON by some
         forms = (content, json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1])
-        if not any("".join(form.split()) in bare for form in forms):
+        if not any(bare(form) in bare_text for form in forms):
             raise ValueError(
                 f"the chat template leaves out message {number} of the role '{quoted(message['role'], 40)}'"
             )

@@ -30,6 +30,8 @@ SPEAKERS = {
 """Roles of ShareGPT's messages that chat templates have other names for."""
 KEYWORDS = ("tools", "documents")
 """Lists beside the messages that a chat template may write."""
+BESIDE = (*KEYWORDS, "chat_template_kwargs")
+"""Fields of a record that are told to a chat template beside the messages."""
 COLUMNS = ("messages", "instruction", "output", "input", "system", "history", *KEYWORDS)
 """Names that a field of the data can be given."""
 ASKS = ("question", "prompt", "query", "problem", "instruction", "input", "user", "source", "context", "task", "text")
@@ -173,16 +175,14 @@ def _read_instruction(record: dict[str, Any], ask: str, answer: str) -> Instruct
             check_text(record[name], f"'{name}'")
     system = record.get("system") or None
     keywords = _keywords(record)
+    used = {ask, answer, "system", "history", *BESIDE}
     history = _history(record.get("history"))
     if history or keywords:
         asked = "\n\n".join(text for text in (record[ask], record.get("input")) if text)
         messages = [{"role": "system", "content": system}] if system else []
         messages += [*history, {"role": "user", "content": asked}, {"role": "assistant", "content": record[answer]}]
-        used = {ask, answer, "input", "system", "history", "chat_template_kwargs", *KEYWORDS}
-        unread = tuple(name for name, value in record.items() if name not in used and is_given(value))
-        return Conversation(messages, [message["role"] == "assistant" for message in messages], keywords, unread)
-    # for a style, `prompt` is what the instruction is called
-    used = {ask, answer, "system", "history", "chat_template_kwargs", *KEYWORDS}
+        trained = [message["role"] == "assistant" for message in messages]
+        return Conversation(messages, trained, keywords, _unread(record, used | {"input"}))
     others = {name: value for name, value in record.items() if name not in used}
     return Instruction({"instruction": record[ask], "output": record[answer], **others}, system)
 
@@ -262,9 +262,11 @@ def _conversation(messages: list[Any], record: Mapping[str, Any], used: set[str]
         raise ValueError("has no message to learn from: all of the assistant's have weight 0 or train false")
     if is_given(record.get("functions")):
         raise ValueError("has 'functions', which is not read; give --data.columns '{tools: functions}'")
-    used = used | {"system", "chat_template_kwargs", *KEYWORDS}
-    unread = tuple(name for name, value in record.items() if name not in used and is_given(value))
-    return Conversation(texts, trained, _keywords(record), unread)
+    return Conversation(texts, trained, _keywords(record), _unread(record, {*used, "system", *BESIDE}))
+
+
+def _unread(record: Mapping[str, Any], used: set[str]) -> tuple[str, ...]:
+    return tuple(name for name, value in record.items() if name not in used and is_given(value))
 
 
 def _read_message(message: Any, number: int) -> tuple[dict[str, Any], bool]:
@@ -324,8 +326,8 @@ def _is_trained(message: dict[str, Any], number: int) -> bool:
     for name in ("weight", "train"):
         if name in message and message[name] not in (0, 1):
             raise ValueError(f"'{name}' of message {number} is {message[name]!r}, which is neither 0 nor 1")
-    wanted = message.get("weight", 1) == 1 and message.get("train", True) in (1, True)
-    if message["role"] != "assistant" and message.get("train") in (1, True) and "train" in message:
+    wanted = message.get("weight", 1) == 1 and message.get("train", 1) == 1
+    if message["role"] != "assistant" and message.get("train") == 1:
         raise ValueError(f"message {number} of the role '{quoted(message['role'], 40)}' is to be trained on")
     return wanted and message["role"] == "assistant"
 

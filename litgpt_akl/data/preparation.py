@@ -59,6 +59,8 @@ COLUMNS = datasets.Features(
         "by_template": datasets.Value("bool"),  # whether a chat template wrote the text, and not a prompt style
     }
 )
+ROWS = "preparation-train.arrow"
+"""Holds all rows of prepared data."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
 TOKENIZER_FILES += ("special_tokens_map.json",)
 
@@ -342,13 +344,11 @@ def prepare(source: Source, settings: Settings, cache_dir: Path, num_proc: int) 
                 say(f"The prepared data in {folder} is damaged ({flaw}): preparing it again.", file=sys.stderr)
             if flaw is not None or not folder.exists():
                 with write_directory(folder, settings.other_cache) as partial:
-                    rows = _write_rows(partial / "preparation-train.arrow", source, settings, num_proc)
+                    rows = _write_rows(partial / ROWS, source, settings, num_proc)
                     source.check_unchanged()
                     write_manifest(partial, 0, None, rows=rows)
-        # data of before may be in several files
-        paths = sorted(folder.glob("*.arrow"))
-        watch(paths, read_to_the_end=True)
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in paths])
+        watch([folder / ROWS], read_to_the_end=True)
+        return datasets.Dataset.from_file(str(folder / ROWS))
 
 
 @contextmanager
@@ -374,7 +374,7 @@ def _flaw(folder: Path) -> str | None:
     """What is wrong with prepared data, None if nothing is, or if there is none."""
     if not folder.exists():
         return None
-    size = sum(path.stat().st_size for path in folder.glob("*.arrow"))
+    size = (folder / ROWS).stat().st_size if (folder / ROWS).exists() else 0
     if size > LARGE:
         say(f"Checking {size / 1e9:,.1f} GB of prepared data in {folder}.", file=sys.stderr)
     return damage(folder)

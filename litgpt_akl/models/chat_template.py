@@ -157,7 +157,7 @@ class ChatTemplate:
         numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         spans = self._find_unchanged(text, messages, numbers, keywords)
         spans = spans or [self._find_message(text, messages, number, keywords) for number in numbers]
-        said = [_said(messages[number]) for number in numbers]
+        said = [said_in(messages[number]) for number in numbers]
         lost = [_count_lost(parts, text[begin:end]) for parts, (begin, end) in zip(said, spans, strict=True)]
         return Rendering(text, spans, [sum(map(len, parts)) for parts in said], lost)
 
@@ -249,15 +249,20 @@ def _stand_in(message: dict) -> dict:
     return {name: value for name, value in message.items() if name not in ALSO_SAID} | {"content": STAND_IN}
 
 
-def _said(message: dict) -> list[str]:
-    """What an assistant's message says, without white space, which templates change."""
-    parts = [next((message[name] for name in REASONING if isinstance(message.get(name), str)), ""), message["content"]]
-    return ["".join(part.split()) for part in parts]
+def bare(text: str) -> str:
+    """A text without its white space, which templates change."""
+    return "".join(text.split())
+
+
+def said_in(message: dict) -> list[str]:
+    """What an assistant's message says, bare: its reasoning, and its content."""
+    thought = next((message[name] for name in REASONING if isinstance(message.get(name), str)), "")
+    return [bare(thought), bare(message["content"])]
 
 
 def _count_lost(said: list[str], shown: str) -> int:
     """Characters of the parts that a text lacks; of a part of which some is left, all between its begin and end."""
-    shown = "".join(shown.split())
+    shown = bare(shown)
     lost = 0
     for part in said:
         if part not in shown:

@@ -156,9 +156,7 @@ def _activation(config: Config, described: dict[str, Any]) -> Found:
 
 def _window(config: Config, described: dict[str, Any]) -> Found:
     """Of a window that no text reaches nothing depends; LitGPT has Phi-3's one token wider."""
-    window = described.get("sliding_window")
-    if described.get("use_sliding_window") is False or window is None:
-        window = None
+    window = None if described.get("use_sliding_window") is False else described.get("sliding_window")
     limit = config.block_size
     own = config.sliding_window_size
     applied = own if config.sliding_window_indices is not None and any(config.sliding_window_indices) else None
@@ -167,7 +165,7 @@ def _window(config: Config, described: dict[str, Any]) -> Found:
             return []
     if described.get("model_type") == "phi3" and window is not None and own is not None and abs(window - own) <= 1:
         return []
-    if window is None and described.get("sliding_window", ...) is ...:
+    if window is None and "sliding_window" not in described:
         # its class may have a default
         return []
     return [Disagreement("sliding_window", window, own)]
@@ -231,11 +229,8 @@ def _scaling(entry: dict[str, Any] | None) -> dict[str, Any]:
 def _own_scaling(config: Config) -> dict[str, Any]:
     own = dict(config.rope_adjustments or {})
     if not own:
-        return (
-            {}
-            if config.rope_condense_ratio == 1
-            else _scaling({"type": "linear", "factor": config.rope_condense_ratio})
-        )
+        ratio = config.rope_condense_ratio
+        return {} if ratio == 1 else _scaling({"type": "linear", "factor": ratio})
     if own.keys() == {"factor"}:
         return _scaling({"type": "linear", **own})
     if "original_max_seq_len" in own:

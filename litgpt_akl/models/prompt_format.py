@@ -8,15 +8,15 @@ from pathlib import Path
 
 from litgpt.prompts import PromptStyle, prompt_styles, save_prompt_style
 from litgpt.tokenizer import Tokenizer
-from litgpt.utils import fix_and_load_json
 
 from litgpt_akl.files.reading import read_json
 from litgpt_akl.models.chat_template import ChatTemplate
 from litgpt_akl.models.model_files import write_json
+from litgpt_akl.models.tokenizer import as_list, read_generation_config
 
 PROBES = ("probe", "Who is\nit?")
 TEMPLATE = "chat_template.jinja"
-ASKED, ORDERED, ANSWERED = "\ue000asked\ue001", "\ue000ordered\ue001", "\ue000answered\ue001"
+ASKED, ORDERED = "\ue000asked\ue001", "\ue000ordered\ue001"
 """Texts that no style has in its own words."""
 BLANK_LINE = "\n\n"
 
@@ -45,9 +45,8 @@ class PromptFormat:
             (directory / TEMPLATE).write_text(self.template, encoding="utf-8")
         path = directory / "generation_config.json"
         if self.end_ids and path.is_file():
-            generation_config = fix_and_load_json(path.read_text(encoding="utf-8"))
-            known = generation_config.get("eos_token_id")
-            known = [] if known is None else known if isinstance(known, list) else [known]
+            generation_config = read_generation_config(directory)
+            known = as_list(generation_config.get("eos_token_id"))
             if missing := [id for id in self.end_ids if id not in known]:
                 write_json(path, {**generation_config, "eos_token_id": [*known, *missing]})
 

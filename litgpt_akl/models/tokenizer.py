@@ -33,9 +33,10 @@ class OneBosTokenizer(Tokenizer):
             # LitGPT asks last for a tokenizer_class, by which it only decodes single tokens otherwise
             if getattr(self, "apply_decoding_fix", ...) is not None:
                 raise
-        ends = _end_ids(self.eos_id)
+        ends = as_list(self.eos_id)
         self.eos_id = ends[0] if ends else None
-        self.end_ids = tuple(dict.fromkeys((*ends, *_end_ids(_generation_config(checkpoint_dir).get("eos_token_id")))))
+        generated = read_generation_config(checkpoint_dir).get("eos_token_id")
+        self.end_ids = tuple(dict.fromkeys((*ends, *as_list(generated))))
         """Each of which ends a text: tokenizer_config.json's EOS token first, then those of generation_config.json."""
         if self.backend == "huggingface":
             self.processor.no_truncation()
@@ -72,11 +73,13 @@ class OneBosTokenizer(Tokenizer):
         return ids[:max_length] if max_length > 0 else ids
 
 
-def _end_ids(entry: int | list[int] | None) -> list[int]:
+def as_list(entry: int | list[int] | None) -> list[int]:
+    """The ids of an entry of generation_config.json, which may be one, several or none."""
     return [] if entry is None else entry if isinstance(entry, list) else [entry]
 
 
-def _generation_config(checkpoint_dir: Path) -> dict[str, Any]:
+def read_generation_config(checkpoint_dir: Path) -> dict[str, Any]:
+    """The entries of a generation_config.json, none if there is no such file."""
     path = checkpoint_dir / "generation_config.json"
     # some publishers' have commas too many, which LitGPT forgives
     return fix_and_load_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
