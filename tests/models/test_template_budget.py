@@ -1,6 +1,8 @@
 """Chat templates that do not end or fill the memory are errors of the record; all others are what they were."""
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -123,19 +125,23 @@ def test_errors_of_a_template_stay_its_errors():
         within_budget(lambda: BudgetedEnvironment().from_string("{{ a.b.c }}").render())
 
 
-@pytest.mark.parametrize("error", [MemoryError(), SystemError("error return without exception set")])
-def test_a_process_that_has_grown_is_asked_for_its_size_again(monkeypatch, error):
-    failures = [error]
+GROWN = """
+import ctypes
+from litgpt_akl.models.template_budget import MEMORY, within_budget
 
-    def work() -> str:
-        if failures:
-            raise failures.pop()
-        return "done"
+class Large(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_char * 2**21)]
 
-    # as after a fork, or after the models were read
-    monkeypatch.setattr(template_budget, "_size", lambda: 2**40)
-    monkeypatch.setattr(template_budget._budget, "_size", 2**39)
-    assert within_budget(work) == "done"
-    failures.append(error)
-    with pytest.raises(OverBudget if isinstance(error, MemoryError) else SystemError):
-        within_budget(work)
+assert within_budget(lambda: "Hello") == "Hello"
+function, argument = ctypes.CDLL(None).getpid, Large()
+room = bytearray(2 * MEMORY)
+# the argument is copied onto the stack, which grows by so much
+within_budget(lambda: function(argument))
+print(len(within_budget(lambda: bytearray(MEMORY // 2))))
+"""
+
+
+def test_a_process_that_has_grown_has_the_room_that_a_small_one_has():
+    # as after the models were read: a stack that may not grow ends the process by SIGSEGV
+    ended = subprocess.run([sys.executable, "-c", GROWN], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, f"{template_budget.MEMORY // 2}\n"), ended.stderr
