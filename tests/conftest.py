@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,10 +12,14 @@ import torch
 from helpers.runs import short_data
 from litgpt.data import JSON
 
+from litgpt_akl.training import main, reporting
+
 # the models here are so small that handing work to a second thread costs more than it saves
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+DRAW = reporting.refresh_page
+"""Takes a third of a short run's time."""
 LEFT_OUT = pytest.StashKey[int]()
 """Tests that this session leaves for ``--all``."""
 
@@ -36,6 +41,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[LEFT_OUT] = len(slow)
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def pytest_collection_finish() -> None:
+    # what is imported by now stays: in each copy of this process a search for garbage in it would copy its memory
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # before fixtures of any scope, whose runs belong to the tests that first ask for them
+    drawn = item.config.option.all or item.get_closest_marker("page") is not None
+    for module in (main, reporting):
+        module.refresh_page = DRAW if drawn else leave_undrawn
+
+
+def leave_undrawn(*_: object) -> None:
+    """Stands for the drawing of a run's page in the default set, where a test does not look at the page."""
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

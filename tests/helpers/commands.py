@@ -1,6 +1,7 @@
 """Work in copies of this process, above all command lines: what takes ten seconds to import is imported once."""
 
 import faulthandler
+import gc
 import importlib.util
 import os
 import signal
@@ -160,6 +161,8 @@ def _complete(begin: Callable[[int, int], Command], timeout: float) -> subproces
 
 def _forget_tests() -> None:
     """Undoes in a copy of the process what a test, or pytest, has set."""
+    # what the other process has made is not this one's to free: a search for garbage in it would copy its memory
+    gc.freeze()
     # pytest tells of signals elsewhere; with its handlers go those that were set after them
     faulthandler.disable()
     for state in (changed_files._handlers, changed_files._watched, changed_files._read_to_the_end):

@@ -1,5 +1,6 @@
 """Several processes that run the same function together, as a launcher would start them."""
 
+import gc
 import os
 import socket
 import time
@@ -38,6 +39,8 @@ def in_processes(processes: int, function: Callable, *arguments, nodes: int = 1,
 
 
 def _work(rank: int, processes: int, nodes: int, port: int, function: Callable, arguments: tuple) -> None:
+    # a search for garbage in what a copied process has made would copy its memory
+    gc.freeze()
     each = processes // nodes
     names = {
         "RANK": rank,

@@ -30,6 +30,8 @@ from litgpt_akl.report.runs import read_examples
 from litgpt_akl.training.logging import make_loggers
 from litgpt_akl.training.reporting import TOKENS
 
+pytestmark = pytest.mark.page
+
 OPTIONS = {"train": {"max_steps": 6}, "eval": {"interval": 3, "max_new_tokens": 6}}
 
 

@@ -27,6 +27,8 @@ from litgpt_akl.messages import MASK, UserError, is_masked, masked, quoted, show
 from litgpt_akl.models.model_files import read_tokenizer
 from litgpt_akl.training.logging import Progress, SpeakingFabric
 
+pytestmark = pytest.mark.page
+
 SECRET = "Pl4nted-s3cret"
 URLS = [
     "https://alice:{}@host/data.jsonl",

@@ -23,6 +23,8 @@ from litgpt_akl.models.tensor_file import check_tensors
 from litgpt_akl.models.weights import find_checkpoint_dir, open_weights, read_config
 from litgpt_akl.training.checkpoint import find_training_state
 
+pytestmark = pytest.mark.page
+
 CASES = pytest.mark.parametrize("cases", few_or_many("LITGPT_AKL_DAMAGES", 38, 78))
 """Damages that the survey tries, one or a few of each kind of file."""
 SEED = int(os.environ.get("LITGPT_AKL_SEED", 0))

@@ -12,6 +12,8 @@ from helpers.marks import few_or_many
 from helpers.material import KINDS
 from helpers.survey import GOOD, Survey, table
 
+pytestmark = pytest.mark.page
+
 CELLS = pytest.mark.parametrize("number", few_or_many("LITGPT_AKL_FAULTS", 4, 12))
 """Of each of the three tables, how many are tried; 10000 are all."""
 SEED = int(os.environ.get("LITGPT_AKL_SEED", 0))

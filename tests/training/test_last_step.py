@@ -110,7 +110,9 @@ def load(directory: Path) -> dict[str, torch.Tensor]:
     return torch.load(directory / "lit_model.pth", weights_only=True)
 
 
-@pytest.mark.parametrize("what", AFTERWARDS)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.page) if what == "page" else what for what in AFTERWARDS]
+)
 def test_a_failure_after_the_last_step_leaves_the_student(
     teacher_dir, student_dir, alice_json, tmp_path, undisturbed, monkeypatch, what
 ):

@@ -244,6 +244,7 @@ def test_a_logger_that_fails_later_is_told_of_once(tmp_path, capsys):
         fabric.log_dict({"loss": 1.0}, step=3)
 
 
+@pytest.mark.page
 def test_a_run_goes_on_whatever_becomes_of_its_log(run):
     def clear(out_dir: Path) -> None:
         log_of(out_dir).rmdir()
@@ -401,6 +402,7 @@ def test_a_run_goes_on_whatever_becomes_of_its_examples(run):
     }
 
 
+@pytest.mark.page
 def test_a_run_is_resumed_whatever_lies_beside_its_checkpoints(run, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     for name in ("hyperparameters.yaml", "report.html", "examples.json"):
@@ -626,6 +628,7 @@ def test_a_page_shows_what_is_left(finished, copy, tmp_path, capsys):
     assert len(str(alone.value).splitlines()) == 2
 
 
+@pytest.mark.page
 def test_a_run_keeps_its_page_whatever_becomes_of_what_it_shows(run):
     def spoil(out_dir: Path) -> None:
         put("- 1")(out_dir / "hyperparameters.yaml")
