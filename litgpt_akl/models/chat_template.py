@@ -3,6 +3,7 @@
 import json
 import secrets
 from datetime import datetime
+from functools import cached_property
 from operator import add
 from os.path import commonprefix
 from pathlib import Path
@@ -144,7 +145,8 @@ class ChatTemplate:
         """The text of a conversation and what of it the assistant says.
 
         A response begins where the text for a generation ends that has the messages before it, so that all is learnt
-        which the template does not write itself then. Of a template without such an end it begins with its content.
+        which the template does not write itself then. Of a template that writes nothing more for a generation it begins
+        with its content, and with white space that alone stands between the messages before and that.
 
         Args:
             messages: each with ``role`` and ``content``, both text, and what else the template reads.
@@ -157,6 +159,7 @@ class ChatTemplate:
         numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         spans = self._find_unchanged(text, messages, numbers, keywords)
         spans = spans or [self._find_message(text, messages, number, keywords) for number in numbers]
+        spans = [(self._without_lead(text, begin), end) for begin, end in spans]
         said = [said_in(messages[number]) for number in numbers]
         lost = [_count_lost(parts, text[begin:end]) for parts, (begin, end) in zip(said, spans, strict=True)]
         return Rendering(text, spans, [sum(map(len, parts)) for parts in said], lost)
@@ -187,6 +190,30 @@ class ChatTemplate:
                 without, full = "", ""
             self._openings[key] = full.removeprefix(without) if full.startswith(without) else None
         return self._openings[key] or None
+
+    @cached_property
+    def opening_of_responses(self) -> str:
+        """What stands between a question and its response, of a template that writes nothing more for a generation.
+
+        Empty also where that cannot be told.
+        """
+        if self.reads("add_generation_prompt"):
+            return ""
+        try:
+            asked = self._render([ASKED], {})
+            answered = self._render([ASKED, {"role": "assistant", "content": STAND_IN}], {})
+        except ValueError:
+            return ""
+        return answered.removeprefix(asked).split(STAND_IN)[0] if answered.startswith(asked) else ""
+
+    def _without_lead(self, text: str, begin: int) -> int:
+        """Where a response begins with the white space before it, if a model is to write that, too."""
+        lead = self.opening_of_responses
+        return begin - len(lead) if lead.isspace() and text.endswith(lead, 0, begin) else begin
+
+    def with_source(self, source: str) -> "ChatTemplate":
+        """Another template of the same model, which writes the same date."""
+        return ChatTemplate(source, self._variables, self.date)
 
     def _find_unchanged(
         self, text: str, messages: list[dict], numbers: list[int], keywords: dict[str, Any]

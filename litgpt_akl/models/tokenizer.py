@@ -14,6 +14,7 @@ from tokenizers import processors
 
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.chat_template import ChatTemplate
+from litgpt_akl.models.template_style import TemplateStyle
 
 PROBE = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe"}]
 
@@ -123,8 +124,10 @@ def bos_rules(checkpoint_dir: Path, style: PromptStyle | None, for_transformers:
     bos = tokenizer.bos
     if bos is None:
         return BosRules(bool(tokenizer.use_bos), False, None, None, False)
-    style_writes = _style_writes(checkpoint_dir, style, bos)
-    add = bool(tokenizer.use_bos) or style_writes
+    style = _own_style(checkpoint_dir) if style is None else style
+    style_writes = _writes(style, bos)
+    # of a template's text nothing is known but what it writes
+    add = style_writes or (bool(tokenizer.use_bos) and not isinstance(style, TemplateStyle))
     in_json = add and (
         (tokenizer.names_bos and (for_transformers or not style_writes))
         or not (style_writes or _template_writes(checkpoint_dir, bos))
@@ -132,13 +135,18 @@ def bos_rules(checkpoint_dir: Path, style: PromptStyle | None, for_transformers:
     return BosRules(add, in_json, bos, tokenizer.bos_id, in_json != tokenizer.adds_bos)
 
 
-def _style_writes(checkpoint_dir: Path, style: PromptStyle | None, bos: str) -> bool:
-    # a style of the user's own may be elsewhere, or need more than an instruction
+def _own_style(checkpoint_dir: Path) -> PromptStyle | None:
+    # a style of the user's own may be elsewhere
     with suppress(OSError, ImportError, AttributeError, KeyError, TypeError):
-        if style is None and has_prompt_style(checkpoint_dir):
-            style = load_prompt_style(checkpoint_dir)
-        elif style is None:
-            style = PromptStyle.from_config(Config.from_file(checkpoint_dir / "model_config.yaml"))
+        if has_prompt_style(checkpoint_dir):
+            return load_prompt_style(checkpoint_dir)
+        return PromptStyle.from_config(Config.from_file(checkpoint_dir / "model_config.yaml"))
+    return None
+
+
+def _writes(style: PromptStyle | None, bos: str) -> bool:
+    # it may need more than an instruction
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
         return style.apply("probe").startswith(bos)
     return False
 

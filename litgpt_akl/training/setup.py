@@ -26,7 +26,7 @@ from litgpt_akl.models.chat_template import ChatTemplate
 from litgpt_akl.models.generation import stop_sequences
 from litgpt_akl.models.lora import lora_config, with_new_adapters
 from litgpt_akl.models.parallel import all_reduce_max_each, load_weights, return_freed_memory, wait_for_all
-from litgpt_akl.models.prompt_format import PromptFormat, trained_format
+from litgpt_akl.models.prompt_format import READ_BY_TRANSFORMERS, Learnt, PromptFormat, trained_format
 from litgpt_akl.models.vocabulary import config_without_padding, count_ids, without_padding
 from litgpt_akl.models.weights import open_weights
 from litgpt_akl.teacher.cache import Caches, open_caches, read_head, write_head
@@ -68,11 +68,11 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
         splits = prepare_datasets(run.data, pair.tokenizer, run.train, *options, **known)
     if getattr(run.data, "date", None):
         fabric.print(day)
-    run.stop = stop_sequences(pair.tokenizer, run.prompt_style, turn_ends(splits[0], pair.tokenizer.special_ids))
-    run.prompt_format, note = _find_format(run)
-    for told in (*pair.notes, note):
-        if told is not None:
-            fabric.print(told)
+    ends = turn_ends(splits[0], pair.tokenizer.special_ids)
+    run.stop = stop_sequences(pair.tokenizer, run.prompt_style, ends)
+    run.prompt_format, notes = _find_format(run, ends)
+    for told in (*pair.notes, *notes):
+        fabric.print(told)
     # its tokenizer and its chat template were read
     pair.check_unchanged("student")
     if asked and not fills and not run.overwrite:
@@ -95,15 +95,22 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
     return splits, caches
 
 
-def _find_format(run: Run) -> tuple[PromptFormat, str | None]:
+def _find_format(run: Run, ends: list[int]) -> tuple[PromptFormat, list[str]]:
     """How the student is asked, for its files; and what a user is to know of that."""
     template, tokenizer = getattr(run.data, "template", None), run.pair.tokenizer
     has_written = template is not None and run.data.by_template > 0
-    is_own = not has_written or run.data.chat_template is None
     if not has_written and tokenizer.backend == "huggingface":
         template = ChatTemplate.find(run.pair.student_dir)
-    ends = [sequence[0] for sequence in run.stop if len(sequence) == 1]
-    return trained_format(run.prompt_style, template, tokenizer, ends, has_written=has_written, is_own=is_own)
+    learnt = Learnt(
+        style=run.prompt_style,
+        template=template,
+        has_written=has_written,
+        is_own=not has_written or (run.data.chat_template is None and template.path.name in READ_BY_TRANSFORMERS),
+        keywords=(run.data.chat_template_kwargs or {}) if has_written else {},
+        ends=tuple(ends),
+        stop=tuple(sequence[0] for sequence in run.stop if len(sequence) == 1),
+    )
+    return trained_format(learnt, tokenizer)
 
 
 def _open_cache(fabric: L.Fabric, run: Run, splits: Splits) -> Caches:

@@ -122,7 +122,7 @@ def test_ids_are_transformers_and_labels_what_a_model_would_write(tmp_path, name
             asked = reference.apply_chat_template(
                 messages[:number], tokenize=False, add_generation_prompt=True, **keywords
             )
-            begins = rendered.startswith(asked) and "add_generation_prompt" in case.source
+            begins = rendered.startswith(asked)
             told += begins
             if begins:
                 # a token may reach over the edge by white space
@@ -135,5 +135,5 @@ def test_ids_are_transformers_and_labels_what_a_model_would_write(tmp_path, name
             found += 1
         said, lost = said + encoded.said, lost + encoded.lost
     assert found > 200
-    assert told == 0 if name in ("mistral", "r1") else told > 0.3 * found
+    assert told == 0 if name == "r1" else told > 0.3 * found
     assert lost == 0 if name not in ("qwen-3", "r1") else 0 < lost < said

@@ -1,6 +1,7 @@
 """Tokenizers, chat templates and conversations of the kinds that models have, for test_encoding.py."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,8 @@ class Case:
     eos_token: str = "</s>"
     bos_token: str = "<s>"
     trims: bool = False
+    lead: str = ""
+    """What it puts before a response and not at the end of the text for a generation."""
 
 
 CHATML = """{% for message in messages %}
@@ -139,7 +142,7 @@ PHI_3 += "{{ eos_token }}"
 
 CASES = {
     "chatml": Case(CHATML, "<|im_end|>", eos_token="<|im_end|>", bos_token="<|im_start|>"),
-    "llama-2": Case(LLAMA_2, " </s>", trims=True),
+    "llama-2": Case(LLAMA_2, " </s>", trims=True, lead=" "),
     "llama-3": Case(LLAMA_3, "<|eot_id|>", bos_token="<|begin|>", eos_token="<|eot_id|>", trims=True),
     "qwen-3": Case(QWEN_3, "<|im_end|>", eos_token="<|im_end|>"),
     "gemma": Case(GEMMA, "<end_of_turn>", trims=True),
@@ -152,7 +155,7 @@ CASES = {
 TOKENIZERS = ("byte-level", "byte-level, trimmed offsets", "prepended space", "Metaspace")
 
 
-def train_tokenizer(kind: str) -> Tokenizer:
+def train_tokenizer(kind: str, special_tokens: Iterable[str] = SPECIAL_TOKENS) -> Tokenizer:
     """A tokenizer of about 1000 tokens, trained on Alice in Wonderland."""
     byte_level = kind.startswith("byte-level")
     tokenizer = Tokenizer(models.BPE())
@@ -171,7 +174,7 @@ def train_tokenizer(kind: str) -> Tokenizer:
     if not byte_level:
         tokenizer.model = _with_bytes(tokenizer)
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([*SPECIAL_TOKENS, AddedToken(SWALLOWING, rstrip=True, special=True)])
+    tokenizer.add_special_tokens([*special_tokens, AddedToken(SWALLOWING, rstrip=True, special=True)])
     tokenizer.add_tokens(["<think>", "</think>"])
     return tokenizer
 

@@ -93,10 +93,10 @@ FAMILIES: dict[str, tuple[dict, str, str, dict]] = {
 """By LitGPT's names: what is small in LitGPT's configuration; class, type and further entries of config.json."""
 
 
-def write_family(name: str, directory: Path, *, tied: bool) -> None:
+def write_family(name: str, directory: Path, *, tied: bool, ids: int = COMMON["vocab_size"]) -> None:
     """A LitGPT checkpoint of two layers in which no two parameters are alike, and no norm does nothing."""
     changes, architecture, model_type, entries = FAMILIES[name]
-    config = Config.from_name(name, **{**COMMON, **changes})
+    config = Config.from_name(name, **{**COMMON, "vocab_size": ids, "padded_vocab_size": ids, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT(config)

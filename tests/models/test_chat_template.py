@@ -120,7 +120,7 @@ def test_the_spans_are_of_the_text(tmp_path):
         for messages in CONVERSATIONS.values():
             rendered, spans, _, _ = template.render(messages)
             contents = [message["content"] for message in messages if message["role"] == "assistant"]
-            expected = [content.strip() if case.trims else content for content in contents]
+            expected = [case.lead + (content.strip() if case.trims else content) for content in contents]
             assert [rendered[begin:end] for begin, end in spans] == expected
 
 

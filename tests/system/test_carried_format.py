@@ -19,6 +19,8 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
 CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 OF_MY_OWN = "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
 OF_MY_OWN += "{% if add_generation_prompt %}assistant:{% endif %}"
+ENDS_IN_EOS = OF_MY_OWN.replace("assistant:", "assistant:{{ eos_token }}")
+"""LitGPT takes an EOS token away from the end of a prompt."""
 WORDS = ("river", "lamp", "garden", "engine", "copper", "window", "paper", "cloud")
 CHATS = [
     {"messages": [{"role": "user", "content": f"Join {word} and one"}, {"role": "assistant", "content": f"{word} one"}]}
@@ -96,8 +98,21 @@ def test_both_readers_ask_as_training_did(tmp_path, pair, template, choice, rows
     assert end in (ends if isinstance(ends, list) else [ends])
 
 
-def test_a_template_that_litgpt_cannot_follow_is_told(tmp_path, pair, capsys):
+def test_a_template_that_no_style_of_litgpt_follows_is_carried_and_told(tmp_path, pair, capsys):
     train(pair(OF_MY_OWN), tmp_path / "data.jsonl", CHATS, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert said.count("the student's is litgpt-akl's, which has to be installed") == 1
+    assert "Responses end in <|im_end|>, at which `litgpt chat`" in said
+    final = tmp_path / "run" / "final"
+    text = "user:Who?<|im_end|>assistant:"
+    expected = Processor.from_file(str(final / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    style = load_prompt_style(final)
+    assert Tokenizer(final).encode(style.apply("Who?")).tolist() == expected
+    assert [1021] in style.stop_tokens(Tokenizer(final))
+
+
+def test_a_template_that_litgpt_cannot_follow_is_told(tmp_path, pair, capsys):
+    train(pair(ENDS_IN_EOS), tmp_path / "data.jsonl", CHATS, tmp_path / "run")
     assert "LitGPT has no prompt style that writes what the chat template" in capsys.readouterr().out
 
 
