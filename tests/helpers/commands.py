@@ -2,7 +2,7 @@
 
 import faulthandler
 import gc
-import importlib.util
+import importlib
 import os
 import signal
 import subprocess
@@ -14,9 +14,11 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import torch
+from lightning.fabric.strategies.launchers import subprocess_script
 
 from litgpt_akl.files import changed_files
 
@@ -79,16 +81,24 @@ def fork(
     What it prints is added to ``log``, a path or an open file; ``errors`` is where the standard error goes, if not
     there too; ``encoding`` is that of the standard output.
     """
+
+    def redirected() -> None:
+        os.setsid()
+        output = _open(log)
+        _redirect(stdin, output, output if errors is None else _open(errors), encoding)
+        work()
+
+    return _copy(redirected)
+
+
+def _copy(work: Callable[[], object]) -> Command:
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            os.setsid()
             _forget_tests()
-            output = _open(log)
-            _redirect(stdin, output, output if errors is None else _open(errors), encoding)
             work()
             status = 0
         except SystemExit as error:
@@ -125,13 +135,24 @@ def start(
 
 
 def run(words: list[str]) -> None:
-    """Runs the command in this process, a copy of another one."""
+    """Runs the command in this process, a copy of another one; so are the processes that it starts."""
     from litgpt_akl.cli.main import main
 
-    # what further processes of a run are started as
-    sys.modules["__main__"].__spec__ = importlib.util.find_spec("litgpt.__main__")
     sys.argv = ["litgpt", *words]
+    subprocess_script.subprocess = SimpleNamespace(Popen=_start_another)
     main()
+
+
+def _start_another(command: list[str], env: dict[str, str], cwd: None) -> Command:
+    """Stands for what Fabric starts a run's other processes by: each runs this process's command from its beginning."""
+
+    def work() -> None:
+        os.environ.clear()
+        os.environ.update(env)
+        del sys.modules["litgpt.__main__"]
+        run(sys.argv[1:])
+
+    return _copy(work)
 
 
 def complete(words: list[object], timeout: float = 240, **options) -> subprocess.CompletedProcess:

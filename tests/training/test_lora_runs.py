@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
+from typing import NoReturn
 
 import lightning as L
 import materials
@@ -120,15 +121,27 @@ def test_the_base_teaches_as_a_copy_of_it_would(states, student_dir, alice_json,
     assert states[-1]["teacher"].model is not states[-1]["student"]
 
 
+@pytest.fixture(scope="module")
+def runs_by_precision(student_dir, alice_json, tmp_path_factory):
+    """Losses of a run of 10 steps and its directory, by processes and precision; what was run once is read."""
+    base = tmp_path_factory.mktemp("precisions")
+    steps = {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 2}
+
+    def losses(processes: int, precision: str) -> tuple[list[float], Path]:
+        run = partial(train, adapted("all"), student_dir, None, alice_json, train=steps, devices=processes)
+        out_dir = base / f"{processes}-{precision}"
+        return losses_in(precision, run, out_dir, processes), out_dir
+
+    return cache(losses)
+
+
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-def test_half_precision_follows_float32(student_dir, alice_json, tmp_path, precision, processes):
-    steps = {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 2}
-    run = partial(train, adapted("all"), student_dir, None, alice_json, train=steps, devices=processes)
-    expected, found = (losses_in(name, run, tmp_path / name, processes) for name in ("32-true", precision))
+def test_half_precision_follows_float32(runs_by_precision, precision, processes):
+    (expected, _), (found, out_dir) = (runs_by_precision(processes, name) for name in ("32-true", precision))
     assert len(found) == 10 and found == pytest.approx(expected, rel=0.02)
     assert found != expected
-    dtypes = {weight.dtype for weight in read(tmp_path / precision / "final").values()}
+    dtypes = {weight.dtype for weight in read(out_dir / "final").values()}
     assert dtypes == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
 
 
@@ -137,18 +150,20 @@ LARGE = replace(materials.STUDENT_CONFIG, n_layer=6, n_embd=768, head_size=64, n
 
 
 def measure(source: Path, teacher: Path | None, data: Path, out_dir: Path, devices: int) -> None:
-    """Writes by how many bytes this process grows when it is given the models."""
+    """Writes by how many bytes this process grows when it is given the models, and ends the run."""
     make_state = run_module.make_state
     return_freed_memory()
 
-    def make_state_measured(fabric: L.Fabric, *arguments) -> dict:
+    def make_state_measured(fabric: L.Fabric, *arguments) -> NoReturn:
         # what tests before have freed in the process of which this one is a copy would be taken again, unseen
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         before = anonymous()
-        state = make_state(fabric, *arguments)
+        _kept = make_state(fabric, *arguments)
         out_dir.with_suffix(f".{fabric.global_rank}").write_text(str(anonymous() - before))
-        return state
+        # what follows is not measured
+        fabric.barrier()
+        raise SystemExit
 
     run_module.make_state = make_state_measured
     short = {"max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1}

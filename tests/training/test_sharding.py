@@ -3,7 +3,7 @@
 import json
 import math
 import random
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -107,12 +107,13 @@ def test_many_processes_go_on_as_if_never_interrupted(student_dir, teacher_dir, 
         assert difference(alone, found) < 1e-6
 
 
-@pytest.mark.parametrize("steps", [60, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [30, pytest.param(200, marks=pytest.mark.slow)])
 def test_uneven_data_never_blocks(student_dir, teacher_dir, alice_json, tmp_path, steps):
+    """An epoch and a half, by number of steps."""
     draw = random.Random(5)
     words = materials.alice_text().split()
     with (tmp_path / "data.jsonl").open("w") as file:
-        for _ in range(300):
+        for _ in range(steps * 5 * 2 // 3):
             prompt, answer = (" ".join(draw.choices(words, k=draw.choice((1, 2, 5, 20)))) for _ in range(2))
             file.write(json.dumps({"instruction": prompt, "output": answer}) + "\n")
     data = StreamingSFT(str(tmp_path / "data.jsonl"), mask_prompt=True, num_workers=0, cache_dir=tmp_path / "cache")
@@ -124,12 +125,23 @@ def test_uneven_data_never_blocks(student_dir, teacher_dir, alice_json, tmp_path
     assert all(math.isfinite(row["loss"]) for row in rows)
 
 
+@pytest.fixture(scope="module")
+def losses_by_precision(student_dir, teacher_dir, alice_json, tmp_path_factory):
+    """Losses of a run of 20 steps by processes and precision; what was run once is read."""
+    base = tmp_path_factory.mktemp("precisions")
+    steps = {"max_steps": 20, "global_batch_size": 8, "micro_batch_size": 2}
+
+    def losses(processes: int, precision: str) -> list[float]:
+        run = partial(train, student_dir, teacher_dir, alice_json, train=steps, devices=processes)
+        return losses_in(precision, run, base / f"{processes}-{precision}", processes)
+
+    return cache(losses)
+
+
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-def test_half_precision_follows_float32(student_dir, teacher_dir, alice_json, tmp_path, precision, processes):
-    steps = {"max_steps": 20, "global_batch_size": 8, "micro_batch_size": 2}
-    run = partial(train, student_dir, teacher_dir, alice_json, train=steps, devices=processes)
-    expected, found = (losses_in(name, run, tmp_path / name, processes) for name in ("32-true", precision))
+def test_half_precision_follows_float32(losses_by_precision, precision, processes):
+    expected, found = (losses_by_precision(processes, name) for name in ("32-true", precision))
     assert len(found) == 20 and found == pytest.approx(expected, rel=0.02)
     assert found != expected
 
@@ -168,11 +180,16 @@ def measure_teacher(path: Path, devices: int) -> None:
     torch.save(result | {"hidden": hidden}, path / f"{devices}-{fabric.global_rank}.pth")
 
 
+def measure_copies(path: Path) -> None:
+    """The same in copies of this process, whose heap has no holes."""
+    for devices in (1, 4):
+        in_processes(devices, measure_teacher, path, devices)
+
+
 def test_no_process_ever_holds_the_whole_teacher(tmp_path):
     weights = {name: torch.randn(weight.shape) * 0.02 for name, weight in GPT(LARGE).state_dict().items()}
     torch.save(weights, tmp_path / "teacher.pth")
-    for devices in (1, 4):
-        in_processes(devices, partial(measure_teacher, tmp_path, devices), fresh=True)
+    in_processes(1, measure_copies, tmp_path, fresh=True)
     alone = torch.load(tmp_path / "1-0.pth")
     assert alone["growth"] > 0.9 * sum(weight.nbytes for weight in weights.values())
     for rank in range(4):
