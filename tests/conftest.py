@@ -9,6 +9,7 @@ import datasets
 import materials
 import pytest
 import torch
+from helpers import fresh
 from helpers.runs import short_data
 from litgpt.data import JSON
 
@@ -47,6 +48,7 @@ def pytest_collection_finish() -> None:
     # what is imported by now stays: in each copy of this process a search for garbage in it would copy its memory
     gc.collect()
     gc.freeze()
+    fresh.keep()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,6 +64,7 @@ def leave_undrawn(*_: object) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    fresh.end()
     # a process of pytest-xdist has found the same tests as the others, and tells the process that reports
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["left_out"] = session.config.stash[LEFT_OUT]

@@ -1,10 +1,7 @@
 """Small training states, saved and found again, in this process or another."""
 
-import inspect
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -72,21 +69,5 @@ def names(out_dir: Path) -> list[str]:
 def in_a_copy(function: Callable, *arguments) -> str:
     """What ``function`` prints in a copy of this process, called with strings; what it changes ends with the copy."""
     finished = complete_call(partial(function, *map(str, arguments)), timeout=300)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
-
-def in_a_process(function: Callable, *arguments) -> str:
-    """What ``function`` prints in a process that has imported nothing yet, called with strings."""
-    module = function.__module__
-    code = f"import {module}; {module}.{function.__name__}(*{list(map(str, arguments))!r})"
-    finished = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(inspect.getfile(function)).parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout

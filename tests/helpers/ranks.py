@@ -5,16 +5,17 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch.multiprocessing as multiprocessing
+
+from helpers import fresh
 
 TIMEOUT = 240
 
 
-def in_processes(processes: int, function: Callable, *arguments, nodes: int = 1, fresh: bool = False) -> None:
-    """Calls ``function(*arguments)`` in each of the processes that torchrun would have started.
-
-    They are copies of this process, which is quick, or ``fresh``: without the memory that it has used and freed.
+def in_processes(processes: int, function: Callable, *arguments, nodes: int = 1) -> None:
+    """Calls ``function(*arguments)`` in each of the processes that torchrun would have started: copies of this one.
 
     Raises:
         multiprocessing.ProcessException: one of them has failed; the others are ended.
@@ -28,7 +29,7 @@ def in_processes(processes: int, function: Callable, *arguments, nodes: int = 1,
         (processes, nodes, port, function, arguments),
         nprocs=processes,
         join=False,
-        start_method="spawn" if fresh else "fork",
+        start_method="fork",
     )
     deadline = time.monotonic() + TIMEOUT
     while not context.join(1, grace_period=5):
@@ -36,6 +37,11 @@ def in_processes(processes: int, function: Callable, *arguments, nodes: int = 1,
             for process in context.processes:
                 process.kill()
             raise TimeoutError(f"{processes} processes did not end within {TIMEOUT} s")
+
+
+def in_fresh_processes(processes: int, function: Callable, *arguments) -> None:
+    """The same in processes without the memory that this one has used and freed: copies of what it once was."""
+    fresh.call(partial(in_processes, processes, function, *arguments))
 
 
 def _work(rank: int, processes: int, nodes: int, port: int, function: Callable, arguments: tuple) -> None:

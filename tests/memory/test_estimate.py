@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.memory_runs import LLAMA_8B, LLAMA_70B, ON_GPUS, OPTIONS, make_estimate, model, take_steps, write_weights
-from helpers.ranks import in_processes
+from helpers.ranks import in_fresh_processes
 from helpers.runs import distil
 from litgpt import lora
 from litgpt.config import Config
@@ -74,7 +74,7 @@ def test_the_prediction_is_within_15_percent_of_the_measured_peak(case, tmp_path
     write_weights(tmp_path / "teacher.pth", estimate.teacher, estimate.teacher_tied)
     small = {"student": model(1, 64, 128), "teacher": model(1, 64, 128), "vocab_size": 128, "sequence_length": 16}
     assert not estimate.on_policy_prompts or estimate.peak.name == "student's on-policy samples"
-    in_processes(estimate.devices, partial(take_steps, estimate, replace(estimate, **small), tmp_path))
+    in_fresh_processes(estimate.devices, partial(take_steps, estimate, replace(estimate, **small), tmp_path))
     measured = max(torch.load(tmp_path / f"growth-{rank}.pth") for rank in range(estimate.devices))
     assert estimate.peak.total == pytest.approx(measured, rel=0.15)
 

@@ -14,7 +14,7 @@ import torch
 from helpers.cache_runs import RATE, TRAIN, assert_equal, chunks, fill, run
 from helpers.marks import with_all_slow_but
 from helpers.memory_runs import watched
-from helpers.ranks import in_processes
+from helpers.ranks import in_fresh_processes, in_processes
 from helpers.runs import distil, metrics, short_data
 from litgpt.model import GPT
 from litgpt.prompts import Default
@@ -112,7 +112,7 @@ def test_a_cached_teacher_is_not_in_memory(student_dir, short, tmp_path):
     for name in ("live", "filling", "cached"):
         directory = None if name == "live" else cache
         arguments = tmp_path / name, student_dir, source, short, tmp_path / "run" / name, directory
-        in_processes(1, partial(measure, train={"epochs": None, "max_steps": 1}), *arguments)
+        in_fresh_processes(1, partial(measure, train={"epochs": None, "max_steps": 1}), *arguments)
         found[name] = int(arguments[0].read_text())
         if name == "filling":
             (source / "lit_model.pth").unlink()

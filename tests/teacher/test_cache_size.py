@@ -4,13 +4,14 @@ import json
 import shutil
 import struct
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import xxhash
-from helpers.checkpoints import in_a_process
+from helpers import fresh
 
 from litgpt_akl.teacher.cache import TeacherCache
 
@@ -55,10 +56,10 @@ def resident() -> int:
     return int(line.split()[1]) // 1024
 
 
-def open_many(directory: str, samples: str) -> None:
-    TeacherCache(f"{directory}/none", 1, torch.float32, WIDTH, writable=False)
+def open_many(directory: Path, samples: int) -> None:
+    TeacherCache(str(directory / "none"), 1, torch.float32, WIDTH, writable=False)
     before = resident()
-    cache = TeacherCache(directory, int(samples), torch.float32, WIDTH, writable=False)
+    cache = TeacherCache(str(directory), samples, torch.float32, WIDTH, writable=False)
     # nothing that is freed on the way is more than what is read together
     print(len(cache.present()), resident() - before)
 
@@ -67,6 +68,6 @@ def open_many(directory: str, samples: str) -> None:
 def test_twenty_thousand_chunks_are_opened_in_less_than_100_mb(tmp_path, records):
     chunks = 20_000
     write_hollow_chunks(tmp_path / "cache", chunks, records, tokens=8)
-    found, megabytes = map(int, in_a_process(open_many, tmp_path / "cache", chunks * records).split())
+    found, megabytes = map(int, fresh.call(partial(open_many, tmp_path / "cache", chunks * records)).split())
     shutil.rmtree(tmp_path / "cache")
     assert found == chunks * records and megabytes < 100

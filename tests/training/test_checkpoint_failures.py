@@ -11,10 +11,12 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import fresh
 from helpers.checkpoints import EXPORT, find, in_a_copy, make_state, names, save, save_steps, train
 
 from litgpt_akl.files.manifest import damage, read_manifest
@@ -206,18 +208,18 @@ def memory(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure_save(base: str, source: str) -> None:
+def measure_save(base: Path, source: Path) -> None:
     """Prints what saving took beyond what was there, and the bytes of model and optimizer."""
     state = make_state(width=4000)
     train(state, 1)
-    save(Path(base), make_state(), Path(source))
+    save(base, make_state(), source)
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    directory = save(Path(base), state, Path(source))
+    directory = save(base, state, source)
     print(memory("VmHWM") - before, sum(path.stat().st_size for path in directory.glob("*.pth")))
 
 
-def measure_load(base: str, name: str) -> None:
+def measure_load(base: Path, name: str) -> None:
     """Prints what loading took at its height beyond what was there, and what it left."""
     state, peak = make_state(width=4000), 0
     before, done = memory("RssAnon"), threading.Event()
@@ -229,7 +231,7 @@ def measure_load(base: str, name: str) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    load_training_state(Path(base) / name, state)
+    load_training_state(base / name, state)
     done.set()
     watcher.join()
     left = memory("RssAnon")
@@ -238,9 +240,9 @@ def measure_load(base: str, name: str) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux tells it")
 def test_there_is_no_second_copy_in_memory(student_dir, tmp_path):
-    growth, total = map(int, in_a_copy(measure_save, tmp_path, student_dir).split())
+    growth, total = map(int, fresh.call(partial(measure_save, tmp_path, student_dir)).split())
     assert total > 190e6 and growth < 0.05 * total
-    peak, left = map(int, in_a_copy(measure_load, tmp_path, "step-000001").split())
+    peak, left = map(int, fresh.call(partial(measure_load, tmp_path, "step-000001")).split())
     # the optimizer's two thirds are new in this process, the model's third was there
     assert left == pytest.approx(total * 2 / 3, rel=0.05) and peak < left + 0.05 * total
     print(f"{total / 1e6:.0f} MB: saving takes {growth / 1e6:.1f}, loading {(peak - left) / 1e6:.1f} beyond what stays")

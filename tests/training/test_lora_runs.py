@@ -19,7 +19,7 @@ from helpers.litgpt_commands import GREEDY, QUESTION, litgpt, training_options
 from helpers.lora_cases import IDS, TARGETS, adapted, litgpt_lora_model, litgpt_model, read, read_adapters
 from helpers.marks import with_all_slow_but
 from helpers.memory_runs import anonymous
-from helpers.ranks import in_processes
+from helpers.ranks import in_fresh_processes, in_processes
 from helpers.runs import assert_same, difference, distil, metrics
 from helpers.sharding import RATE, UNEVEN, losses_in
 from litgpt.model import GPT
@@ -155,7 +155,7 @@ def measure(source: Path, teacher: Path | None, data: Path, out_dir: Path, devic
     return_freed_memory()
 
     def make_state_measured(fabric: L.Fabric, *arguments) -> NoReturn:
-        # what tests before have freed in the process of which this one is a copy would be taken again, unseen
+        # what was freed before would be taken again, unseen
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         before = anonymous()
@@ -179,7 +179,7 @@ def test_base_and_teacher_are_held_in_memory_once(alice_json, tmp_path, processe
     copy = shutil.copytree(source, tmp_path / "copy")
     for teacher, times in ((None, 1), (copy, 2)):
         out_dir = tmp_path / f"teacher-{times}"
-        in_processes(processes, measure, source, teacher, alice_json, out_dir, processes)
+        in_fresh_processes(processes, measure, source, teacher, alice_json, out_dir, processes)
         for rank in range(processes):
             growth = int(out_dir.with_suffix(f".{rank}").read_text())
             assert growth == pytest.approx(times * size, rel=0.1)

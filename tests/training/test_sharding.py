@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.marks import with_all_slow_but
 from helpers.memory_runs import watched
-from helpers.ranks import in_processes
+from helpers.ranks import in_fresh_processes, in_processes
 from helpers.runs import assert_same, difference, distil, metrics
 from helpers.sharding import RATE, UNEVEN, losses_in
 from litgpt.config import Config
@@ -180,16 +180,11 @@ def measure_teacher(path: Path, devices: int) -> None:
     torch.save(result | {"hidden": hidden}, path / f"{devices}-{fabric.global_rank}.pth")
 
 
-def measure_copies(path: Path) -> None:
-    """The same in copies of this process, whose heap has no holes."""
-    for devices in (1, 4):
-        in_processes(devices, measure_teacher, path, devices)
-
-
 def test_no_process_ever_holds_the_whole_teacher(tmp_path):
     weights = {name: torch.randn(weight.shape) * 0.02 for name, weight in GPT(LARGE).state_dict().items()}
     torch.save(weights, tmp_path / "teacher.pth")
-    in_processes(1, measure_copies, tmp_path, fresh=True)
+    for devices in (1, 4):
+        in_fresh_processes(devices, measure_teacher, tmp_path, devices)
     alone = torch.load(tmp_path / "1-0.pth")
     assert alone["growth"] > 0.9 * sum(weight.nbytes for weight in weights.values())
     for rank in range(4):
