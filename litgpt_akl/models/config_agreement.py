@@ -59,6 +59,38 @@ UNKNOWN_TO_LITGPT = {
     "num_ln_in_parallel_attn": None,
 }
 """Entries that change a model's logits, and the values at which they do not; LitGPT knows no others of most."""
+GEMMA_3 = ("gemma3", "gemma3_text")
+DEFAULTS: tuple[tuple[tuple[str, ...], Any, dict[str, Any]], ...] = (
+    (("attn_logit_softcapping",), None, {"gemma2": 50.0}),
+    (("final_logit_softcapping",), None, {"gemma2": 30.0}),
+    (("query_pre_attn_scalar",), None, dict.fromkeys(GEMMAS[1:], 256)),
+    (("rope_theta", "rotary_emb_base", "rope_parameters"), 1e4, dict.fromkeys(("mixtral", *GEMMA_3), 1e6)),
+    (("rope_local_base_freq", "rope_parameters"), None, dict.fromkeys(GEMMA_3, 1e4)),
+    (("partial_rotary_factor", "rotary_pct", "rope_parameters"), 1.0, {"gpt_neox": 0.25, "phi": 0.5}),
+    (("use_parallel_residual", "parallel_attn"), False, dict.fromkeys(("gpt_neox", "phi", "falcon"), True)),
+    (("sliding_window",), None, dict.fromkeys(("mistral", *GEMMAS[1:]), 4096)),
+    (("sliding_window_pattern", "layer_types"), None, {"gemma2": 2, **dict.fromkeys(GEMMA_3, 6)}),
+    (("num_experts_per_tok",), None, {"mixtral": 2, "qwen3_moe": 8}),
+    (("norm_topk_prob",), True, {"qwen3_moe": False}),
+    (
+        ("num_attention_heads", "n_head"),
+        32,
+        {"gpt_neox": 64, "falcon": 71, "gemma": 16, **dict.fromkeys(GEMMAS[1:], 8)},
+    ),
+)
+"""Where config.json has an entry under none of these names, Transformers' class of a known model type takes this value,
+or that of its own."""
+DEFAULT_ACTIVATIONS = {
+    **{"gpt_neox": "gelu", "falcon": "gelu", "phi": "gelu_new"},
+    **dict.fromkeys(GEMMAS, "gelu_pytorch_tanh"),
+}
+"""The same for the activation, which is silu elsewhere."""
+LITGPTS_GEMMA_EPS = 1e-5
+"""In LitGPT's configurations of Gemma, where the publisher has 1e-6: by this it runs, and an export says so."""
+NORM_ENTRIES = {"gpt_neox": "layer_norm_eps", "phi": "layer_norm_eps", "falcon": "layer_norm_epsilon"}
+"""Entries of config.json by model type, where it is not rms_norm_eps."""
+DEFAULT_NORM_EPS = dict.fromkeys(("mixtral", "olmo2", "phi3", "gpt_neox", "phi", "falcon"), 1e-5)
+"""As for the others; 1e-6 elsewhere."""
 
 
 class Disagreement(NamedTuple):
@@ -92,17 +124,32 @@ def check_agreement(checkpoint_dir: Path, config: Config, hf_config: dict[str, A
 def disagreements(config: Config, hf_config: dict[str, Any]) -> list[Disagreement]:
     """All entries of a config.json that describe another model than LitGPT's configuration does."""
     # models with several parts describe the language model in an entry of its own
-    described = {**hf_config, **hf_config.get("text_config", {})}
+    described = _with_defaults({**hf_config, **hf_config.get("text_config", {})})
     found = [Disagreement(*each) for each in _kinds(config, described)]
     for names, expected in ENTRIES:
         for name in names:
             if described.get(name) is not None and not _is_same(described[name], wanted := expected(config)):
                 found.append(Disagreement(name, described[name], wanted))
-    found += [each for check in (_activation, _window, _layer_types, _rope, _bias) for each in check(config, described)]
+    for check in (_norm_eps, _multi_query, _activation, _window, _layer_types, _rope, _bias, _unstated):
+        found += check(config, described)
     for name, harmless in UNKNOWN_TO_LITGPT.items():
         if name in described and described[name] not in (harmless, None):
             found.append(Disagreement(name, described[name], harmless))
     return found
+
+
+def _with_defaults(described: dict[str, Any]) -> dict[str, Any]:
+    """A config.json's entries, and of a known model type those that its class takes besides."""
+    kind = described.get("model_type")
+    if kind not in KNOWN:
+        return described
+    unstated = {NORM_ENTRIES.get(kind, "rms_norm_eps"): DEFAULT_NORM_EPS.get(kind, 1e-6)}
+    unstated |= {
+        names[0]: by_type.get(kind, common)
+        for names, common, by_type in DEFAULTS
+        if all(described.get(name) is None for name in names) and names[0] not in described
+    }
+    return {**unstated, **described}
 
 
 def _is_same(value: Any, expected: Any) -> bool:
@@ -118,7 +165,6 @@ ENTRIES: tuple[tuple[tuple[str, ...], Callable[[Config], Any]], ...] = (
     (("num_key_value_heads", "num_kv_heads"), lambda config: config.n_query_groups),
     (("head_dim",), lambda config: config.head_size),
     (("intermediate_size", "ffn_hidden_size"), lambda config: config.intermediate_size),
-    (("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), lambda config: config.norm_eps),
     (("attn_logit_softcapping",), lambda config: config.attention_logit_softcapping),
     (("final_logit_softcapping",), lambda config: config.final_logit_softcapping),
     (("query_pre_attn_scalar",), lambda config: config.attention_scores_scalar or config.head_size),
@@ -128,7 +174,6 @@ ENTRIES: tuple[tuple[tuple[str, ...], Callable[[Config], Any]], ...] = (
     # LitGPT's experts are weighed by a softmax over those that were chosen
     (("norm_topk_prob",), lambda config: True),
     (("use_parallel_residual", "parallel_attn"), lambda config: config.parallel_residual),
-    (("multi_query",), lambda config: config.n_query_groups == 1),
 )
 """Names of an entry in config.json, and what LitGPT's configuration says."""
 
@@ -141,17 +186,59 @@ def _kinds(config: Config, described: dict[str, Any]) -> Found:
         return []
     wanted = {name: kinds.get(kind, OTHERWISE.get(name)) for name, kinds in KINDS.items()}
     flaws = [name for name, value in wanted.items() if value is not None and getattr(config, name) != value]
+    # LitGPT takes it from the name
+    if ("Gemma" in config.name) != (kind in GEMMAS):
+        return [Disagreement("model_type", kind, f"name: {config.name}")]
     return [Disagreement("model_type", kind, f"{name}: {getattr(config, name)}") for name in flaws[:1]]
+
+
+def _unstated(config: Config, described: dict[str, Any]) -> Found:
+    """What model_config.yaml says of a model of a known type, and config.json would have to say, too."""
+    if described.get("model_type") not in KNOWN:
+        return []
+    scaled = "rope_scaling" in described or "rope_parameters" in described
+    own = [
+        ("attn_logit_softcapping", config.attention_logit_softcapping, None),
+        ("final_logit_softcapping", config.final_logit_softcapping, None),
+        ("query_pre_attn_scalar", config.attention_scores_scalar or config.head_size, config.head_size),
+        ("rope_scaling", {} if scaled else _own_scaling(config), {}),
+        ("rope_interleave", config.rope_interleave, False),
+        ("routed_scaling_factor", config.routed_scaling_factor, 1.0),
+    ]
+    if "rope_parameters" not in described:
+        own.append(("rope_local_base_freq", config.rope_local_base_freq or config.rope_base, config.rope_base))
+    return [
+        Disagreement(name, None, value)
+        for name, value, harmless in own
+        if value != harmless and not described.get(name)
+    ]
+
+
+def _norm_eps(config: Config, described: dict[str, Any]) -> Found:
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+    stated = {name: described[name] for name in names if described.get(name) is not None}
+    if described.get("model_type") in GEMMAS and config.norm_eps == LITGPTS_GEMMA_EPS:
+        stated = {name: value for name, value in stated.items() if not _is_same(value, 1e-6)}
+    return [Disagreement(*each, config.norm_eps) for each in stated.items() if not _is_same(each[1], config.norm_eps)]
+
+
+def _multi_query(config: Config, described: dict[str, Any]) -> Found:
+    """Whether all heads share keys and values, which Falcon's later architecture does not ask."""
+    stated, expected = described.get("multi_query"), config.n_query_groups == 1
+    if stated in (None, expected) or described.get("new_decoder_architecture"):
+        return []
+    return [Disagreement("multi_query", stated, expected)]
 
 
 def _activation(config: Config, described: dict[str, Any]) -> Found:
     names = ACTIVATIONS.get(config.mlp_class_name) or ACTIVATIONS.get(config.gelu_approximate, ())
     kind = described.get("model_type")
     entry = ACTIVATION_ENTRIES.get(kind, "hidden_act")
+    stated = described.get(entry) or (DEFAULT_ACTIVATIONS.get(kind, "silu") if kind in KNOWN else None)
     # Gemma's publisher says gelu, and its class took the approximation all the same
-    if described.get(entry) in (None, *names) or (kind == "gemma" and described[entry] == "gelu"):
+    if stated in (None, *names) or (kind == "gemma" and stated == "gelu"):
         return []
-    return [Disagreement(entry, described[entry], names[0] if names else config.mlp_class_name)]
+    return [Disagreement(entry, stated, names[0] if names else config.mlp_class_name)]
 
 
 def _window(config: Config, described: dict[str, Any]) -> Found:
@@ -165,7 +252,7 @@ def _window(config: Config, described: dict[str, Any]) -> Found:
             return []
     if described.get("model_type") == "phi3" and window is not None and own is not None and abs(window - own) <= 1:
         return []
-    if window is None and "sliding_window" not in described:
+    if window is None and described.get("model_type") not in KNOWN and "sliding_window" not in described:
         # its class may have a default
         return []
     return [Disagreement("sliding_window", window, own)]
@@ -177,6 +264,9 @@ def _layer_types(config: Config, described: dict[str, Any]) -> Found:
     if config.sliding_window_size is None or not config.sliding_window_indices:
         return []
     own = [bool(index) for index in config.sliding_window_indices[: config.n_layer]]
+    if config.rope_indices is not None and [bool(index) for index in config.rope_indices[: config.n_layer]] != own:
+        # of LitGPT's two kinds of positions one is of the layers with a window
+        return [Disagreement("layer_types", types or pattern, f"rope_indices: {config.rope_indices}")]
     if types is not None:
         if [kind == "sliding_attention" for kind in types] == own:
             return []
@@ -236,6 +326,8 @@ def _own_scaling(config: Config) -> dict[str, Any]:
     if "original_max_seq_len" in own:
         own["original_max_position_embeddings"] = own.pop("original_max_seq_len")
     kind = "llama3" if "low_freq_factor" in own else "yarn"
+    if config.rope_condense_ratio != 1:
+        own["rope_condense_ratio"] = config.rope_condense_ratio
     return _scaling({"type": kind, **own})
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from litgpt_akl.files.changed_files import watch
 from litgpt_akl.files.reading import explain_damage, plain_names, read_json
 from litgpt_akl.messages import UserError, reason
-from litgpt_akl.models.config_agreement import check_agreement
+from litgpt_akl.models.config_agreement import GEMMAS, check_agreement
 from litgpt_akl.models.model_files import describe_weights, read_hf_config, read_tokenizer, write_json
 
 SIZES = {
@@ -64,6 +64,8 @@ def make_hf_config(checkpoint_dir: Path, config: Config, tied: bool, dtype: torc
                 f"{path} does not say what the model is: it lacks {entry}. Copy the original model's to there."
             )
     check_agreement(checkpoint_dir, config, hf_config)
+    if hf_config["model_type"] in GEMMAS:
+        hf_config["rms_norm_eps"] = config.norm_eps
     for entry in NOT_OF_THE_MODEL:
         hf_config.pop(entry, None)
     if not hf_config.keys() & {"dtype", "torch_dtype"}:

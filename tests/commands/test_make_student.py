@@ -34,7 +34,9 @@ def write_gemma_teacher(directory: Path) -> None:
     directory.mkdir()
     save_config(config, directory)
     torch.save(GPT(config).state_dict(), directory / "lit_model.pth")
-    hf_config = {"model_type": "gemma3", "text_config": {"num_hidden_layers": 6, "sliding_window_pattern": 6}}
+    text_config = {"num_hidden_layers": 6, "num_attention_heads": 2, "head_dim": 16, "sliding_window_pattern": 6}
+    text_config |= {"sliding_window": config.sliding_window_size, "rope_scaling": None}
+    hf_config = {"model_type": "gemma3", "text_config": text_config}
     (directory / "config.json").write_text(json.dumps(hf_config))
     FastTokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "GemmaTokenizer"}')
