@@ -13,7 +13,7 @@ from litgpt_akl.data.litgpt_modules import SFTSettings, open_module
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.pair import token_map
+from litgpt_akl.models.tokenizer import token_map
 
 
 def prepare_datasets(

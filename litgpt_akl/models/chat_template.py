@@ -329,24 +329,36 @@ def named_templates(checkpoint_dir: Path) -> dict[str, tuple[Path, str]]:
     Raises:
         UserError: a file with a template is empty or damaged.
     """
+    found = _templates_in_config(checkpoint_dir)
+    for path in sorted((checkpoint_dir / "additional_chat_templates").glob("*.jinja")):
+        found[path.stem] = path, _read_jinja(path)
+    for each in default_templates(checkpoint_dir):
+        found[DEFAULT] = each
+    return found
+
+
+def default_templates(checkpoint_dir: Path) -> list[tuple[Path, str]]:
+    """File and text of each template that is taken without being chosen, the one that counts last; raises as above."""
+    found = [*filter(None, [_templates_in_config(checkpoint_dir).get(DEFAULT)])]
+    if (path := checkpoint_dir / "chat_template.json").is_file():
+        template = _read_json(path).get("chat_template")
+        with explain_damage(path, "a file with a chat template"):
+            if not isinstance(template, str):
+                raise TypeError(f"chat_template is {template!r}")
+        found.append((path, template))
+    if (path := checkpoint_dir / "chat_template.jinja").is_file():
+        found.append((path, _read_jinja(path)))
+    return found
+
+
+def _templates_in_config(checkpoint_dir: Path) -> dict[str, tuple[Path, str]]:
     path = checkpoint_dir / "tokenizer_config.json"
     entry = _read_json(path).get("chat_template")
     with explain_damage(path, "a file with chat templates"):
         templates = {each["name"]: each["template"] for each in entry} if isinstance(entry, list) else {DEFAULT: entry}
         if not all(isinstance(template, (str, type(None))) for template in templates.values()):
             raise TypeError(f"chat_template is {entry!r}")
-    found = {name: (path, template) for name, template in templates.items() if template}
-    if (path := checkpoint_dir / "chat_template.json").is_file():
-        template = _read_json(path).get("chat_template")
-        with explain_damage(path, "a file with a chat template"):
-            if not isinstance(template, str):
-                raise TypeError(f"chat_template is {template!r}")
-        found[DEFAULT] = path, template
-    for path in sorted((checkpoint_dir / "additional_chat_templates").glob("*.jinja")):
-        found[path.stem] = path, _read_jinja(path)
-    if (path := checkpoint_dir / "chat_template.jinja").is_file():
-        found[DEFAULT] = path, _read_jinja(path)
-    return found
+    return {name: (path, template) for name, template in templates.items() if template}
 
 
 def _read_jinja(path: Path) -> str:

@@ -134,6 +134,8 @@ INDEX = "model.safetensors.index.json"
 """Says which tensor is in which of several files."""
 WHOLE = "model.safetensors"
 """Holds all of them, if there is no index."""
+HEADS = ("lm_head.weight", "embed_out.weight")
+"""Hugging Face's names of an LM head."""
 OTHER_FORMATS = ("consolidated", "adapter_")
 """How names of files begin in which tensors have other names, or are of a LoRA adapter alone."""
 

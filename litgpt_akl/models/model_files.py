@@ -17,6 +17,7 @@ from litgpt.utils import fix_and_load_json
 
 from litgpt_akl.files.reading import explain_damage, read_json, read_yaml
 from litgpt_akl.messages import UserError
+from litgpt_akl.models.token_agreement import check_one_template, check_tokens
 from litgpt_akl.models.tokenizer import OneBosTokenizer, bos_rules, remove_limits, write_bos_rule
 
 HF_FILES = (
@@ -76,7 +77,7 @@ def check_model_files(directory: Path) -> None:
     """See that what lies beside a model's weights can be read, as far as it is there: much of it is only copied later.
 
     Raises:
-        UserError: a file cannot be; the message names it.
+        UserError: a file cannot be, or two have different chat templates; the message names them.
     """
     for path in files_beside_weights(directory):
         name = path.name
@@ -93,6 +94,7 @@ def check_model_files(directory: Path) -> None:
         elif path.suffix in (".txt", ".jinja"):
             with explain_damage(path, "text"):
                 path.read_text(encoding="utf-8")
+    check_one_template(directory)
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -109,12 +111,14 @@ def read_tokenizer(directory: Path) -> OneBosTokenizer:
     """LitGPT's tokenizer of a checkpoint, under which no text gets a second BOS token.
 
     Raises:
-        UserError: it cannot be read, or names tokens that it does not have.
+        UserError: it cannot be read, or a file names tokens that it does not have.
     """
     names = ("tokenizer.json", "tokenizer.model")
     vocabulary = next((directory / name for name in names if (directory / name).is_file()), directory)
     with explain_damage(vocabulary, "a tokenizer with the tokens of tokenizer_config.json"):
-        return OneBosTokenizer(directory)
+        tokenizer = OneBosTokenizer(directory)
+    check_tokens(directory, tokenizer)
+    return tokenizer
 
 
 def copy_model_files(source_dir: Path, out_dir: Path, style: PromptStyle | None = None) -> None:

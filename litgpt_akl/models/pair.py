@@ -12,6 +12,7 @@ from litgpt_akl.files.changed_files import WAY_OUT, Stamp, check_unchanged, stam
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.chat_template import named_templates
 from litgpt_akl.models.model_files import ModelFiles, read_model_files, read_tokenizer
+from litgpt_akl.models.tokenizer import token_map
 from litgpt_akl.models.weights import find_checkpoint_dir, is_said_to_be_tied, model_paths, read_config
 
 
@@ -89,14 +90,6 @@ def check_pair(
             )
     notes = (*notes, *_compare_ends(tokenizer, teacher_tokenizer, directories))
     return Pair(*directories.values(), *configs.values(), tokenizer, vocab_size, student_files, stamps, notes)
-
-
-def token_map(tokenizer: Tokenizer) -> dict[int, str]:
-    """Token by id, special and added tokens included."""
-    processor = tokenizer.processor
-    if tokenizer.backend == "huggingface":
-        return {id: token for token, id in processor.get_vocab(with_added_tokens=True).items()}
-    return {id: processor.id_to_piece(id) for id in range(processor.vocab_size())}
 
 
 def _added_ids(tokenizer: Tokenizer) -> set[int]:

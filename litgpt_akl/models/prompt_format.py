@@ -14,7 +14,7 @@ from litgpt_akl.files.reading import read_json
 from litgpt_akl.models.chat_template import ChatTemplate
 from litgpt_akl.models.model_files import write_json
 from litgpt_akl.models.template_style import TemplateStyle, save_style
-from litgpt_akl.models.tokenizer import as_list, bos_text, read_generation_config
+from litgpt_akl.models.tokenizer import bos_text, generation_ends, read_generation_config
 
 PROBES = ("probe", "Who is\nit?", " {{ Who }}  </think>\n\nis it?\n")
 ASKED_ONCE = [{"role": "user", "content": PROBES[0]}]
@@ -48,12 +48,11 @@ class PromptFormat:
             write_json(directory / "tokenizer_config.json", tokenizer_config)
             (directory / "chat_template.json").unlink(missing_ok=True)
             (directory / TEMPLATE).write_text(self.template, encoding="utf-8")
-        path = directory / "generation_config.json"
-        if self.end_ids and path.is_file():
-            generation_config = read_generation_config(directory)
-            known = as_list(generation_config.get("eos_token_id"))
-            if missing := [id for id in self.end_ids if id not in known]:
-                write_json(path, {**generation_config, "eos_token_id": [*known, *missing]})
+        known = generation_ends(directory)
+        if missing := [id for id in self.end_ids if id not in known]:
+            # without this file Transformers stops at config.json's
+            generation_config = {**read_generation_config(directory), "eos_token_id": [*known, *missing]}
+            write_json(directory / "generation_config.json", generation_config)
 
 
 class Learnt(NamedTuple):

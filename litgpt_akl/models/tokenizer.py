@@ -36,8 +36,7 @@ class OneBosTokenizer(Tokenizer):
                 raise
         ends = as_list(self.eos_id)
         self.eos_id = ends[0] if ends else None
-        generated = read_generation_config(checkpoint_dir).get("eos_token_id")
-        self.end_ids = tuple(dict.fromkeys((*ends, *as_list(generated))))
+        self.end_ids = tuple(dict.fromkeys((*ends, *generation_ends(checkpoint_dir))))
         """Each of which ends a text: tokenizer_config.json's EOS token first, then those of generation_config.json."""
         if self.backend == "huggingface":
             self.processor.no_truncation()
@@ -74,6 +73,14 @@ class OneBosTokenizer(Tokenizer):
         return ids[:max_length] if max_length > 0 else ids
 
 
+def token_map(tokenizer: Tokenizer) -> dict[int, str]:
+    """Token by id, special and added tokens included."""
+    processor = tokenizer.processor
+    if tokenizer.backend == "huggingface":
+        return {id: token for token, id in processor.get_vocab(with_added_tokens=True).items()}
+    return {id: processor.id_to_piece(id) for id in range(processor.vocab_size())}
+
+
 def as_list(entry: int | list[int] | None) -> list[int]:
     """The ids of an entry of generation_config.json, which may be one, several or none."""
     return [] if entry is None else entry if isinstance(entry, list) else [entry]
@@ -84,6 +91,14 @@ def read_generation_config(checkpoint_dir: Path) -> dict[str, Any]:
     path = checkpoint_dir / "generation_config.json"
     # some publishers' have commas too many, which LitGPT forgives
     return fix_and_load_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def generation_ends(checkpoint_dir: Path) -> list[int]:
+    """The ids at which Transformers stops: those of generation_config.json, or of config.json if there is none."""
+    for name in ("generation_config.json", "config.json"):
+        if (path := checkpoint_dir / name).is_file():
+            return as_list(fix_and_load_json(path.read_text(encoding="utf-8")).get("eos_token_id"))
+    return []
 
 
 def bos_text(tokenizer: Tokenizer) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from litgpt_akl.files.reading import explain_damage, read_json
 from litgpt_akl.models.model_files import read_tokenizer
-from litgpt_akl.models.pair import token_map
+from litgpt_akl.models.tokenizer import token_map
 from litgpt_akl.models.weights import read_config
 
 PADDED = ("lm_head.weight", "lm_head.bias", "transformer.wte.weight")

@@ -189,6 +189,12 @@ def _check_own_checksums(stamp: Stamp) -> None:
 def _open_hf_weights(checkpoint_dir: Path, config: Config) -> dict[str, Tensor]:
     way_out = f"Download them again, or convert them: litgpt convert_to_litgpt {checkpoint_dir}"
     found = hf_weights.read(checkpoint_dir, way_out)
+    if is_said_to_be_tied(checkpoint_dir) is False and not any(name.endswith(hf_weights.HEADS) for name in found):
+        # LitGPT would take the embeddings in its place
+        raise UserError(
+            f"The safetensors files of {checkpoint_dir} have no LM head ({hf_weights.HEADS[0]}), and its config.json"
+            f" says tie_word_embeddings: false.\n{way_out}"
+        )
     with explain_damage(checkpoint_dir, f"{config.name} in safetensors files", way_out):
         weights = hf_weights.translate(config, found)
     _check_fit(weights, config, checkpoint_dir)

@@ -19,7 +19,8 @@ from litgpt_akl.data.steps import StepSampler
 from litgpt_akl.files.directories import explain_failure, write_file
 from litgpt_akl.files.reading import with_checksum, without_checksum
 from litgpt_akl.messages import UserError, reason
-from litgpt_akl.models.pair import Pair, token_map
+from litgpt_akl.models.pair import Pair
+from litgpt_akl.models.tokenizer import token_map
 from litgpt_akl.models.weights import fingerprint, weights_files
 
 IDENTITY = "cache.json"

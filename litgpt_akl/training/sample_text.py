@@ -9,7 +9,7 @@ from torch import Tensor
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import tell
-from litgpt_akl.models.pair import token_map
+from litgpt_akl.models.tokenizer import token_map
 
 OPEN, CLOSE = "⟦", "⟧"
 """What marks that which counts in the loss."""
