@@ -9,18 +9,16 @@ import datasets
 import materials
 import pytest
 import torch
-from helpers import fresh
+from helpers import drawing, fresh
 from helpers.runs import short_data
 from litgpt.data import JSON
-
-from litgpt_akl.training import main, reporting
 
 # the models here are so small that handing work to a second thread costs more than it saves
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-DRAW = reporting.refresh_page
-"""Takes a third of a short run's time."""
+LONG = {"training", "system", "teacher", "cli", "memory"}
+"""Folders whose files take most of the time."""
 LEFT_OUT = pytest.StashKey[int]()
 """Tests that this session leaves for ``--all``."""
 
@@ -31,11 +29,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[LEFT_OUT] = 0
+    drawing.each = config.option.all
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # with the longest files at the end one of two processes would wait for the other
-    items.sort(key=lambda item: not {"training", "system"} & set(item.path.parts))
+    items.sort(key=lambda item: not LONG & set(item.path.parts))
     if config.option.all:
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
@@ -54,13 +53,7 @@ def pytest_collection_finish() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     # before fixtures of any scope, whose runs belong to the tests that first ask for them
-    drawn = item.config.option.all or item.get_closest_marker("page") is not None
-    for module in (main, reporting):
-        module.refresh_page = DRAW if drawn else leave_undrawn
-
-
-def leave_undrawn(*_: object) -> None:
-    """Stands for the drawing of a run's page in the default set, where a test does not look at the page."""
+    drawing.draw_pages(item.get_closest_marker("page") is not None)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -16,6 +16,7 @@ import zstandard
 from litgpt.data import JSON, LitData
 from litgpt.prompts import Default, save_prompt_style
 
+from helpers.drawing import pages
 from helpers.runs import distil
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.export_hf import export_hf
@@ -41,10 +42,12 @@ def records() -> JSON:
 
 
 def train(out: Path, data=None, teacher: str = "teacher", **changes) -> None:
-    """One step from the student, without a look at the validation data."""
+    """One step from the student, without a look at the validation data, and without a page in the default set."""
+    shows = changes.get("eval") is SHOWING
     quiet = {"initial_validation": False, "final_validation": False} | changes.pop("eval", {})
     steps = {"max_steps": 1, "global_batch_size": 2, "micro_batch_size": 2} | changes.pop("train", {})
-    distil(Path("student"), Path(teacher), data or records(), out, train=steps, eval=quiet, **changes)
+    with pages(drawn=shows):
+        distil(Path("student"), Path(teacher), data or records(), out, train=steps, eval=quiet, **changes)
 
 
 def train_by_hf(out: Path) -> None:
@@ -110,7 +113,8 @@ def distil_cached(out: Path, mode: str, directory: str = "cache") -> None:
     options = TeacherArgs(cache_dir=directory, cache_mode=mode)
     quiet = {"initial_validation": False, "final_validation": False}
     steps = {"max_steps": 3, "global_batch_size": 4, "micro_batch_size": 2}
-    distil(Path("student"), Path("teacher"), records(), out, train=steps, eval=quiet, teacher=options)
+    with pages(drawn=False):
+        distil(Path("student"), Path("teacher"), records(), out, train=steps, eval=quiet, teacher=options)
 
 
 def resume(run: str, **changes) -> Command:
