@@ -28,6 +28,9 @@ HF_FILES = (
 
 COPIED_FILES = ("config.json", "model_config.yaml", "prompt_style.yaml", *HF_FILES)
 
+AS_IN_JSON = "PreTrainedTokenizerFast"
+"""Transformers' class that divides texts as tokenizer.json says."""
+
 
 @dataclass(frozen=True)
 class ModelFiles:
@@ -116,7 +119,13 @@ def read_tokenizer(directory: Path) -> OneBosTokenizer:
     names = ("tokenizer.json", "tokenizer.model")
     vocabulary = next((directory / name for name in names if (directory / name).is_file()), directory)
     with explain_damage(vocabulary, "a tokenizer with the tokens of tokenizer_config.json"):
-        tokenizer = OneBosTokenizer(directory)
+        try:
+            tokenizer = OneBosTokenizer(directory)
+        except ImportError as error:
+            raise UserError(
+                f"{vocabulary} is read by {error.name}, which is not installed, and there is no tokenizer.json.\n"
+                f"Install it (pip install {error.name}), or put the model's tokenizer.json there."
+            ) from error
     check_tokens(directory, tokenizer)
     return tokenizer
 
@@ -163,11 +172,15 @@ def copy_hf_files(
         rules = bos_rules(source_dir, style, for_transformers)
     tokenizer_config["add_bos_token"] = rules.add_bos_token
     # LitGPT opens no tokenizer that lacks it, and only decodes by it
-    tokenizer_config["tokenizer_class"] = tokenizer_config.get("tokenizer_class") or "PreTrainedTokenizerFast"
+    tokenizer_config["tokenizer_class"] = tokenizer_config.get("tokenizer_class") or AS_IN_JSON
+    has_json = (source_dir / "tokenizer.json").is_file()
+    if for_transformers and has_json and tokenizer_config["tokenizer_class"] != AS_IN_JSON:
+        # a class of its own may make another tokenizer of the same tokens, as Transformers 5 does of Llama 2's
+        tokenizer_config = {"clean_up_tokenization_spaces": False, **tokenizer_config, "tokenizer_class": AS_IN_JSON}
     write_json(out_dir / "tokenizer_config.json", tokenizer_config)
     if rules.changes_json:
         write_bos_rule(out_dir / "tokenizer.json", rules)
-    if (out_dir / "tokenizer.json").is_file():
+    if has_json:
         remove_limits(out_dir / "tokenizer.json")
     return rules.add_bos_token
 

@@ -103,7 +103,7 @@ MIXTRAL = """{{- bos_token }}{%- for m in messages %}
 {%- else %}{{- ' ' + m.content + eos_token }}{%- endif %}{%- endfor %}"""
 
 CHATML_MARKS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>")
-GEMMA_ENTRIES = {"add_bos_token": True}
+GEMMA_ENTRIES = {"add_bos_token": True, "tokenizer_class": "GemmaTokenizer"}
 ONE_OF_GEMMA = {
     "end": "<end_of_turn>",
     "eos": "<eos>",
@@ -155,7 +155,13 @@ CHATS: dict[str, Chat] = {
     "falcon-7b": Chat(FALCON, "<|endoftext|>", "<|endoftext|>"),
     "Qwen3-30B-A3B": Chat(QWEN_3, "<|im_end|>", "<|im_end|>", marks=CHATML_MARKS, keywords={"enable_thinking": False}),
     "Mixtral-8x7B-v0.1": Chat(
-        MIXTRAL, "</s>", "</s>", "<s>", kind=PREPENDED, adds_bos=True, config={"add_bos_token": True}
+        MIXTRAL,
+        end="</s>",
+        eos="</s>",
+        bos="<s>",
+        kind=PREPENDED,
+        adds_bos=True,
+        config={"add_bos_token": True, "tokenizer_class": "LlamaTokenizer"},
     ),
 }
 """By the names of FAMILIES."""

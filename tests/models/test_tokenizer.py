@@ -1,6 +1,7 @@
 """A text has the ids of training in every folder that is written, for LitGPT and for Transformers: one BOS token."""
 
 import json
+import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,18 +13,31 @@ from helpers.encoding_cases import Case as Template
 from helpers.encoding_cases import write_tokenizer as write_tokenizer_files
 from litgpt.config import Config
 from litgpt.model import GPT
-from litgpt.prompts import Alpaca, Default, Gemma, Llama3, OLMo, PromptStyle, Qwen2_5, SmolLM2, save_prompt_style
+from litgpt.prompts import (
+    Alpaca,
+    CodeLlama,
+    Default,
+    Gemma,
+    Llama3,
+    OLMo,
+    Phi3,
+    PromptStyle,
+    Qwen2_5,
+    SmolLM2,
+    save_prompt_style,
+)
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import save_config
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from litgpt_akl.commands.export_hf import export_hf
 from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.data.encoding import Encoder
+from litgpt_akl.messages import UserError
 from litgpt_akl.models.chat_template import ChatTemplate
-from litgpt_akl.models.model_files import copy_model_files
+from litgpt_akl.models.model_files import copy_model_files, read_tokenizer
 from litgpt_akl.models.tokenizer import OneBosTokenizer
 
 QUESTIONS = ("Who stole the tarts?", " 2 + 2 =\n", "", "Say <s> and <|im_start|> twice")
@@ -42,6 +56,7 @@ class Kind:
     """Does tokenizer.json put BOS before every text?"""
     config: dict = field(default_factory=dict)
     """Entries of tokenizer_config.json"""
+    tokenizer: str = "byte-level"
     named: bool = False
     """Does LitGPT know the style by the model's name? Otherwise prompt_style.yaml has it."""
 
@@ -61,25 +76,40 @@ KINDS = {
     "Llama 2": Kind("llama", Alpaca(), NO_TEMPLATE, "<s>", True, {"tokenizer_class": "LlamaTokenizer"}),
     "OLMo": Kind("olmo", OLMo(), "{{ bos_token }}" + CHATML, "<|endoftext|>", config={"add_bos_token": False}),
     "Qwen": Kind("qwen", Qwen2_5(), CHATML, None, config={"add_bos_token": False}),
+    "Llama 2, spaces": Kind(
+        "llama", Alpaca(), NO_TEMPLATE, "<s>", True, {"tokenizer_class": "LlamaTokenizer"}, "prepended space"
+    ),
+    "Mistral, spaces": Kind(
+        "mistral",
+        CodeLlama(),
+        CASES["llama-2"].source,
+        "<s>",
+        True,
+        {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True},
+        "prepended space",
+    ),
+    "Gemma, one space": Kind("gemma", Gemma(), GEMMA, "<s>", True, {"add_bos_token": True}, "Metaspace"),
+    "Phi 3, spaces": Kind("phi", Phi3(), CHATML, "<s>", False, {"add_bos_token": False}, "prepended space"),
     "told not to": Kind("neutral", Default(), NO_TEMPLATE, "<s>", True, {"add_bos_token": False}),
 }
 
 
 @cache
-def trained_tokenizer() -> str:
-    tokenizer = train_tokenizer("byte-level")
+def trained_tokenizer(kind: str) -> str:
+    tokenizer = train_tokenizer(kind)
     tokenizer.add_special_tokens(["<|begin_of_text|>"])
     return tokenizer.to_str()
 
 
 def write_model(kind: Kind, directory: Path) -> None:
-    tokenizer = FastTokenizer.from_str(trained_tokenizer())
+    tokenizer = FastTokenizer.from_str(trained_tokenizer(kind.tokenizer))
     if kind.adds_bos:
         bos = (kind.bos, tokenizer.token_to_id(kind.bos))
         template = processors.TemplateProcessing(
             single=f"{kind.bos} $A", pair=f"{kind.bos} $A $B", special_tokens=[bos]
         )
-        tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, template])
+        before = [] if tokenizer.post_processor is None else [tokenizer.post_processor]
+        tokenizer.post_processor = processors.Sequence([*before, template])
     case = Template(kind.template, "", eos_token="<|im_end|>", bos_token=kind.bos)
     write_tokenizer_files(directory, tokenizer, case, **kind.config)
     small = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_query_groups": 1, "intermediate_size": 16}
@@ -132,7 +162,8 @@ def prompts(kind: Kind) -> list[str]:
 
 @cache
 def transformers_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast.from_pretrained(path)
+    # an export is to be read without being told how; what is LitGPT's may name a class that reads other files
+    return (AutoTokenizer if path.name.endswith("-hf") else PreTrainedTokenizerFast).from_pretrained(path)
 
 
 def test_no_prompt_has_two(kind, folders):
@@ -280,3 +311,11 @@ def test_all_ids_that_end_texts_are_known(tmp_path):
     (directory / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
     tokenizer = OneBosTokenizer(directory)
     assert (tokenizer.eos_id, tokenizer.end_ids) == (7, (7, 9))
+
+
+def test_a_tokenizer_model_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    (tmp_path / "tokenizer.model").write_bytes(b"model")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(UserError, match="is read by sentencepiece, .*\nInstall it .pip install sentencep"):
+        read_tokenizer(tmp_path)

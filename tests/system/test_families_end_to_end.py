@@ -26,7 +26,8 @@ from litgpt_akl.models.weights import read_config
 from litgpt_akl.training import main as run_module
 
 CASES = [(name, tied) for name in CHATS for tied in (False, True)]
-FEW = [("Llama-3.2-1B", False), ("Gemma-2b", True), ("phi-2", True), ("Qwen3-30B-A3B", False)]
+FEW = ["Llama-3.2-1B", "Gemma-2b", "phi-2", "Mixtral-8x7B-v0.1", "Qwen3-30B-A3B"]
+FEW = [(name, number % 2 == 1) for number, name in enumerate(FEW)]
 
 
 @dataclass
@@ -145,7 +146,9 @@ def test_a_student_is_asked_and_stops_as_it_was_trained(tmp_path, capsys, name, 
     asked, stops, _ = ask_litgpt(trained.final, capsys)
     assert asked == trained.prompt
     assert ask_transformers(trained.exported) == trained.prompt
-    assert ask_transformers(trained.final) == trained.prompt
+    if "tokenizer_class" not in trained.chat.config:
+        # LitGPT decodes by the class, which Transformers may take for another tokenizer
+        assert ask_transformers(trained.final) == trained.prompt
     # and know the labels' end
     assert [end] in trained.stop
     assert [end] in [*stops]
