@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ from helpers.generation import slow_answer
 from helpers.ranks import in_processes
 from helpers.runs import FEW, alice, evaluate
 from litgpt.args import TrainArgs
+from litgpt.config import Config
 from litgpt.data import JSON
 from litgpt.prompts import Default
 from litgpt.tokenizer import Tokenizer
+from litgpt.utils import save_config
 from rouge_score.rouge_scorer import RougeScorer
 
 from litgpt_akl.commands.evaluate_akl import evaluate_akl, table
@@ -207,6 +211,20 @@ def test_without_answers(teacher_dir, student_dir, alice_json, tmp_path):
     found = evaluate(student_dir, teacher_dir, data, tmp_path, generation=GenerationArgs(seeds=[]))
     assert "rouge_l" not in found["student"] and found["data"]["prompts"] == 0
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_prompts_that_a_model_cannot_answer_are_left_out_and_counted(student_dir, teacher_dir, tmp_path, capsys):
+    """LitGPT answers no prompt that is longer than a sliding window."""
+    student = shutil.copytree(student_dir, tmp_path / "student")
+    (student / "config.json").unlink()
+    config = Config.from_file(student / "model_config.yaml")
+    save_config(replace(config, sliding_window_size=16, sliding_window_indices=[1, 0]), student)
+    records = [("Who was it?", "Alice"), ("Who was it then, and who was it before, and who not?", "The Queen")]
+    data = write_records(tmp_path, records)
+    found = evaluate(student, teacher_dir, data, tmp_path / "out")
+    assert "1 of 2 prompts are left out of the answers: they are longer than the 16 tokens" in capsys.readouterr().out
+    assert found["data"]["prompts"] == 1 and found["data"]["records"] == 2
+    assert [line["number"] for line in answers_in(tmp_path / "out")] == [0]
 
 
 def test_the_training_records_can_be_asked_for(student_dir, teacher_dir, tmp_path):

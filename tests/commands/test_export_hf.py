@@ -149,6 +149,23 @@ def test_greedy_answer_is_that_of_litgpt(case, source, exported):
         assert torch.equal(answer.view(1, -1), ids[:, start.size(1) :])
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
+        {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}},
+        {"_name_or_path": "/home/somebody/model", "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}},
+    ],
+)
+def test_what_config_json_says_of_other_files_does_not_travel(untied_student_dir, tmp_path, left):
+    source, exported = shutil.copytree(untied_student_dir, tmp_path / "source"), tmp_path / "exported"
+    edit_json(source / "config.json", **left)
+    export_hf(source, exported)
+    assert not left.keys() & read_json(exported / "config.json").keys()
+    assert difference(source, exported) < 1e-4
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", with_all_slow_but(("Llama-3.2-1B", "Gemma-3-1b-it", "Qwen3-30B-A3B"), FAMILIES))
 def test_every_family_has_litgpts_logits(name, tied, tmp_path, capsys):

@@ -76,6 +76,12 @@ def test_a_record_without_its_fields_is_named(tmp_path, teacher_dir, name, line)
         splits(write(tmp_path / name, rows), teacher_dir)
 
 
+def test_a_chat_is_sent_to_the_module_that_reads_chats(tmp_path, teacher_dir):
+    chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Alice."}]
+    with pytest.raises(UserError, match="is a chat, which this data module does not read.\nUse --data StreamingSFT"):
+        splits(write(tmp_path / "data.json", [{"messages": chat}] * 8), teacher_dir)
+
+
 def test_a_response_that_truncation_removes_is_named(tmp_path, teacher_dir):
     rows = records(8)
     rows[5]["instruction"] = "say it " * 40

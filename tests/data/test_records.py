@@ -14,6 +14,9 @@ import time
 import tracemalloc
 import zipfile
 from collections.abc import Iterator
+from datetime import date, datetime, timedelta, timezone
+from datetime import time as time_of_day
+from decimal import Decimal
 from pathlib import Path
 
 import fsspec
@@ -22,11 +25,13 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
+from litgpt.prompts import Default
 
-from litgpt_akl.data import files, records
+from litgpt_akl.data import StreamingSFT, files, records
 from litgpt_akl.data.files import find_files, identify
 from litgpt_akl.data.records import place, read
 from litgpt_akl.messages import UserError
+from litgpt_akl.models.model_files import read_tokenizer
 
 RECORDS = [
     {"instruction": "Say hello.", "input": "", "output": "Hello!"},
@@ -312,6 +317,34 @@ def test_parquet(tmp_path: Path) -> None:
     for data in (b"", b"text", whole[:-100], whole[:middle] + bytes(1000) + whole[middle + 1000 :]):
         with pytest.raises(UserError, match=r"a\.parquet cannot be read: \w+"):
             values_of(write(tmp_path / "a.parquet", data))
+
+
+EXTRA_COLUMNS = {
+    "timestamp": datetime(2024, 1, 2, tzinfo=timezone.utc),
+    "date": date(2024, 1, 2),
+    "time": time_of_day(12, 30),
+    "duration": timedelta(days=1),
+    "bytes": b"\x89PNG",
+    "decimal": Decimal("1.5"),
+    "nested": {"a": [{"when": datetime(2024, 1, 2), "image": {"bytes": b"\xff"}}]},
+    "not a number": float("nan"),
+}
+
+
+@pytest.mark.parametrize("name", EXTRA_COLUMNS)
+def test_a_parquet_column_that_nobody_reads_does_not_matter(tmp_path: Path, teacher_dir: Path, name: str) -> None:
+    rows = [{"instruction": f"Join {word}", "output": word} for word in ("river", "lamp", "stone")]
+    plain, extra = tmp_path / "plain.parquet", tmp_path / "extra.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), plain)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, name: EXTRA_COLUMNS[name]} for row in rows]), extra)
+    read_samples = []
+    for path in (plain, extra):
+        options = {"num_workers": 0, "num_proc": 1, "val_split_fraction": 0.0, "cache_dir": tmp_path / "cache"}
+        data = StreamingSFT(str(path), prompt_style=Default(), **options)
+        data.connect(read_tokenizer(teacher_dir))
+        dataset = data.prepare(teacher_dir, 128)[0]
+        read_samples.append([sample["input_ids"].tolist() for sample in dataset.read(range(3))])
+    assert read_samples[0] == read_samples[1]
 
 
 NESTED = {"text": '[1, {"a": "]"}, ', "deep": [[[{}, []], {"": [{"x": [None, True, -0.5, 1e300, "\\"]}]}]]}
