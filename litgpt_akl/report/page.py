@@ -68,6 +68,7 @@ def make_page(runs: Sequence[Shown]) -> str:
         panels=panels,
         distributions=distributions,
         answers=_answers(runs),
+        samples=_samples(runs),
         notes=_notes(runs),
         # within a script only these end it, or its JSON
         figures=[json.dumps(item).replace("<", "\\u003c") for item in figures],
@@ -173,6 +174,21 @@ def _answers(runs: Sequence[Shown]) -> list[dict[str, Any]]:
         of_all = [(key, snapshot) for key, snapshot in snapshots if prompt in snapshot["prompts"]]
         answers += [(key.label, of["answers"][of["prompts"].index(prompt)]) for key, of in of_all]
         shown.append({"prompt": prompt, "answers": answers})
+    return shown
+
+
+def _samples(runs: Sequence[Shown]) -> list[dict[str, Any]]:
+    """The first training sample of each run, and the names of the runs that share it."""
+    shown: list[dict[str, Any]] = []
+    for run in runs:
+        sample = run.examples["latest"].get("sample") if run.examples else None
+        if sample is None:
+            continue
+        same = next((other for other in shown if other["sample"] == sample), None)
+        if same is None:
+            shown.append({"names": [run.history.name], "sample": sample})
+        else:
+            same["names"].append(run.history.name)
     return shown
 
 

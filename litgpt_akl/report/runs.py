@@ -80,6 +80,12 @@ def _check_snapshot(snapshot: dict[str, Any]) -> None:
     _expect(list, [snapshot["positions"]])
     for position in snapshot["positions"]:
         _check_position(position)
+    # earlier versions kept none
+    if (sample := snapshot.get("sample")) is not None:
+        _expect(str, [sample[name] for name in ("texts", "labels", "place")])
+        for counts, text in sample["parts"]:
+            _expect(bool, [counts])
+            _expect(str, [text])
 
 
 def _check_position(position: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from litgpt_akl.report.runs import take_examples, write_examples
 from litgpt_akl.teacher.teacher import HeadOnly
 from litgpt_akl.training.logging import flushed_metrics
 from litgpt_akl.training.run import Run
-from litgpt_akl.training.sample_text import tell_what_is_learnt
+from litgpt_akl.training.sample_text import describe_sample, tell_what_is_learnt
 from litgpt_akl.training.validation import validate
 
 RECORDS = 3
@@ -64,7 +64,8 @@ def announce(fabric: L.Fabric, run: Run, state: dict) -> None:
     for name, dataset in (("Training", state["dataset"]), ("Validation", validation)):
         fabric.print(f"{name}: {len(dataset):,} samples, {dataset.tokens:,} tokens")
     if fabric.is_global_zero:
-        tell_what_is_learnt(run.data, state["dataset"], run.pair.tokenizer, run.stop)
+        state["sample"] = describe_sample(run.data, state["dataset"], run.pair.tokenizer, run.stop)
+        tell_what_is_learnt(state["sample"])
     if len(validation) == 0:
         fabric.print("There are no validation samples: validation is off.")
     kind = fabric.device.type
@@ -156,6 +157,7 @@ def keep_examples(fabric: L.Fabric, run: Run, state: dict, complain: Callable[[s
     records = run.validation_records(dataset)[:RECORDS]
     latest = {"step": state["step_count"], **_responses(fabric, run, state, dataset.read(records), before)}
     latest["positions"] = _positions(fabric, run, state, records)
+    latest["sample"] = state["sample"]
     if fabric.is_global_zero:
         try:
             write_examples(run.out_dir, before["first"] if before else latest, latest)

@@ -17,12 +17,28 @@ LONGEST = 1200
 """Characters of a text that is shown."""
 
 
-def tell_what_is_learnt(data: Any, dataset: TokenizedDataset, tokenizer: Tokenizer, stop: list[list[int]]) -> None:
-    """Print what makes the texts, how much of them counts, and the first of them."""
-    tell(f"Texts: {describe_format(data, len(dataset))}")
-    tell(f"Labels: {describe_labels(dataset, tokenizer, stop)}")
-    tell(f"The first, what is learnt in {OPEN}{CLOSE} ({dataset.place(0)}):")
-    tell(indent(sample_text(dataset.read([0])[0], tokenizer), "  ", lambda line: True))
+def tell_what_is_learnt(sample: dict[str, Any]) -> None:
+    """Print what :func:`describe_sample` gives."""
+    tell(f"Texts: {sample['texts']}")
+    tell(f"Labels: {sample['labels']}")
+    tell(f"The first, what is learnt in {OPEN}{CLOSE} ({sample['place']}):")
+    text = "".join(f"{OPEN}{part}{CLOSE}" if counts else part for counts, part in sample["parts"])
+    tell(indent(text, "  ", lambda line: True))
+
+
+def describe_sample(
+    data: Any, dataset: TokenizedDataset, tokenizer: Tokenizer, stop: list[list[int]]
+) -> dict[str, Any]:
+    """What makes the texts, how much of them counts, and the first of them: ``texts``, ``labels``, ``place``, ``parts``
+
+    The parts are those of :func:`marked_parts`; all can be written as JSON.
+    """
+    return {
+        "texts": describe_format(data, len(dataset)),
+        "labels": describe_labels(dataset, tokenizer, stop),
+        "place": dataset.place(0),
+        "parts": marked_parts(dataset.read([0])[0], tokenizer),
+    }
 
 
 def describe_format(data: Any, samples: int) -> str:
@@ -44,17 +60,34 @@ def describe_labels(dataset: TokenizedDataset, tokenizer: Tokenizer, ends: list[
     return f"{share:.1%} of the tokens are learnt; a response ends with {', '.join(told)}"
 
 
-def sample_text(sample: dict[str, Tensor], tokenizer: Tokenizer) -> str:
-    """A sample's text, special tokens too, in which what counts stands between ``OPEN`` and ``CLOSE``."""
+def marked_parts(sample: dict[str, Tensor], tokenizer: Tokenizer) -> list[tuple[bool, str]]:
+    """A sample's text, special tokens too, in parts: whether each counts in the loss, and what it says.
+
+    The middle of a text of more than ``LONGEST`` characters is left out.
+    """
     parts: list[tuple[bool, list[int]]] = []
     for id, label in zip(sample["input_ids"].tolist(), sample["labels"].tolist(), strict=True):
         counts = label != IGNORE_INDEX
         if not parts or parts[-1][0] != counts:
             parts.append((counts, []))
         parts[-1][1].append(id)
-    texts = [f"{OPEN}{_decode(tokenizer, ids)}{CLOSE}" if counts else _decode(tokenizer, ids) for counts, ids in parts]
-    text = "".join(texts)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} [...] {text[-LONGEST // 2 :]}"
+    texts = [(counts, _decode(tokenizer, ids)) for counts, ids in parts]
+    left_out = sum(len(text) for _, text in texts) - LONGEST
+    if left_out <= 0:
+        return texts
+    return _without_middle(texts, LONGEST // 2, LONGEST // 2 + left_out)
+
+
+def _without_middle(parts: list[tuple[bool, str]], begin: int, end: int) -> list[tuple[bool, str]]:
+    """The same parts without the characters from ``begin`` to ``end``, in whose place stands a mark."""
+    kept, start = [], 0
+    for counts, text in parts:
+        left, right = text[: max(0, begin - start)], text[max(0, end - start) :]
+        mark = " [...] " if start <= begin < start + len(text) else ""
+        if left or mark or right:
+            kept.append((counts, left + mark + right))
+        start += len(text)
+    return kept
 
 
 def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:

@@ -196,7 +196,7 @@ def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> di
         "steps": steps,
         # how far the run has come
         **dict.fromkeys(("step_count", "epoch", "tokens", "nonfinite_in_a_row"), 0),
-        **{"last_validation": -1, "saved_student": -1, "has_examples": False},
+        **{"last_validation": -1, "saved_student": -1, "has_examples": False, "sample": None},
         **{"told_of_page": set(), "page_drawn": time.monotonic(), "metrics_marker": MetricsMarker()},
     }
     if run.lora.r is not None and weights is not None:

@@ -61,6 +61,8 @@ def made_up_examples(seed: int = 0) -> dict[str, Any]:
         }
 
     texts = [EVIL, "An instruction\n" * 10, "x" * 500]
-    snapshot = {"prompts": texts, "teacher_answers": texts, "answers": texts, "note": ""}
+    parts = [[False, f"user: {EVIL}"], [True, f"{EVIL}<end>"]]
+    sample = {"texts": EVIL, "labels": EVIL, "place": f"{EVIL}.json, line 1", "parts": parts}
+    snapshot = {"sample": sample, "prompts": texts, "teacher_answers": texts, "answers": texts, "note": ""}
     positions = [position(number) for number in range(6)]
     return {name: {"step": step, **snapshot, "positions": positions} for name, step in (("first", 0), ("latest", 9))}

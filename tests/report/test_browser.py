@@ -162,7 +162,7 @@ def test_text_is_shown_as_it_is(browser, pages):
     texts = browser.execute_script(
         "return [...document.querySelectorAll('.example pre, dd')].map((e) => e.textContent)"
     )
-    assert sum(shown in text for text in texts) == 5  # data, prompt and three answers
+    assert sum(shown in text for text in texts) == 9  # data, prompt, three answers, and the sample with what it is of
     assert browser.execute_script("return document.querySelectorAll('main b, .card b, .card i').length") == 0
     assert complaints(browser) == []
 

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 from functools import partial
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +162,19 @@ def test_examples_are_the_models_own(run, teacher_dir, student_dir, alice_json):
             assert position["head_gap"] == pytest.approx(float((p - q)[:head].abs().sum()), abs=1e-5)
             assert position["tail_gap"] == pytest.approx(float((p - q)[head:].abs().sum()), abs=1e-5)
             assert position["others"] == 1024 - TOKENS
+
+
+def test_the_first_sample_is_shown_with_its_labels_marked(run, student_dir, alice_json):
+    tokenizer, data = Tokenizer(student_dir), alice(alice_json)
+    data.connect(tokenizer=tokenizer, batch_size=1)
+    data.setup()
+    first, page = data.train_dataset[0], (run / "report.html").read_text()
+    sample = read_examples(run)["latest"]["sample"]
+    learnt = first["input_ids"][first["labels"] != -100]
+    response = tokenizer.processor.decode(learnt.tolist(), skip_special_tokens=False)
+    assert [text for counts, text in sample["parts"] if counts] == [response]
+    for shown in (f"<mark>{escape(response)}</mark>", escape(sample["place"]), escape(sample["labels"])):
+        assert shown in page
 
 
 def test_answers_are_greedy_and_the_teachers_are_asked_once(run, student_dir, teacher_dir):

@@ -361,6 +361,10 @@ OTHER_EXAMPLES = {
     "a probability in words": put_changed(*POSITION, "q", 0, value="much"),
     "a negative probability": put_changed(*POSITION, "p", 0, value=-0.5),
     "a huge gap": put_changed(*POSITION, "head_gap", value=1e300),
+    "a sample of numbers": put_changed("latest", "sample", "texts", value=3),
+    "a sample without a place": put_changed("first", "sample", "place", value=None),
+    "a part that is no pair": put_changed("latest", "sample", "parts", 0, value="text"),
+    "a mark in words": put_changed("latest", "sample", "parts", 0, 0, value="yes"),
     "a note of numbers": put_changed("latest", "note", value=[3]),
 }
 
