@@ -68,12 +68,30 @@ def read(path: str) -> Iterator[Record]:
     form, _ = file_format(path)
     if form == "parquet":
         for row, (value, size, bytes_read) in enumerate(read_rows(path, LARGEST), start=1):
-            yield Record(row, value, _too_long() if value is None else None, bytes_read, size)
+            error = _too_long() if value is None else None
+            yield Record(row, None if value is None else _without_nulls(value), error, bytes_read, size)
     elif form == "jsonl":
         yield from _read_lines(read_chunks(path))
     else:
         is_list, chunks = _peek(read_chunks(path))
         yield from _read_list(chunks) if is_list else _read_lines(chunks)
+
+
+def _without_nulls(row: dict) -> dict:
+    """The row of a Parquet file as it was before it was written there.
+
+    All objects of a column have the same fields then, null in those that had none: a tool's arguments would be told to
+    a chat template with all the arguments of the other tools.
+    """
+    if is_too_deep(row):
+        return row
+    return {name: _strip(value) for name, value in row.items()}
+
+
+def _strip(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _strip(inner) for name, inner in value.items() if inner is not None}
+    return [_strip(inner) for inner in value] if isinstance(value, list) else value
 
 
 def place(path: str, line: int) -> str:

@@ -302,6 +302,24 @@ def test_identity_changes_with_the_file(server: str, folder: Path) -> None:
         write(path, path.read_bytes()[::-1])
 
 
+def test_parquet_gives_back_what_json_says(tmp_path: Path) -> None:
+    """Objects of one column share their fields in a Parquet file: what an object lacks is null there, and no more."""
+
+    def tool(name: str, *arguments: str) -> dict:
+        return {"name": name, "parameters": {"needs": {argument: {"type": "text"} for argument in arguments}}}
+
+    def call(name: str, **arguments: object) -> dict:
+        message = {"role": "assistant", "tool_calls": [{"name": name, "arguments": arguments}]}
+        return {"messages": [{"role": "user", "content": "Who?"}, message], "tools": [tool(name, *arguments)]}
+
+    values = [call("look", place="garden"), call("add", a=1, b=[2, None]), call("wait", a=0, flag=False, text="")]
+    values.append({"messages": [{"role": "user", "content": "Who?"}], "tools": []})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), tmp_path / "a.parquet")
+    found = values_of(str(tmp_path / "a.parquet"))
+    assert found == values_of(str(tmp_path / "a.jsonl")) == values
+
+
 def test_parquet(tmp_path: Path) -> None:
     def dataset(column: pyarrow.Array) -> str:
         pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet", row_group_size=10)

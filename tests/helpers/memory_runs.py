@@ -1,6 +1,7 @@
 """Steps of models of any size on made-up tokens, with the memory of a process watched."""
 
 import ctypes
+import gc
 import re
 import threading
 from collections.abc import Iterator
@@ -31,12 +32,18 @@ def anonymous() -> int:
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
 
 
+def held() -> int:
+    """Bytes of this process that no file backs, after what was freed is given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return anonymous()
+
+
 @contextmanager
 def watched() -> Iterator[dict[str, int]]:
     """Yields a dictionary that afterwards holds by how many bytes this process had grown at most: ``growth``."""
     # what was freed before would be used again, and not be seen
-    ctypes.CDLL(None).malloc_trim(0)
-    start, done, result = anonymous(), threading.Event(), {}
+    start, done, result = held(), threading.Event(), {}
     samples = [start]
 
     def sample() -> None:

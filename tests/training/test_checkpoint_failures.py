@@ -18,6 +18,7 @@ import pytest
 import torch
 from helpers import fresh
 from helpers.checkpoints import EXPORT, find, in_a_copy, make_state, names, save, save_steps, train
+from helpers.memory_runs import held
 
 from litgpt_akl.files.manifest import damage, read_manifest
 from litgpt_akl.messages import UserError
@@ -222,7 +223,7 @@ def measure_save(base: Path, source: Path) -> None:
 def measure_load(base: Path, name: str) -> None:
     """Prints what loading took at its height beyond what was there, and what it left."""
     state, peak = make_state(width=4000), 0
-    before, done = memory("RssAnon"), threading.Event()
+    before, done = held(), threading.Event()
 
     def watch() -> None:
         nonlocal peak
@@ -234,7 +235,7 @@ def measure_load(base: Path, name: str) -> None:
     load_training_state(base / name, state)
     done.set()
     watcher.join()
-    left = memory("RssAnon")
+    left = held()
     print(max(peak, left) - before, left - before)
 
 

@@ -1,7 +1,5 @@
 """Runs with a LoRA student: in any number of processes, resumed, taught by its own base, taken by LitGPT."""
 
-import ctypes
-import gc
 import json
 import os
 import shutil
@@ -18,7 +16,7 @@ import torch
 from helpers.litgpt_commands import GREEDY, QUESTION, litgpt, training_options
 from helpers.lora_cases import IDS, TARGETS, adapted, litgpt_lora_model, litgpt_model, read, read_adapters
 from helpers.marks import with_all_slow_but
-from helpers.memory_runs import anonymous
+from helpers.memory_runs import held
 from helpers.ranks import in_fresh_processes, in_processes
 from helpers.runs import assert_same, difference, distil, metrics
 from helpers.sharding import RATE, UNEVEN, losses_in
@@ -156,11 +154,9 @@ def measure(source: Path, teacher: Path | None, data: Path, out_dir: Path, devic
 
     def make_state_measured(fabric: L.Fabric, *arguments) -> NoReturn:
         # what was freed before would be taken again, unseen
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        before = anonymous()
+        before = held()
         _kept = make_state(fabric, *arguments)
-        out_dir.with_suffix(f".{fabric.global_rank}").write_text(str(anonymous() - before))
+        out_dir.with_suffix(f".{fabric.global_rank}").write_text(str(held() - before))
         # what follows is not measured
         fabric.barrier()
         raise SystemExit
