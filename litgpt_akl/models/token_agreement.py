@@ -75,7 +75,9 @@ def _named_tokens(checkpoint_dir: Path) -> Iterator[tuple[str, str, int]]:
     if (path := checkpoint_dir / "tokenizer_config.json").is_file():
         with explain_damage(path, "a file that names tokens"):
             for id, entry in (read_json(path).get("added_tokens_decoder") or {}).items():
-                yield path.name, entry["content"], int(id)
+                # an id without its token says that there is one, and no more
+                if "content" in entry:
+                    yield path.name, entry["content"], int(id)
     if (path := checkpoint_dir / "added_tokens.json").is_file():
         with explain_damage(path, "a file that names tokens"):
             for token, id in read_json(path).items():

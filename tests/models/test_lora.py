@@ -41,6 +41,9 @@ def biased_dir(tmp_path_factory) -> Path:
             if "norm" not in name and "ln_f" not in name:
                 torch.nn.init.normal_(parameter, std=0.05)
     materials.write_checkpoint(directory, config, model.state_dict(), tied=False)
+    # no class of Transformers is such a model
+    described = json.loads((directory / "config.json").read_text())
+    materials.write_json(directory / "config.json", described | {"model_type": "biased", "architectures": ["Biased"]})
     return directory
 
 
