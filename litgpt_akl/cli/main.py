@@ -14,6 +14,7 @@ from litgpt_akl.messages import UserError, not_permitted, say
 COMMANDS = {
     "finetune_akl": "litgpt_akl.commands.finetune_akl:setup",
     "evaluate_akl": "litgpt_akl.commands.evaluate_akl:evaluate_akl",
+    "generate_responses": "litgpt_akl.commands.generate_responses:generate_responses",
     "make_student": "litgpt_akl.commands.make_student:make_student",
     "export_hf": "litgpt_akl.commands.export_hf:export_hf",
     "report_akl": "litgpt_akl.commands.report_akl:report_akl",

@@ -92,6 +92,47 @@ def read_format(record: Mapping[str, Any], columns: Mapping[str, str] | None = N
     return _read_instruction(record, ask, answer)
 
 
+def with_response(record: Mapping[str, Any], text: str, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The same record with another response, or with one if it has none; all other fields stay.
+
+    Of a chat the last message is another one if it is the assistant's; one that ends otherwise gets one more.
+
+    Args:
+        record: as for :func:`read_format`, but for the response, which may be missing.
+        text: the response.
+        columns: the data's name by ours, of ``COLUMNS``.
+
+    Raises:
+        ValueError: the record has no known format, or two.
+    """
+    columns = columns or {}
+    renamed = _renamed(record, columns)
+    asking = [form for form, (ask, *_) in FORMATS.items() if is_given(renamed.get(ask))]
+    is_open = len(asking) == 1 and not is_given(renamed.get(FORMATS[asking[0]][-1]))
+    form = asking[0] if is_open else _format_of(renamed, columns)
+    ask, answer = FORMATS[form][0], FORMATS[form][-1]
+    response: Any = text
+    if ask == answer:
+        response = _answered(_read_messages(renamed[ask], ask), text)
+    elif isinstance(renamed[ask], list):
+        response = [{"role": "assistant", "content": text}]
+    return {**record, columns.get(answer, answer): response}
+
+
+def _answered(messages: list[Any], text: str) -> list[Any]:
+    """The messages with a response at their end, in the words of the messages before it."""
+    for number, message in enumerate(messages, start=1):
+        if not _is_message(message):
+            raise ValueError(f"message {number} is {kind(message)}, not one with 'role' and 'content'")
+    last = messages[-1].get("role", messages[-1].get("from")) if messages else None
+    before = messages[:-1] if SPEAKERS.get(last, last) == "assistant" else messages
+    if not before:
+        raise ValueError("has no message that asks for a response")
+    if "role" in before[-1]:
+        return [*before, {"role": "assistant", "content": text}]
+    return [*before, {"from": "gpt", "value": text}]
+
+
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     taken = {name: record[theirs] for name, theirs in columns.items() if theirs in record}
     theirs = set(columns.values())
@@ -225,12 +266,15 @@ def _from_json(text: str, name: str) -> Any:
 
 
 def _read_conversation(record: dict[str, Any], name: str) -> Conversation:
-    messages = record[name]
+    return _conversation(_read_messages(record[name], name), record, {name})
+
+
+def _read_messages(messages: Any, name: str) -> list[Any]:
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         messages = _from_json(messages, f"'{name}'")
     if not isinstance(messages, list):
         raise ValueError(f"'{name}' is {kind(messages)}, not a list")
-    return _conversation(messages, record, {name})
+    return messages
 
 
 def _read_prompt_messages(record: dict[str, Any], ask: str, answer: str) -> Conversation:

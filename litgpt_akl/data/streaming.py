@@ -123,24 +123,9 @@ class StreamingSFT(DataModule):
 
         Raises UserError for no data, a bad record, more than 1 % of them, a sample longer than ``micro_batch_tokens``.
         """
-        if type(self.tokenizer) is Tokenizer:
-            # LitGPT's own takes EOS tokens away, and keeps to limits that somebody left in tokenizer.json
-            self.tokenizer = read_tokenizer(checkpoint_dir)
-        if self.prompt_style is None:
-            self.prompt_style = own_prompt_style(checkpoint_dir)
-        self.template = self._find_template(checkpoint_dir, date, teacher_dir)
-        self.date = self.template.date if self.template is not None and self.template.writes_date else None
-        refused = None if self._style_is_chosen else _refusal_of_chats(self.template, checkpoint_dir, self.prompt_style)
-        options = {
-            "columns": self.columns,
-            "keywords": self.chat_template_kwargs,
-            "refuse_chats": refused,
-            "last_only": self.train_on == "last",
-        }
-        common = checkpoint_dir, self.tokenizer, self.prompt_style, self.max_seq_length, context_length
-        settings = Settings(*common, self.on_error, cut_by, vocab_size, self.template, self.too_long, options)
+        settings = self.settings(checkpoint_dir, context_length, cut_by, date, teacher_dir, vocab_size)
         self.by_template = 0
-        train_files, validation_files = self._files()
+        train_files, validation_files = self.files()
         if validation_files:
             prepared = [self._prepared(files, settings) for files in (train_files, validation_files)]
             train, validation = (self._dataset(*each, settings, ALL) for each in prepared)
@@ -163,6 +148,36 @@ class StreamingSFT(DataModule):
             )
         return train, validation
 
+    def settings(
+        self,
+        checkpoint_dir: Path,
+        context_length: int,
+        cut_by: str,
+        date: str | None,
+        teacher_dir: Path | None,
+        vocab_size: int | None,
+    ) -> Settings:
+        """What decides what becomes of a record; arguments as above. The template and the style are chosen by then.
+
+        Raises UserError for a template or a style that cannot be read.
+        """
+        if type(self.tokenizer) is Tokenizer:
+            # LitGPT's own takes EOS tokens away, and keeps to limits that somebody left in tokenizer.json
+            self.tokenizer = read_tokenizer(checkpoint_dir)
+        if self.prompt_style is None:
+            self.prompt_style = own_prompt_style(checkpoint_dir)
+        self.template = self._find_template(checkpoint_dir, date, teacher_dir)
+        self.date = self.template.date if self.template is not None and self.template.writes_date else None
+        refused = None if self._style_is_chosen else _refusal_of_chats(self.template, checkpoint_dir, self.prompt_style)
+        options = {
+            "columns": self.columns,
+            "keywords": self.chat_template_kwargs,
+            "refuse_chats": refused,
+            "last_only": self.train_on == "last",
+        }
+        common = checkpoint_dir, self.tokenizer, self.prompt_style, self.max_seq_length, context_length
+        return Settings(*common, self.on_error, cut_by, vocab_size, self.template, self.too_long, options)
+
     def _find_template(self, checkpoint_dir: Path, date: str | None, teacher_dir: Path | None) -> ChatTemplate | None:
         choice = self.chat_template
         if self.tokenizer.backend != "huggingface":
@@ -182,7 +197,7 @@ class StreamingSFT(DataModule):
             return template
         return ChatTemplate.find(checkpoint_dir, date, choice)
 
-    def _files(self) -> tuple[list[str], list[str]]:
+    def files(self) -> tuple[list[str], list[str]]:
         """The files to train on and those to validate on, which may be none; no file is both."""
         files = find_files(self.path)
         if self.val_path is not None:

@@ -66,6 +66,8 @@ class Responses:
     texts: list[str]
     lengths: list[int]
     """In tokens, without what ends a response."""
+    ended: list[bool]
+    """Whether a response came to its end before the limit of its length."""
 
 
 class ResponseSampler:
@@ -95,9 +97,10 @@ class ResponseSampler:
         seeds = self.args.seeds[: 1 if self.args.temperature == 0 else None]
         total, quiet = len(seeds) * len(self.questions), not self.fabric.is_global_zero
         with progress_bar(total=total, desc=f"{name}: answering", unit="answer", disable=quiet) as bar:
-            return [self._for_seed(model, seed, bar) for seed in seeds]
+            return [self.sample_once(model, seed, bar) for seed in seeds]
 
-    def _for_seed(self, model: nn.Module, seed: int, bar: tqdm) -> Responses:
+    def sample_once(self, model: nn.Module, seed: int, bar: tqdm) -> Responses:
+        """The same for one seed; the bar is moved on by the questions."""
         world_size, found = self.fabric.world_size, {}
         for turn in range(0, len(self._batches), world_size):
             began, own = time.perf_counter(), turn + self.fabric.global_rank
@@ -108,8 +111,11 @@ class ResponseSampler:
             bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
             bar.update(sum(map(len, self._batches[turn : turn + world_size])))
         found = {place: response for part in all_gather_object(found) for place, response in part.items()}
-        ids = [without_end(found[place], self.stop) for place in range(len(self.questions))]
-        return Responses(seed, [self.tokenizer.decode(torch.tensor(response)) for response in ids], list(map(len, ids)))
+        drawn = [found[place] for place in range(len(self.questions))]
+        ids = [without_end(response, self.stop) for response in drawn]
+        texts = [self.tokenizer.decode(torch.tensor(response)) for response in ids]
+        ended = [len(whole) > len(response) for whole, response in zip(drawn, ids, strict=True)]
+        return Responses(seed, texts, list(map(len, ids)), ended)
 
     def _generate(self, model: nn.Module, questions: Sequence[Question], seed: int) -> list[list[int]]:
         args, prompts = self.args, [question.prompt for question in questions]

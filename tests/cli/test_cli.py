@@ -46,6 +46,7 @@ WRONG = {
         "error: checkpoint_dir is missing; give it right after the command"
     ),
     "make_student teacher student": "error: --layers is missing",
+    "generate_responses teacher": "error: --out is missing",
     "export_hf final": "error: out_dir is missing; give it right after the command",
     f"{AKL} --data JSON": "error: --data.json_path is missing",
     f"{AKL} other": "error: unexpected argument: other",

@@ -23,6 +23,9 @@ ELSEWHERE = {
     ("export_hf", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
     ("evaluate_akl", "litgpt_akl.loss.objective.UserFunction"): "the divergence is one of the package's own",
     ("evaluate_akl", "litgpt_akl.training.launch.WAY_ON"): "it gives words of its own",
+    ("generate_responses", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
+    ("generate_responses", "litgpt_akl.config.args.GenerationArgs"): "the same is checked by the command's own names",
+    ("generate_responses", "litgpt_akl.training.launch.WAY_ON"): "it gives words of its own",
     ("report_akl", "litgpt_akl.report.history.read_history"): "it says that finetune_akl's option is meant",
     ("report_akl", "litgpt_akl.report.page._objective"): "it shows with what options a run was made",
 }

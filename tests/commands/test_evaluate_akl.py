@@ -128,7 +128,7 @@ def test_rouge_is_that_of_the_library_on_the_answers_that_were_written(found):
 
 def test_the_best_of_several_references_counts():
     question = Question(0, torch.tensor([1]), ["nothing alike", "the cat was sitting there", "a dog"])
-    responses = [Responses(1, ["the cats sat there"], [4])]
+    responses = [Responses(1, ["the cats sat there"], [4], [True])]
     best = RougeScorer(["rougeL"], use_stemmer=True).score("the cat was sitting there", "the cats sat there")
     assert rate([question], responses)["rouge_l"] == 100 * best["rougeL"].fmeasure > 60
     assert math.isnan(rate([question], responses)["rouge_l_std"])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from litgpt_akl.data.formats import Conversation, Instruction, read_format
+from litgpt_akl.data.formats import Conversation, Instruction, read_format, with_response
 
 USER, ASSISTANT = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Alice."}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
@@ -137,3 +137,51 @@ def test_what_a_refusal_advises_helps(record, columns):
         read_format(record)
     assert "{" + ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items()) + "}" in str(caught.value)
     read_format(record, columns)
+
+
+NEW = {"role": "assistant", "content": "The King."}
+HUMAN, GPT, KING = (
+    {"from": who, "value": v} for who, v in (("human", "Who?"), ("gpt", "Alice."), ("gpt", "The King."))
+)
+TOLD = {"from": "observation", "value": "a rose"}
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "expected"),
+    [
+        ({"messages": TALK, "id": 1}, {}, {"messages": [USER, NEW], "id": 1}),
+        ({"messages": [USER]}, {}, {"messages": [USER, NEW]}),
+        ({"messages": json.dumps([*TALK, USER])}, {}, {"messages": [*TALK, USER, NEW]}),
+        ({"chat": TALK}, {"messages": "chat"}, {"chat": [USER, NEW]}),
+        ({"conversations": [HUMAN, GPT]}, {}, {"conversations": [HUMAN, KING]}),
+        (
+            {"conversations": [HUMAN, GPT, TOLD]},
+            {},
+            {"conversations": [HUMAN, GPT, TOLD, KING]},
+        ),
+        ({"prompt": "Who?"}, {}, {"prompt": "Who?", "completion": "The King."}),
+        ({"prompt": [USER], "completion": "Alice."}, {}, {"prompt": [USER], "completion": [NEW]}),
+        ({"question": "Who?", "answer": None}, {}, {"question": "Who?", "answer": "The King."}),
+        ({"instruction": "Who?", "input": "x"}, {}, {"instruction": "Who?", "input": "x", "output": "The King."}),
+        ({"q": "Who?", "a": "b"}, {"instruction": "q", "output": "a"}, {"q": "Who?", "a": "The King."}),
+    ],
+)
+def test_a_record_gets_another_response(record, columns, expected):
+    found = with_response(record, "The King.", columns)
+    assert found == expected
+    before = read_format(found, columns)
+    assert before == read_format(with_response(found, "The King.", columns), columns)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"text": "a b"}, "has neither"),
+        ({"messages": [ASSISTANT]}, "has no message that asks for a response"),
+        ({"messages": ["Who?"]}, "message 1 is text, not one with"),
+        ({"instruction": "a", "output": "b", "prompt": "c", "completion": "d"}, "could be read by"),
+    ],
+)
+def test_what_asks_nothing_gets_no_response(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        with_response(record, "The King.")
