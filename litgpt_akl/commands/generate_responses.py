@@ -37,8 +37,6 @@ from litgpt_akl.training.out_dir import check_apart, is_within
 from litgpt_akl.training.responses import Question, ResponseSampler
 from litgpt_akl.training.run import choose_day
 
-STAND_IN = "Answer"
-"""The response of a record while its prompt is looked for, where EOS is no text."""
 TOGETHER = 64
 """Records, at least, whose responses are written together."""
 MADE_WITH = "samples temperature max_new_tokens truncated seed max_records".split()
@@ -263,10 +261,6 @@ class Prompts:
         self.settings: Settings = data.settings(*common, pair.vocab_size)
         self.tokenizer = data.tokenizer
         self.source = FileRecords(data.files()[0])
-        # no text before it makes one token with a special token: the prompt ends as that of `litgpt chat` does
-        self._stand_in = STAND_IN
-        if self.tokenizer.backend == "huggingface":
-            self._stand_in = self.tokenizer.processor.id_to_token(self.tokenizer.eos_id)
         self.longest = longest_prompt(pair.teacher_config)
         # a seed's own numbers follow each other, and no two calls share them by chance
         self.seeds = [options.seed * 1_000_003 + sample for sample in range(options.samples)]
@@ -325,7 +319,7 @@ class Prompts:
         try:
             if record.error is not None:
                 raise ValueError(record.error)
-            asked = encoder.encode(with_response(record.value, self._stand_in, self._options.data.columns))
+            asked = encoder.encode(encoder.with_stand_in(record.value))
         except (ValueError, RecursionError, MemoryError) as error:
             return Prompt(None, None, str(error) or repr(error))
         begin, end = np.reshape(asked.spans, (-1, 2))[-1].tolist()

@@ -26,6 +26,7 @@ def prepare_datasets(
     date: str | None = None,
     teacher_dir: Path | None = None,
     vocab_size: int | None = None,
+    prompts_alone: bool = False,
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
     """A data module's training and validation samples, tokenised.
 
@@ -39,6 +40,7 @@ def prepare_datasets(
         date: the day that the student's chat template is to write, if it writes one (default: the present one).
         teacher_dir: the teacher's, for its chat template if that is chosen.
         vocab_size: ids that the models know (default: all of the tokenizer); records with others are bad.
+        prompts_alone: whether training records of a :class:`StreamingSFT` may have no response: a student gives it.
 
     Raises UserError for unreadable data, a bad record, a sample that is too long, or no training samples, with file and
     line where there is one.
@@ -58,7 +60,7 @@ def prepare_datasets(
         return open_chunks(data, train.max_seq_length or context_length, cut_by, vocab_size)
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=train.max_seq_length)
     if isinstance(data, StreamingSFT):
-        return data.prepare(checkpoint_dir, context_length, cut_by, date, teacher_dir, vocab_size)
+        return data.prepare(checkpoint_dir, context_length, cut_by, date, teacher_dir, vocab_size, prompts_alone)
     style = getattr(data, "prompt_style", None)
     options = train.max_seq_length, context_length, "stop", cut_by, vocab_size
     return open_module(data, SFTSettings(checkpoint_dir, tokenizer, style, *options))

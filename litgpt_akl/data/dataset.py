@@ -132,11 +132,15 @@ class ArrowDataset(TokenizedDataset):
         draws: tuple[float, float] = ALL,
         *,
         numbers: np.ndarray | None = None,
+        least_response: int = 0,
         mask_prompt: bool,
         settings: str,
         place: Callable[[int, int, int], str],
     ) -> None:
-        """Reads the rows' lengths, a hundred thousand at a time; ``place`` tells of a file, a line and a row."""
+        """Reads the rows' lengths, a hundred thousand at a time; ``place`` tells of a file, a line and a row.
+
+        Rows of fewer response tokens than ``least_response`` are left out.
+        """
         dataset, (low, high) = dataset.with_format("arrow"), draws
         self._mask_prompt, self._place, self._numbers = mask_prompt, place, numbers
         self.tokens = self.longest = self.all_response_tokens = samples = first = 0
@@ -147,9 +151,9 @@ class ArrowDataset(TokenizedDataset):
             is_meant = np.zeros(len(dataset), dtype=bool)
             is_meant[numbers] = True
         # before any rows are chosen, since reading two million chosen ones takes ten seconds
-        for table in dataset.select_columns(["length", "draw", "response_tokens"]).iter(100_000):
-            length, draw, count = (table[name].to_numpy() for name in ("length", "draw", "response_tokens"))
-            chosen = _choose(draw, length, low, high)
+        for table in dataset.select_columns(CHOSEN_BY).iter(100_000):
+            length, draw, count = (table[name].to_numpy() for name in CHOSEN_BY)
+            chosen = _choose(table, low, high, least_response)
             if is_meant is not None:
                 chosen &= is_meant[first : first + len(length)]
             first += len(length)
@@ -163,7 +167,9 @@ class ArrowDataset(TokenizedDataset):
             digest.update(draw)
         self.fingerprint = digest.hexdigest()
         if numbers is None and samples < len(dataset):
-            self._numbers = _numbers_between(dataset, low, high) if samples else np.empty(0, dtype=np.int64)
+            self._numbers = (
+                _numbers_between(dataset, low, high, least_response) if samples else np.empty(0, dtype=np.int64)
+            )
         # a choice of columns is made once, as it copies the dataset's description
         views = (("length",), ("response_tokens",), ("responses",), ("input_ids", "responses"), ("file", "line"))
         self._views = {names: dataset.select_columns([*names]) for names in views}
@@ -216,19 +222,24 @@ def _split(column: pa.ChunkedArray) -> list[np.ndarray]:
     return np.split(values[: offsets[-1]], offsets[:-1])[1:]
 
 
-def _choose(draw: np.ndarray, length: np.ndarray, low: float, high: float) -> np.ndarray:
-    return (length > 0) & (low <= draw) & (draw < high)
+CHOSEN_BY = ["length", "draw", "response_tokens"]
+"""Columns."""
 
 
-def _numbers_between(dataset: datasets.Dataset, low: float, high: float) -> np.ndarray:
+def _choose(table: pa.Table, low: float, high: float, least_response: int) -> np.ndarray:
+    length, draw, count = (table[name].to_numpy() for name in CHOSEN_BY)
+    return (length > 0) & (low <= draw) & (draw < high) & (count >= least_response)
+
+
+def _numbers_between(dataset: datasets.Dataset, low: float, high: float, least_response: int) -> np.ndarray:
     """Memory-mapped, since they may be more than memory holds; raises UserError if the disk does not take them."""
     directory = Path(gettempdir())
     way_out = "Make room there, or name another directory by the environment variable TMPDIR."
     # nameless, so that nobody else can change it, and gone when this process is
     with explain_failure(directory, way_out), TemporaryFile(dir=directory) as file:
         first = 0
-        for table in dataset.select_columns(["length", "draw"]).iter(100_000):
-            chosen = _choose(table["draw"].to_numpy(), table["length"].to_numpy(), low, high)
+        for table in dataset.select_columns(CHOSEN_BY).iter(100_000):
+            chosen = _choose(table, low, high, least_response)
             file.write(first + np.flatnonzero(chosen))
             first += len(chosen)
         file.flush()

@@ -14,12 +14,23 @@ from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Processor
 from torch import Tensor
 
-from litgpt_akl.data.formats import Conversation, Instruction, check_text, is_given, kind, read_format
+from litgpt_akl.data.formats import (
+    Conversation,
+    Instruction,
+    asks_only,
+    check_text,
+    is_given,
+    kind,
+    read_format,
+    with_response,
+)
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import UserError, quoted
 from litgpt_akl.models.chat_template import ALSO_SAID, ChatTemplate, bare, said_in
 
 PROBE = "probe"
+STAND_IN = "Answer"
+"""A response where EOS is no text."""
 MATTERS = ("input", "context", "system", "sys_prompt", "history", "tools", "documents", "functions")
 """Fields of a record that say what a model is asked: unread, it would learn to answer something else."""
 
@@ -30,7 +41,7 @@ class Encoded(NamedTuple):
     ids: list[int]
     spans: list[int]
     """``[begin, end, begin, end, ...]``: positions in ``ids`` of each response and of what ends it, in ascending order;
-    at least one, none empty, none with position 0, which no token predicts."""
+    at least one, none with position 0, which no token predicts. Only that of a prompt alone is empty."""
     said: int = 0
     """Characters of the assistant's messages that are to be learnt, white space not counted."""
     lost: int = 0
@@ -127,6 +138,7 @@ class Encoder:
         keywords: Mapping[str, Any] | None = None,
         refuse_chats: str | None = None,
         last_only: bool = False,
+        prompts_alone: bool = False,
     ) -> None:
         """Reads which tokens are special.
 
@@ -140,6 +152,7 @@ class Encoder:
             keywords: what every conversation's template is given, if the record does not say otherwise.
             refuse_chats: what a user is told who has conversations, if none can be read.
             last_only: whether only the last of the assistant's messages is learnt.
+            prompts_alone: whether records may have no response; of these nothing is learnt.
 
         Raises:
             ValueError: a template for a tokenizer that cannot read what it writes.
@@ -148,7 +161,7 @@ class Encoder:
             raise ValueError("a chat template needs a tokenizer.json; with tokenizer.model give None")
         self._tokenizer, self._prompt_style, self._template = tokenizer, prompt_style, template
         self._max_length, self._columns, self._keywords = max_length, columns, dict(keywords or {})
-        self._refuse_chats, self._last_only = refuse_chats, last_only
+        self._refuse_chats, self._last_only, self._prompts_alone = refuse_chats, last_only, prompts_alone
         self._styled = StyledInstruction(prompt_style)
         if template is not None:
             self._processor = _without_limits(tokenizer.processor)
@@ -170,6 +183,8 @@ class Encoder:
         """
         if not isinstance(record, dict):
             raise ValueError(f"is {kind(record)}, not a record")
+        if self._prompts_alone and asks_only(record, self._columns):
+            return self._encode_prompt(record)
         form = read_format(record, self._columns)
         if self._last_only and isinstance(form, Conversation):
             form = form.with_last_only()
@@ -182,6 +197,22 @@ class Encoder:
         notes = (*encoded.notes, *(f"the field '{quoted(name, 40)}' is not read" for name in form.unread))
         ids, spans = self._cut(encoded.ids, encoded.spans)
         return encoded._replace(ids=ids, spans=spans, notes=notes)
+
+    def with_stand_in(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """The record with a response before whose tokens stand those that ``litgpt chat`` would ask; it means nothing.
+
+        Raises:
+            ValueError: the record asks nothing.
+        """
+        # with a special token no text before it makes one token
+        is_text = self._tokenizer.backend == "huggingface"
+        end = self._tokenizer.processor.id_to_token(self._tokenizer.eos_id) if is_text else STAND_IN
+        return with_response(record, end, self._columns)
+
+    def _encode_prompt(self, record: dict) -> Encoded:
+        encoded = self.encode(self.with_stand_in(record))
+        begin = encoded.spans[-2]
+        return encoded._replace(ids=encoded.ids[:begin], spans=[begin, begin], said=0, lost=0)
 
     def _cut(self, ids: list[int], spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
         limit = len(ids) if self._max_length is None else self._max_length

@@ -107,9 +107,7 @@ def with_response(record: Mapping[str, Any], text: str, columns: Mapping[str, st
     """
     columns = columns or {}
     renamed = _renamed(record, columns)
-    asking = [form for form, (ask, *_) in FORMATS.items() if is_given(renamed.get(ask))]
-    is_open = len(asking) == 1 and not is_given(renamed.get(FORMATS[asking[0]][-1]))
-    form = asking[0] if is_open else _format_of(renamed, columns)
+    form = _open_format(renamed) or _format_of(renamed, columns)
     ask, answer = FORMATS[form][0], FORMATS[form][-1]
     response: Any = text
     if ask == answer:
@@ -117,6 +115,24 @@ def with_response(record: Mapping[str, Any], text: str, columns: Mapping[str, st
     elif isinstance(renamed[ask], list):
         response = [{"role": "assistant", "content": text}]
     return {**record, columns.get(answer, answer): response}
+
+
+def asks_only(record: Mapping[str, Any], columns: Mapping[str, str] | None = None) -> bool:
+    """Whether a record has a prompt and no response: the field of the response is missing, or no message has one."""
+    renamed = _renamed(record, columns or {})
+    if _open_format(renamed) is not None:
+        return True
+    messages = next((renamed[name] for name in ("messages", "conversations") if is_given(renamed.get(name))), None)
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        return False
+    roles = [message.get("role", message.get("from")) for message in messages]
+    return not any(SPEAKERS.get(role, role) == "assistant" for role in roles if isinstance(role, str))
+
+
+def _open_format(renamed: Mapping[str, Any]) -> str | None:
+    """The one format of which the question is given and the field of the response is not."""
+    asking = [form for form, (ask, *_) in FORMATS.items() if is_given(renamed.get(ask))]
+    return asking[0] if len(asking) == 1 and not is_given(renamed.get(FORMATS[asking[0]][-1])) else None
 
 
 def _answered(messages: list[Any], text: str) -> list[Any]:

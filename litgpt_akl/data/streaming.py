@@ -118,23 +118,25 @@ class StreamingSFT(DataModule):
         date: str | None = None,
         teacher_dir: Path | None = None,
         vocab_size: int | None = None,
+        prompts_alone: bool = False,
     ) -> tuple[ArrowDataset, ArrowDataset]:
         """The training and the validation records; arguments are those of ``prepare_datasets``.
 
         Raises UserError for no data, a bad record, more than 1 % of them, a sample longer than ``micro_batch_tokens``.
         """
-        settings = self.settings(checkpoint_dir, context_length, cut_by, date, teacher_dir, vocab_size)
+        common = checkpoint_dir, context_length, cut_by, date, teacher_dir, vocab_size
+        settings = self.settings(*common, prompts_alone)
         self.by_template = 0
         train_files, validation_files = self.files()
         if validation_files:
             prepared = [self._prepared(files, settings) for files in (train_files, validation_files)]
-            train, validation = (self._dataset(*each, settings, ALL) for each in prepared)
+            train, validation = (self._dataset(*each, settings, ALL, n > 0) for n, each in enumerate(prepared))
             tell_what_occurs_twice(*(rows for rows, _ in prepared))
         else:
             fraction = 0.05 if self.val_split_fraction is None else self.val_split_fraction
             prepared = self._prepared(train_files, settings)
             ranges = (fraction, math.inf), (0.0, fraction)
-            train, validation = (self._dataset(*prepared, settings, draws) for draws in ranges)
+            train, validation = (self._dataset(*prepared, settings, draws, n > 0) for n, draws in enumerate(ranges))
         if len(train) == 0:
             raise UserError(
                 f"--data.path {self.path} leaves no training records.\nHold fewer out, give more, or have long ones cut"
@@ -156,6 +158,7 @@ class StreamingSFT(DataModule):
         date: str | None,
         teacher_dir: Path | None,
         vocab_size: int | None,
+        prompts_alone: bool = False,
     ) -> Settings:
         """What decides what becomes of a record; arguments as above. The template and the style are chosen by then.
 
@@ -174,6 +177,7 @@ class StreamingSFT(DataModule):
             "keywords": self.chat_template_kwargs,
             "refuse_chats": refused,
             "last_only": self.train_on == "last",
+            "prompts_alone": prompts_alone,
         }
         common = checkpoint_dir, self.tokenizer, self.prompt_style, self.max_seq_length, context_length
         return Settings(*common, self.on_error, cut_by, vocab_size, self.template, self.too_long, options)
@@ -232,10 +236,16 @@ class StreamingSFT(DataModule):
         return rows, records
 
     def _dataset(
-        self, rows: datasets.Dataset, records: FileRecords, settings: Settings, draws: tuple[float, float]
+        self,
+        rows: datasets.Dataset,
+        records: FileRecords,
+        settings: Settings,
+        draws: tuple[float, float],
+        is_validated: bool,
     ) -> ArrowDataset:
         options = {"mask_prompt": self.mask_prompt, "settings": settings.fingerprint, "place": records.place}
-        return ArrowDataset(rows, draws, **options)
+        # what has no response can be answered, and not be held against one
+        return ArrowDataset(rows, draws, least_response=int(is_validated), **options)
 
 
 def _refusal_of_chats(template: ChatTemplate | None, checkpoint_dir: Path, style: PromptStyle) -> str | None:

@@ -31,11 +31,21 @@ def limits_of_prompts(config: Config, longest: int) -> dict[str, int]:
 
 
 def count_skipped(dataset: TokenizedDataset, limits: dict[str, int]) -> tuple[int, int, str]:
-    """How many prompts of a dataset are too long for the student, how many samples have none, and both in words."""
+    """How many prompts of a dataset are too long for the student, how many samples have none, and both in words.
+
+    Raises:
+        UserError: a prompt is too long and has no recorded response either.
+    """
     reason, limit = min(limits.items(), key=lambda item: item[1])
     too_long = missing = 0
     for start in range(0, len(dataset), PART):
-        lengths = dataset.prompt_lengths(np.arange(start, min(start + PART, len(dataset))))
+        numbers = np.arange(start, min(start + PART, len(dataset)))
+        lengths = dataset.prompt_lengths(numbers)
+        if count := int(((lengths > limit) & (dataset.response_tokens(numbers) == 0)).sum()):
+            raise UserError(
+                f"{count:,} prompts have no response and are longer than {reason}: nothing could be learnt of them.\n"
+                "Leave them out of the data, or raise --train.max_seq_length if both models can read more."
+            )
         too_long, missing = too_long + int((lengths > limit).sum()), missing + int((lengths == 0).sum())
     words = [f"{too_long:,} prompts are longer than {reason}"] if too_long else []
     words += [f"{missing:,} samples have no prompt"] if missing else []

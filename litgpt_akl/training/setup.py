@@ -65,6 +65,7 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
     with fabric.rank_zero_first():
         options = pair.context_length, pair.student_dir
         known = {"date": day.date, "teacher_dir": pair.teacher_dir, "vocab_size": pair.vocab_size}
+        known["prompts_alone"] = run.distill.on_policy == 1 and not fills
         splits = prepare_datasets(run.data, pair.tokenizer, run.train, *options, **known)
     if getattr(run.data, "date", None):
         fabric.print(day)

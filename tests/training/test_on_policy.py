@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
+import materials
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from helpers.runs import alice, distil, metrics, train_args
 from litgpt.data import Alpaca, LitData, TextFiles
 from litgpt.generate.base import generate as litgpt_generate
 from litgpt.model import GPT
+from litgpt.prompts import Default
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import load_checkpoint, save_config
 
@@ -369,3 +371,40 @@ def test_a_run_says_what_it_answers(student_dir, teacher_dir, alice_json, tmp_pa
         evaluate_akl(student, teacher_checkpoint_dir=teacher_dir, **options | {"out_dir": tmp_path / "other"})
     with pytest.raises(UserError, match="the student can answer none of"):
         run(student, teacher_dir, alice_json, tmp_path / "none")
+
+
+@pytest.mark.parametrize("form", ["prompt", "messages"])
+def test_prompts_need_no_response(student_dir, teacher_dir, alice_records, tmp_path, capfd, form):
+    """What is recorded makes no difference to a student that answers every prompt itself."""
+    student = shutil.copytree(student_dir, tmp_path / student_dir.name)
+    config = json.loads((student / "tokenizer_config.json").read_text())
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    materials.write_json(student / "tokenizer_config.json", config | {"chat_template": template})
+
+    def record(asked: dict[str, str], answered: bool) -> dict:
+        if form == "prompt":
+            return {"prompt": asked["instruction"]} | ({"completion": asked["output"]} if answered else {})
+        messages = [{"role": "user", "content": asked["instruction"]}]
+        return {"messages": [*messages, {"role": "assistant", "content": asked["output"]}] if answered else messages}
+
+    def outcome(name: str, share: float, answered: bool, **options) -> dict[str, torch.Tensor]:
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(record(asked, answered)) + "\n" for asked in alice_records[:8]))
+        options = {"val_split_fraction": 0.0, **options}
+        data = StreamingSFT(str(path), mask_prompt=True, prompt_style=Default(), num_proc=1, num_workers=0, **options)
+        train = {"max_steps": 1, "global_batch_size": 8, "micro_batch_size": 4}
+        distill = {"on_policy": share, "kd_ratio": 1.0} | ({"on_policy_tokens": 6} if share else {})
+        return distil(student, teacher_dir, data, tmp_path / name, train=train, distill=distill)
+
+    expected = outcome("answered", 1.0, True)
+    found = outcome("alone", 1.0, False)
+    assert "There are no validation samples" in capfd.readouterr().out
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+    # half of them held out, where nothing could be held against them
+    outcome("held_out", 1.0, False, val_split_fraction=0.5)
+    assert "Validation: 0 samples" in capfd.readouterr().out
+    for share in (0.0, 0.5):
+        with pytest.raises(UserError, match="alone.jsonl, line 1: has no "):
+            outcome("alone", share, False)
