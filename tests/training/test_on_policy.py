@@ -406,5 +406,5 @@ def test_prompts_need_no_response(student_dir, teacher_dir, alice_records, tmp_p
     outcome("held_out", 1.0, False, val_split_fraction=0.5)
     assert "Validation: 0 samples" in capfd.readouterr().out
     for share in (0.0, 0.5):
-        with pytest.raises(UserError, match="alone.jsonl, line 1: has no "):
-            outcome("alone", share, False)
+        with pytest.raises(UserError, match="refused.jsonl, line 1: has no "):
+            outcome("refused", share, False)
