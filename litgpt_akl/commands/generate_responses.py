@@ -118,12 +118,11 @@ def generate_responses(
     hybrid_sharding: bool = False,
     access_token: str | None = None,
 ) -> None:
-    """Let a teacher write the responses that a student is then trained on (sequence-level distillation, arXiv
-    1606.07947).
+    """Let a teacher write the responses that a student is then trained on: sequence-level distillation.
 
-    Records keep their format and all other fields; ``--data StreamingSFT --data.path OUT`` reads them back. A response
-    that a record has is replaced, of a chat the last one; records without one get one. The same command goes on where
-    an earlier call was stopped.
+    The method is of Kim and Rush, arXiv 1606.07947. Records keep their format and all other fields: ``--data
+    StreamingSFT --data.path OUT`` reads them back. A response that a record has is replaced, of a chat the last one;
+    records without one get one. The same command goes on where an earlier call was stopped.
 
     Example: ``litgpt generate_responses TEACHER_DIR --data StreamingSFT --data.path prompts.jsonl --out taught.jsonl``
 
