@@ -233,7 +233,10 @@ def check_quantization(kind: str, processes: int, needed: bool) -> None:
             " less. Leave it out."
         )
     if needed and find_spec("bitsandbytes") is None:
-        raise UserError(f"--teacher.quantize {kind} needs bitsandbytes: pip install 'litgpt-akl[quantize]'")
+        raise UserError(
+            f"--teacher.quantize {kind} needs bitsandbytes, which is not installed.\n"
+            "Run pip install '.[quantize]' in litgpt-akl's folder, or leave it out."
+        )
 
 
 def load_quantized(

@@ -205,10 +205,10 @@ def test_a_recipe_fits_into_the_gpus_that_it_is_for(dry_run, name):
         dry_run(recipe, student, teacher, 3)
 
 
-def test_the_readme_says_what_the_tool_says(dry_run):
-    readme = (RECIPES[0].parents[1] / "README.md").read_text(encoding="utf-8")
+def test_what_fits_where_says_what_the_tool_says(dry_run):
+    page = (RECIPES[0].parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
     rows = re.findall(
-        r"^\| (\S+?)(?:, LoRA)? \| (\S+) \| ([\dx ]+) GB \| `(\S+\.yaml)(.*)` \| (.+) \|$", readme, re.MULTILINE
+        r"^\| (\S+?)(?:, LoRA)? \| (\S+) \| ([\dx ]+) GB \| `(\S+\.yaml)(.*)` \| (.+) \|$", page, re.MULTILINE
     )
     assert len(rows) >= 10
     for student, teacher, gpus, name, options, needed in rows:

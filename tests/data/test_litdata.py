@@ -20,7 +20,7 @@ from litgpt_akl.data.litdata import LEAST_CACHED, ChunkStore, open_chunks
 from litgpt_akl.data.steps import StepBatches, StepSampler, load
 from litgpt_akl.messages import UserError
 
-pytest.importorskip("litdata", reason="LitGPT's LitData needs litdata (pip install litgpt-akl[litdata])")
+pytest.importorskip("litdata", reason="LitGPT's LitData needs litdata (pip install '.[litdata]')")
 
 BLOCK = 32
 OPTIMIZE = """
