@@ -30,7 +30,7 @@ from litgpt_akl.messages import UserError, progress_bar, say
 from litgpt_akl.models.generation import longest_prompt, stop_sequences
 from litgpt_akl.models.gpt import load_frozen
 from litgpt_akl.models.pair import check_pair
-from litgpt_akl.models.weights import find_checkpoint_dir
+from litgpt_akl.models.weights import find_checkpoint_dir, fingerprint
 from litgpt_akl.training.launch import StopSignals, ending_together, leave_if_stopped, start
 from litgpt_akl.training.logging import silence_known_noise
 from litgpt_akl.training.out_dir import check_apart, is_within
@@ -267,10 +267,9 @@ class Prompts:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides which lines are written, as plain data."""
-        weights = [[stamp.path.name, stamp.size] for stamp in self._options.pair.stamps["teacher"]]
         return {
             **{name: getattr(self._options, name) for name in MADE_WITH},
-            "teacher": weights,
+            "teacher": fingerprint(self._options.pair.teacher_dir),
             "data": self.source.identity,
             "prompt format": self.settings.fingerprint,
         }
@@ -284,7 +283,8 @@ class Prompts:
         counts: Counter = Counter()
         ends: dict[int, None] = {}
         encoder = self.settings.encoder()
-        for number, (file, record) in self._records(0):
+        records = progress_bar(self._records(0), desc="reading prompts", unit=" records", leave=False)
+        for number, (file, record) in records:
             found = self._find(encoder, record)
             if found.error is not None and self.settings.on_error == "stop":
                 place = self.source.place(file, record.line, number)

@@ -227,8 +227,10 @@ CHOSEN_BY = ["length", "draw", "response_tokens"]
 
 
 def _choose(table: pa.Table, low: float, high: float, least_response: int) -> np.ndarray:
+    """Which rows are meant. What has no response can be answered, and not be held against one: it is never held out."""
     length, draw, count = (table[name].to_numpy() for name in CHOSEN_BY)
-    return (length > 0) & (low <= draw) & (draw < high) & (count >= least_response)
+    is_between = (low <= draw) & (draw < high)
+    return (length > 0) & (is_between & (count >= least_response) | (count == 0) & (least_response == 0))
 
 
 def _numbers_between(dataset: datasets.Dataset, low: float, high: float, least_response: int) -> np.ndarray:

@@ -209,6 +209,12 @@ class Encoder:
         end = self._tokenizer.processor.id_to_token(self._tokenizer.eos_id) if is_text else STAND_IN
         return with_response(record, end, self._columns)
 
+    def end_of_responses(self) -> int:
+        """The id that ends a response in a chat; raises ValueError if the template makes none of a question."""
+        name = (self._columns or {}).get("messages", "messages")
+        asked = self.encode(self.with_stand_in({name: [{"role": "user", "content": PROBE}]}))
+        return asked.ids[asked.spans[-1] - 1]
+
     def _encode_prompt(self, record: dict) -> Encoded:
         encoded = self.encode(self.with_stand_in(record))
         begin = encoded.spans[-2]

@@ -79,6 +79,8 @@ class StreamingSFT(DataModule):
     """What chats are written by, once they are prepared."""
     by_template: int = field(default=0, init=False, repr=False)
     """Records that it wrote; the prompt style wrote all others."""
+    ends: tuple[int, ...] = field(default=(), init=False, repr=False)
+    """The id with which the template ends a response, where records may have none that shows it."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -126,7 +128,7 @@ class StreamingSFT(DataModule):
         """
         common = checkpoint_dir, context_length, cut_by, date, teacher_dir, vocab_size
         settings = self.settings(*common, prompts_alone)
-        self.by_template = 0
+        self.by_template, self.ends = 0, ()
         train_files, validation_files = self.files()
         if validation_files:
             prepared = [self._prepared(files, settings) for files in (train_files, validation_files)]
@@ -137,6 +139,8 @@ class StreamingSFT(DataModule):
             prepared = self._prepared(train_files, settings)
             ranges = (fraction, math.inf), (0.0, fraction)
             train, validation = (self._dataset(*prepared, settings, draws, n > 0) for n, draws in enumerate(ranges))
+        if prompts_alone and self.by_template > 0:
+            self.ends = (settings.encoder().end_of_responses(),)
         if len(train) == 0:
             raise UserError(
                 f"--data.path {self.path} leaves no training records.\nHold fewer out, give more, or have long ones cut"
@@ -244,7 +248,6 @@ class StreamingSFT(DataModule):
         is_validated: bool,
     ) -> ArrowDataset:
         options = {"mask_prompt": self.mask_prompt, "settings": settings.fingerprint, "place": records.place}
-        # what has no response can be answered, and not be held against one
         return ArrowDataset(rows, draws, least_response=int(is_validated), **options)
 
 

@@ -70,6 +70,7 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
     if getattr(run.data, "date", None):
         fabric.print(day)
     ends = turn_ends(splits[0], pair.tokenizer.special_ids)
+    ends += [id for id in getattr(run.data, "ends", ()) if id in pair.tokenizer.special_ids and id not in ends]
     run.stop = stop_sequences(pair.tokenizer, run.prompt_style, ends)
     run.prompt_format, notes = _find_format(run, ends)
     for told in (*pair.notes, *notes):

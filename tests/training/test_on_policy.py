@@ -402,9 +402,32 @@ def test_prompts_need_no_response(student_dir, teacher_dir, alice_records, tmp_p
     assert "There are no validation samples" in capfd.readouterr().out
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
-    # half of them held out, where nothing could be held against them
+    # half of the others would be held out; what has no response never is
     outcome("held_out", 1.0, False, val_split_fraction=0.5)
-    assert "Validation: 0 samples" in capfd.readouterr().out
+    told = capfd.readouterr().out
+    assert "Training: 8 samples" in told and "Validation: 0 samples" in told
     for share in (0.0, 0.5):
         with pytest.raises(UserError, match="refused.jsonl, line 1: has no "):
             outcome("refused", share, False)
+
+
+def test_prompts_alone_are_answered_to_the_end_of_a_turn(student_dir, teacher_dir, tmp_path, capfd):
+    """Which is another token than EOS, and stands in no record."""
+    end = Tokenizer(student_dir).processor.id_to_token(1)
+    template = "{% for m in messages %}{{ m.role + ':' + m.content + 'END' }}{% endfor %}"
+    template = template.replace("END", end) + "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    for answered in (True, False):
+        student = shutil.copytree(student_dir, tmp_path / str(answered) / student_dir.name)
+        config = json.loads((student / "tokenizer_config.json").read_text())
+        materials.write_json(student / "tokenizer_config.json", config | {"chat_template": template})
+        roles = ("user", "assistant") if answered else ("user",)
+        messages = [{"role": role, "content": "Alice was beginning"} for role in roles]
+        path = tmp_path / f"{answered}.jsonl"
+        path.write_text(f"{json.dumps({'messages': messages})}\n" * 4)
+        data = StreamingSFT(str(path), mask_prompt=True, num_proc=1, num_workers=0, val_split_fraction=0.0)
+        train = {"max_steps": 1, "global_batch_size": 4, "micro_batch_size": 4}
+        distill = {"on_policy": 1.0, "on_policy_tokens": 6, "kd_ratio": 1.0}
+        distil(student, teacher_dir, data, tmp_path / "out" / str(answered), train=train, distill=distill)
+        assert f"{end} (1)" in capfd.readouterr().out
+        generation = json.loads((tmp_path / "out" / str(answered) / "final" / "generation_config.json").read_text())
+        assert set(generation["eos_token_id"]) == {1, 3}
