@@ -35,7 +35,7 @@ from litgpt_akl.training.launch import StopSignals, ending_together, leave_if_st
 from litgpt_akl.training.logging import silence_known_noise
 from litgpt_akl.training.out_dir import check_apart, is_within
 from litgpt_akl.training.responses import Question, ResponseSampler
-from litgpt_akl.training.run import choose_day
+from litgpt_akl.training.run import Day, choose_day
 
 TOGETHER = 64
 """Records, at least, whose responses are written together."""
@@ -163,14 +163,17 @@ def main(fabric: L.Fabric, options: ResponseGeneration) -> None:
 
 
 def _generate(fabric: L.Fabric, options: ResponseGeneration) -> None:
-    day = fabric.broadcast(choose_day([options.pair.teacher_dir]) if fabric.is_global_zero else None)
-    prompts = Prompts(options, day.date)
-    if prompts.settings.template is not None and options.data.date:
-        fabric.print(day)
-    file, progress = None, None
+    file, begun, day = None, None, None
     if fabric.is_global_zero:
-        file = ResponseFile(options.out, prompts.identity)
-        progress = file.open(options.overwrite)
+        file = ResponseFile(options.out)
+        begun = file.begun(options.overwrite)
+        # what goes on keeps the day that it began on
+        day = choose_day([options.pair.teacher_dir]) if begun is None else Day(begun[0]["date"], str(file.partial))
+    day = fabric.broadcast(day)
+    prompts = Prompts(options, day.date)
+    if options.data.date:
+        fabric.print(day)
+    progress = None if file is None else file.open({**prompts.identity, "date": day.date}, begun)
     surveyed = prompts.survey() if fabric.is_global_zero else None
     progress, (counts, ends) = fabric.broadcast((progress, surveyed))
     stop = stop_sequences(prompts.tokenizer, options.data.prompt_style, ends)

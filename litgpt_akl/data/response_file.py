@@ -28,36 +28,47 @@ class Progress:
 class ResponseFile:
     """Lines of JSON under a name of their own until all are there; beside it stands what they were made with.
 
-    Args:
-        path: the file in the end.
-        made_with: plain data; a file that was begun with something else is not gone on with.
+    ``path`` is the file in the end.
     """
 
-    def __init__(self, path: Path, made_with: dict[str, Any]) -> None:
-        self.path, self.made_with = path, made_with
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.made_with: dict[str, Any] = {}
         self.partial = path.with_name(f"{path.name}.part")
         self._state = path.with_name(f"{path.name}.part.json")
 
-    def open(self, overwrite: bool) -> Progress:
-        """How far an earlier call has come; nothing is there if it began anew.
+    def begun(self, overwrite: bool) -> tuple[dict[str, Any], Progress] | None:
+        """What an earlier call was made with and how far it has come; None if there is nothing to go on with.
 
         Raises:
-            UserError: the file is finished, or was begun with something else, or is damaged.
+            UserError: the file is finished, and not to be replaced; or what stands beside it is damaged.
         """
         if overwrite:
             self._state.unlink(missing_ok=True)
         elif self.path.exists():
             raise UserError(f"{self.path} is there already.\nGive --overwrite true to replace it, or another --out.")
         if not self._state.exists():
-            with explain_failure(self.path):
-                self.partial.write_bytes(b"")
-            return Progress()
+            return None
         with explain_damage(self._state, "how far the file beside it has come", AGAIN):
             content = without_checksum(json.loads(self._state.read_text(encoding="utf-8")), required=True)
-            progress = Progress(**content["progress"])
-            before = content["made_with"]
+            return dict(content["made_with"]), Progress(**content["progress"])
+
+    def open(self, made_with: dict[str, Any], begun: tuple[dict[str, Any], Progress] | None) -> Progress:
+        """How far the file has come, to be gone on with.
+
+        Args:
+            made_with: plain data; a file that was begun with something else is not gone on with.
+            begun: from :meth:`begun`.
+
+        Raises:
+            UserError: the file was begun with something else, or is shorter than it was.
+        """
+        self.made_with = made_with
+        if begun is None:
+            return Progress()
+        before, progress = begun
         # as it was written: tuples are lists there
-        now = json.loads(json.dumps(self.made_with))
+        now = json.loads(json.dumps(made_with))
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
                 raise UserError(
@@ -75,7 +86,7 @@ class ResponseFile:
             UserError: the disk does not take them.
         """
         data = lines.encode("utf-8")
-        with explain_failure(self.path), self.partial.open("r+b") as file:
+        with explain_failure(self.path), open(self.partial, "r+b", opener=_create) as file:
             # what a killed call has written behind it is not told of
             file.truncate(progress.size)
             file.seek(progress.size)
@@ -91,3 +102,8 @@ class ResponseFile:
         with explain_failure(self.path):
             os.replace(self.partial, self.path)
             self._state.unlink()
+
+
+def _create(path: str, flags: int) -> int:
+    """Opens a file that may not be there yet, and that is not to be emptied if it is."""
+    return os.open(path, flags | os.O_CREAT, 0o666)

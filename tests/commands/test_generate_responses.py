@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,7 @@ from litgpt_akl.data import response_file
 from litgpt_akl.data.response_file import ResponseFile
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.messages import UserError
+from litgpt_akl.models import chat_template
 from litgpt_akl.models.model_files import read_tokenizer
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content + (eos_token if m.role == 'assistant' "
@@ -214,6 +216,7 @@ def test_prompts_that_cannot_be_answered(teacher_dir, tmp_path, capsys):
     given = write(tmp_path / "given.jsonl", records)
     with pytest.raises(UserError, match=r"given.jsonl, line 2: has neither .*\n.*--data.on_error skip"):
         answer(teacher_dir, given, tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["given.jsonl"]
     assert len(answer(teacher_dir, given, tmp_path / "out.jsonl", options={"on_error": "skip"})) == 1
     told = capsys.readouterr().out
     assert "1 prompts of 4 records" in told and "left out 2 bad records of 4" in told
@@ -241,3 +244,23 @@ def test_mistakes_are_told_before_anything_is_read(teacher_dir, prompts, alice_j
             answer(given.pop("teacher"), given.pop("prompts"), given.pop("out"), **given)
         assert len(str(raised.value).splitlines()) <= 2
     assert not list(tmp_path.rglob("out*"))
+
+
+def test_a_call_goes_on_with_the_day_that_it_began_on(chat_teacher, tmp_path, monkeypatch, capsys):
+    teacher = shutil.copytree(chat_teacher, tmp_path / chat_teacher.name)
+    config = json.loads((teacher / "tokenizer_config.json").read_text())
+    dated = config | {"chat_template": "{{ strftime_now('%A') }}" + TEMPLATE}
+    materials.write_json(teacher / "tokenizer_config.json", dated)
+    given = write(tmp_path / "given.jsonl", [FORMATS["chat"]] * 6)
+    monkeypatch.setattr(module, "TOGETHER", 4)
+    options = {"temperature": 0.0, "batch_size": 1, "style": None}
+    monkeypatch.setattr(chat_template, "today", lambda: "2026-11-27")
+    expected = answer(teacher, given, tmp_path / "whole.jsonl", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "leave_if_stopped", lambda *of: sys.exit())
+        with pytest.raises(SystemExit):
+            answer(teacher, given, tmp_path / "out.jsonl", **options)
+    monkeypatch.setattr(chat_template, "today", lambda: "2026-12-14")
+    capsys.readouterr()
+    assert answer(teacher, given, tmp_path / "out.jsonl", **options) == expected
+    assert "2026-11-27, as" in (told := capsys.readouterr().out) and "4 of 6 records are done" in told
