@@ -208,7 +208,7 @@ def _write_all(
     known = {"total": total, "initial": progress.records * options.samples, "unit": "answer"}
     bar = progress_bar(desc="answering", leave=False, disable=quiet, **known)
     args = GenerationArgs(
-        seeds=[*range(options.samples)],
+        seeds=prompts.seeds,
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         no_repeat_ngram=None,
@@ -220,7 +220,7 @@ def _write_all(
             questions = [Question(number, prompt, []) for number, _, prompt in asked]
             given = prompts.tokenizer, ends, options.pair.vocab_size, args, options.data.micro_batch_tokens
             sampler = ResponseSampler(fabric, questions, *given)
-            drawn = [sampler.sample_once(model, seed, bar) for seed in prompts.seeds] if asked else []
+            drawn = [sampler.sample_once(model, seed, bar) for seed in args.seeds] if asked else []
             bar.update((len(records) - len(asked)) * options.samples)
             lines = ""
             for place, (_, record, _) in enumerate(asked):
