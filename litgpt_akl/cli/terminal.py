@@ -1,4 +1,5 @@
-"""The terminal as a long run needs it: what cannot be shown or written ends nothing, and Ctrl-C is no accident."""
+"""The terminal as a long run needs it: it says something at once, what cannot be shown or written ends nothing, and
+Ctrl-C is no accident."""
 
 import io
 import os
@@ -10,10 +11,14 @@ from types import FrameType
 from typing import TextIO
 
 
+LOADING = "Loading PyTorch and LitGPT, which takes some seconds ..."
+
+
 def prepare_terminal() -> None:
     """Make the standard outputs take every character, and let a run go on without them; to be called before imports.
 
-    Until :func:`interrupt_as_usual` Ctrl-C ends the process at once: nothing has begun that would have to be tidied up.
+    A person at a terminal is told of the imports, once for all processes. A file or a pipe is not: whoever reads it may
+    want what the command says, and nothing else. Until :func:`interrupt_as_usual` Ctrl-C ends the process at once: nothing has begun that would have to be tidied up.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -22,6 +27,8 @@ def prepare_terminal() -> None:
     is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_usual and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, _leave)
+    if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(LOADING, file=sys.stderr, flush=True)
 
 
 def interrupt_as_usual() -> None:

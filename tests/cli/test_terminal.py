@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.commands import start
 
-from litgpt_akl.cli.terminal import prepare_terminal
+from litgpt_akl.cli.terminal import LOADING, prepare_terminal
 from litgpt_akl.files.manifest import damage
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +57,26 @@ def test_ctrl_c_before_a_command_begins_says_one_line(tmp_path, way_in, delay):
     finally:
         process.kill()
     assert (process.returncode, out, errors) == (130, "", "Interrupted.\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="what a process has taken so far is asked of /proc")
+@pytest.mark.parametrize("way_in", ["litgpt", "python -m litgpt_akl"])
+def test_a_person_is_told_at_once_that_imports_take_seconds(tmp_path, way_in):
+    terminal, end = os.openpty()
+    arguments, output = [*WAYS_IN[way_in], "finetune_akl", "--help"], tmp_path / "output"
+    with output.open("wb") as file:
+        process = subprocess.Popen(arguments, cwd=tmp_path, env=environment(), stdout=file, stderr=end)
+    os.close(end)
+    try:
+        line = os.read(terminal, 1000).decode()
+        # user and system time, whatever else the machine does: with the imports it would be 5 s and more
+        taken = sum(map(int, Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+    assert line.splitlines() == [LOADING] and output.read_text() == ""
+    assert taken / os.sysconf("SC_CLK_TCK") < 1
 
 
 @pytest.fixture(scope="module")
