@@ -1,5 +1,4 @@
-"""The terminal as a long run needs it: it says something at once, what cannot be shown or written ends nothing, and
-Ctrl-C is no accident."""
+"""The terminal as a long run needs it: a word at once, nothing ends for an odd character, and Ctrl-C is no accident."""
 
 import io
 import os
@@ -10,7 +9,6 @@ from contextlib import suppress
 from types import FrameType
 from typing import TextIO
 
-
 LOADING = "Loading PyTorch and LitGPT, which takes some seconds ..."
 
 
@@ -18,7 +16,8 @@ def prepare_terminal() -> None:
     """Make the standard outputs take every character, and let a run go on without them; to be called before imports.
 
     A person at a terminal is told of the imports, once for all processes. A file or a pipe is not: whoever reads it may
-    want what the command says, and nothing else. Until :func:`interrupt_as_usual` Ctrl-C ends the process at once: nothing has begun that would have to be tidied up.
+    want what the command says, and nothing else. Until :func:`interrupt_as_usual` Ctrl-C ends the process at once:
+    nothing has begun that would have to be tidied up.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
