@@ -14,7 +14,8 @@ from litgpt.utils import init_out_dir
 from litgpt_akl.config.args import DistillArgs, LoRAArgs, Options, TeacherArgs
 from litgpt_akl.config.checks import check_options, optimizer_config, without_student
 from litgpt_akl.config.recipe import check_masked, given, recipe_as_yaml
-from litgpt_akl.memory import MemoryEstimate, make_estimate, report_memory
+from litgpt_akl.memory.estimate import MemoryEstimate, make_estimate
+from litgpt_akl.memory.fit import report_memory
 from litgpt_akl.messages import say
 from litgpt_akl.models.export import check_export
 from litgpt_akl.models.gpt import check_quantization

@@ -17,7 +17,7 @@ from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import HiddenStateCache, MicroBatch, StepBatches, StepSampler, in_order, load
 from litgpt_akl.data.workers import Fetched
 from litgpt_akl.files.manifest import Damaged, read_manifest
-from litgpt_akl.memory import MemoryEstimate
+from litgpt_akl.memory.estimate import MemoryEstimate
 from litgpt_akl.models import chat_template
 from litgpt_akl.models.pair import Pair
 from litgpt_akl.models.prompt_format import PromptFormat

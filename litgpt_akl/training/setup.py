@@ -19,7 +19,7 @@ from litgpt_akl.data.dataset import turn_ends
 from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.files.changed_files import WAY_OUT
 from litgpt_akl.files.manifest import FINAL, RECIPE, damage
-from litgpt_akl.memory import report_memory
+from litgpt_akl.memory.fit import report_memory
 from litgpt_akl.messages import UserError, say
 from litgpt_akl.models import gpt
 from litgpt_akl.models.chat_template import ChatTemplate

@@ -17,7 +17,7 @@ from litgpt.model import GPT
 
 from litgpt_akl.data.steps import MicroBatch, StepBatch
 from litgpt_akl.loss.distillation_loss import DistillationLoss
-from litgpt_akl.memory import MemoryEstimate
+from litgpt_akl.memory.estimate import MemoryEstimate
 from litgpt_akl.models.generation import generate
 from litgpt_akl.models.gpt import build_model, checkpoint_activations, empty_weights, set_up_teacher
 from litgpt_akl.models.parallel import load_weights, make_strategy, return_freed_memory

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from litgpt_akl.data.workers import available_cores, available_memory, cpu_quota
-from litgpt_akl.memory import device_bytes
+from litgpt_akl.memory.fit import device_bytes
 
 MB = 10**6
 UNLIMITED = 9223372036854771712
@@ -99,7 +99,7 @@ def test_the_tightest_limit_of_all_groups(tmp_path, monkeypatch, case):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
     assert (available_memory(root), cpu_quota(root)) == (min(memory, 10**10), cores)
     # what uses them
-    monkeypatch.setattr("litgpt_akl.memory.available_memory", partial(available_memory, root))
+    monkeypatch.setattr("litgpt_akl.memory.fit.available_memory", partial(available_memory, root))
     monkeypatch.setattr("litgpt_akl.data.workers.cpu_quota", partial(cpu_quota, root))
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(8))
     assert device_bytes(None, cuda=False, processes=2) == min(memory, 10**10) / 2

@@ -16,20 +16,8 @@ from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_akl.loss.distillation_loss import DistillationLoss
-from litgpt_akl.memory import (
-    GB,
-    GRADIENTS,
-    LOSS,
-    OPTIMIZER,
-    PARTS,
-    STUDENT,
-    TEACHER,
-    check_fit,
-    describe_memory,
-    try_optimizer,
-    ways_out,
-    ways_out_together,
-)
+from litgpt_akl.memory.estimate import GB, GRADIENTS, LOSS, OPTIMIZER, PARTS, STUDENT, TEACHER, try_optimizer
+from litgpt_akl.memory.fit import check_fit, describe_memory, ways_out, ways_out_together
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.pair import find_models
 from litgpt_akl.training.optimizer import make_optimizer

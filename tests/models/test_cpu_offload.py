@@ -19,7 +19,8 @@ from litgpt_akl.config.args import LoRAArgs, TeacherArgs
 from litgpt_akl.config.recipe import differences, recipe_as_yaml
 from litgpt_akl.data.steps import MicroBatch, StepBatch
 from litgpt_akl.loss.distillation_loss import DistillationLoss
-from litgpt_akl.memory import GATHERED, GB, TEACHER, ways_out
+from litgpt_akl.memory.estimate import GATHERED, GB, TEACHER
+from litgpt_akl.memory.fit import ways_out
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.gpt import build_model, empty_weights, hidden_states, set_up_teacher
 from litgpt_akl.models.parallel import gather_full, load_weights, make_strategy, reshard, unwrap

@@ -11,7 +11,7 @@ from litgpt.model import GPT
 
 from litgpt_akl.data.steps import MicroBatch
 from litgpt_akl.loss import distillation_loss
-from litgpt_akl.memory import STREAM
+from litgpt_akl.memory.estimate import STREAM
 from litgpt_akl.models.gpt import build_model, load_quantized
 from litgpt_akl.teacher.teacher import Teacher
 

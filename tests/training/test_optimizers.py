@@ -10,7 +10,7 @@ from helpers.runs import distil
 from torch import distributed
 
 from litgpt_akl.config.args import LoRAArgs
-from litgpt_akl.memory import try_optimizer
+from litgpt_akl.memory.estimate import try_optimizer
 from litgpt_akl.messages import UserError
 from litgpt_akl.training.optimizer import check_optimizer, make_optimizer
 
