@@ -168,12 +168,17 @@ def _answers(runs: Sequence[Shown]) -> list[dict[str, Any]]:
     snapshots = _snapshots(runs)
     if not snapshots:
         return []
-    last, shown = snapshots[-1][1], []
-    for number, prompt in enumerate(last["prompts"]):
-        answers = [("teacher", last["teacher_answers"][number])] if last["teacher_answers"] else []
-        of_all = [(key, snapshot) for key, snapshot in snapshots if prompt in snapshot["prompts"]]
-        answers += [(key.label, of["answers"][of["prompts"].index(prompt)]) for key, of in of_all]
-        shown.append({"prompt": prompt, "answers": answers})
+    shown = []
+    for answer in snapshots[-1][1]["answers"]:
+        texts = [("teacher", answer.get("teacher"))]
+        texts += [
+            (key.label, other.get("student"))
+            for key, snapshot in snapshots
+            for other in snapshot["answers"]
+            if other["prompt"] == answer["prompt"]
+        ]
+        texts = [(name, "".join(token[0] for token in text["tokens"]) + text["rest"]) for name, text in texts if text]
+        shown.append({"prompt": answer["prompt"], "answers": texts})
     return shown
 
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from litgpt_akl.messages import UserError, first_line, reason
 from litgpt_akl.report.history import History, read_history, read_recipe
 from litgpt_akl.report.page import Shown
 
-HIGHEST = 3.0
-"""Above any probability, mass or gap."""
+HIGHEST = 1e6
+"""Above any probability, mass, gap or divergence."""
 
 
 def read_examples(run_dir: Path) -> dict[str, Any] | None:
@@ -29,15 +29,13 @@ def read_examples(run_dir: Path) -> dict[str, Any] | None:
         if not path.is_file():
             raise ValueError("it is no file")
         examples = without_checksum(json.loads(path.read_text(encoding="utf-8")))
-        for moment in ("first", "latest"):
-            _check_snapshot(examples[moment])
-        return examples
+        return {moment: _checked(examples[moment]) for moment in ("first", "latest")}
 
 
 def write_examples(run_dir: Path, first: dict[str, Any], latest: dict[str, Any]) -> None:
     """Replace the snapshots of a run; raises OSError if the disk does not take them."""
     content = with_checksum({"first": first, "latest": latest})
-    write_file(run_dir / EXAMPLES, json.dumps(content, indent=1).encode("utf-8"))
+    write_file(run_dir / EXAMPLES, json.dumps(content).encode("utf-8"))
 
 
 def take_examples(run_dir: Path, are_expected: bool, tell: Callable[[str], None]) -> dict[str, Any] | None:
@@ -67,45 +65,61 @@ def forget(run_dir: Path) -> None:
         (run_dir / EXAMPLES).unlink()
 
 
-def _check_snapshot(snapshot: dict[str, Any]) -> None:
-    """See that a page can show it; raises one of Python's own errors."""
-    prompts, answers, taught = (snapshot[name] for name in ("prompts", "answers", "teacher_answers"))
-    for texts in (prompts, answers, taught) if taught is not None else (prompts, answers):
-        _expect(list, [texts])
-        _expect(str, texts)
-        if len(texts) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts have {len(texts)} answers")
-    _expect(int, [snapshot["step"]])
-    _expect(str, [snapshot["note"]])
-    _expect(list, [snapshot["positions"]])
-    for position in snapshot["positions"]:
-        _check_position(position)
-    # earlier versions kept none
-    if (sample := snapshot.get("sample")) is not None:
-        _expect(str, [sample[name] for name in ("texts", "labels", "place")])
-        for counts, text in sample["parts"]:
-            _expect(bool, [counts])
-            _expect(str, [text])
+TEXT = {"tokens": [[str, float, [[str, float]], [[str, float]]]], "rest": str}
+POSITION = {"context": str, "next": str, "tokens": [str], "p": [float], "q": [float], "head": int, "others": int}
+POSITION |= dict.fromkeys(("p_others", "q_others", "head_mass", "head_gap", "tail_gap"), float)
+SNAPSHOT = {
+    "step": int,
+    "note": str,
+    "answers": [{"prompt": str, "recorded?": TEXT, "teacher?": {**TEXT, "ids?": [int]}, "student?": TEXT}],
+    "positions": [{**POSITION, "next_rank?": int, "next_p?": float, "next_q?": float}],
+    # earlier versions kept none of these
+    "sample?": {"texts": str, "labels": str, "place": str, "parts": [[bool, str]]},
+    "run?": {"steps": int, "facts": {}},
+}
+"""The shape of a snapshot: a list of one is of any length, what ends in a question mark may be missing or null."""
 
 
-def _check_position(position: dict[str, Any]) -> None:
-    lists = [position[name] for name in ("tokens", "p", "q")]
-    _expect(list, lists)
-    _expect(str, (position["context"], position["next"], *position["tokens"]))
-    _expect(int, (position["head"], position["others"]))
-    others = [position[name] for name in ("p_others", "q_others", "head_mass", "head_gap", "tail_gap")]
-    numbers = [*position["p"], *position["q"], *others]
-    _expect(int | float, numbers)
-    # those of a model with weights that are not finite are written, too
-    wrong = [number for number in numbers if number < 0 or number > HIGHEST]
-    if wrong or len({len(values) for values in lists}) != 1 or not position["p"]:
-        raise ValueError("its numbers are no probabilities")
+def _as_today(snapshot: dict[str, Any]) -> dict[str, Any]:
+    """A snapshot of an earlier version, whose answers were texts alone; raises one of Python's own errors."""
+    if "prompts" not in snapshot:
+        return snapshot
+    prompts, by_role = snapshot["prompts"], {"teacher": snapshot["teacher_answers"], "student": snapshot["answers"]}
+    _check(by_role | {"prompts": prompts}, {"prompts": [str], "student": [str], "teacher?": [str]}, "it")
+    answers = [{"prompt": prompt} for prompt in prompts]
+    for role, texts in by_role.items():
+        for answer, text in zip(answers, texts or (), strict=texts is not None):
+            answer[role] = {"tokens": [], "rest": text}
+    kept = {name: value for name, value in snapshot.items() if name not in ("prompts", "teacher_answers")}
+    return {**kept, "answers": answers}
 
 
-def _expect(kind: Any, values: Iterable[Any]) -> None:
-    for value in values:
-        if not isinstance(value, kind):
-            raise TypeError(f"{type(value).__name__} is in the place of {getattr(kind, '__name__', 'number')}")
+def _checked(snapshot: Any) -> dict[str, Any]:
+    snapshot = _as_today(snapshot)
+    _check(snapshot, SNAPSHOT, "a snapshot")
+    for of in snapshot["positions"]:
+        if len({len(of[name]) for name in ("tokens", "p", "q")}) != 1 or not of["p"]:
+            raise ValueError("a position has more tokens than probabilities, or none")
+    return snapshot
+
+
+def _check(value: Any, shape: Any, name: str) -> None:
+    """See that a page can show it; raises TypeError, KeyError or ValueError."""
+    kind = shape if isinstance(shape, type) else type(shape)
+    if not isinstance(value, (int, float) if kind is float else kind):
+        raise TypeError(f"{name} is {type(value).__name__} in place of {kind.__name__}")
+    if kind is float and (value < 0 or value > HIGHEST):
+        raise ValueError(f"{name} is {value:g}")
+    if isinstance(shape, dict):
+        for key, inner in shape.items():
+            optional = key.endswith("?")
+            if not optional or value.get(key[:-1]) is not None:
+                _check(value[key.removesuffix("?")], inner, key)
+    elif isinstance(shape, list):
+        if len(shape) > 1 and len(value) != len(shape):
+            raise ValueError(f"{name} has {len(value)} entries in place of {len(shape)}")
+        for inner, item in zip(shape * len(value) if len(shape) == 1 else shape, value, strict=True):
+            _check(item, inner, name)
 
 
 def read_run(run_dir: Path, tell: Callable[[str], None]) -> Shown:

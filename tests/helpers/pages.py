@@ -7,6 +7,7 @@ import numpy as np
 
 from litgpt_akl.report.history import History
 
+OLD_NAMES = {"teacher_answers": "teacher", "answers": "student"}
 EVIL = "</script><script>fail()</script><b>bold</b> $$x^2$$ \x1b[31m\x00 \ud800 &amp;"
 
 
@@ -54,15 +55,39 @@ def made_up_examples(seed: int = 0) -> dict[str, Any]:
         return {
             "context": f"{number} {EVIL}",
             "next": EVIL,
+            **{"next_rank": number * 7, "next_p": 0.01, "next_q": 0.02},
             "tokens": [EVIL, "\n", " ", "", "$$\\frac{a}{b}$$", *(f" token {n}" for n in range(19))],
             **{"p": p[:24].tolist(), "q": q[:24].tolist(), "p_others": p[24:].sum(), "q_others": q[24:].sum()},
             **{"others": 476, "head": head, "head_mass": p[:head].sum()},
             **{"head_gap": np.abs(p - q)[:head].sum(), "tail_gap": np.abs(p - q)[head:].sum()},
         }
 
+    def text(content: str) -> dict[str, Any]:
+        likely = [[EVIL, 0.5], [" ", 0.25], ["\n", 0.125], ["", 0.0625], ["$$x^2$$", 0.01]]
+        kl = [*random.exponential(size=40), float("nan")]
+        pieces = [(EVIL, " a", "", "\n")[place % 4] for place in range(len(kl))]
+        tokens = [[piece, value, likely, likely[::-1]] for piece, value in zip(pieces, kl, strict=True)]
+        return {"tokens": tokens, "rest": content, "ids": [1] * 50}
+
     texts = [EVIL, "An instruction\n" * 10, "x" * 500]
+    answers = [{"prompt": each, **dict.fromkeys(("recorded", "teacher", "student"), text(each))} for each in texts]
     parts = [[False, f"user: {EVIL}"], [True, f"{EVIL}<end>"]]
     sample = {"texts": EVIL, "labels": EVIL, "place": f"{EVIL}.json, line 1", "parts": parts}
-    snapshot = {"sample": sample, "prompts": texts, "teacher_answers": texts, "answers": texts, "note": ""}
+    run = {"steps": 9, "facts": {"Student": "2 layers, 0.1 M parameters", "torch version": EVIL}}
+    snapshot = {"sample": sample, "run": run, "answers": answers, "note": ""}
     positions = [position(number) for number in range(6)]
     return {name: {"step": step, **snapshot, "positions": positions} for name, step in (("first", 0), ("latest", 9))}
+
+
+def text_of(text: dict[str, Any]) -> str:
+    """Of a kept text, without its end."""
+    return "".join(token[0] for token in text["tokens"] if token[0] != "<end>") + text["rest"]
+
+
+def of_an_earlier_version(snapshot: dict[str, Any]) -> dict[str, Any]:
+    """The same snapshot as versions kept it that did not compare texts."""
+    old = {name: snapshot[name] for name in ("step", "note", "sample", "positions")}
+    answers = snapshot["answers"]
+    old["prompts"] = [answer["prompt"] for answer in answers]
+    old |= {name: [text_of(answer[role]) for answer in answers] for name, role in OLD_NAMES.items()}
+    return old

@@ -13,13 +13,14 @@ import pytest
 import torch
 import yaml
 from helpers.commands import complete
-from helpers.pages import log, made_up, made_up_examples
+from helpers.pages import log, made_up, made_up_examples, of_an_earlier_version, text_of
 from helpers.ranks import in_processes
 from helpers.runs import alice, distil, gpt, metrics
 from litgpt.args import LogArgs
 from litgpt.tokenizer import Tokenizer
 
 import litgpt_akl.report.page
+import litgpt_akl.training.examples
 import litgpt_akl.training.reporting
 from litgpt_akl.commands.report_akl import report_akl
 from litgpt_akl.config.args import TeacherArgs
@@ -27,9 +28,9 @@ from litgpt_akl.messages import UserError
 from litgpt_akl.report.figures import COLOURS, NOISY, draw_panels, one_line, printable
 from litgpt_akl.report.history import POINTS, History, read_history, running_mean, thin, unique_names
 from litgpt_akl.report.page import Shown, draw_distributions, make_page
-from litgpt_akl.report.runs import read_examples
+from litgpt_akl.report.runs import read_examples, read_run, take_examples, write_examples
+from litgpt_akl.training.examples import ALTERNATIVES, COMPARED, TOKENS
 from litgpt_akl.training.logging import make_loggers
-from litgpt_akl.training.reporting import TOKENS
 
 pytestmark = pytest.mark.page
 
@@ -179,24 +180,61 @@ def test_the_first_sample_is_shown_with_its_labels_marked(run, student_dir, alic
 
 def test_answers_are_greedy_and_the_teachers_are_asked_once(run, student_dir, teacher_dir):
     examples, tokenizer = read_examples(run), Tokenizer(student_dir)
-    assert examples["first"]["teacher_answers"] == examples["latest"]["teacher_answers"]
-    for role, model in (("teacher_answers", gpt(teacher_dir)), ("answers", gpt(run / "final"))):
-        for prompt, answer in zip(examples["latest"]["prompts"], examples["latest"][role], strict=True):
-            start = ids = tokenizer.encode(prompt)
+    first, latest = (examples[name]["answers"] for name in ("first", "latest"))
+    assert [answer["teacher"]["ids"] for answer in first] == [answer["teacher"]["ids"] for answer in latest]
+    for role, model in (("teacher", gpt(teacher_dir)), ("student", gpt(run / "final"))):
+        for answer in latest:
+            start = ids = tokenizer.encode(answer["prompt"])
             with torch.no_grad():
                 for _ in range(6):
                     ids = torch.cat((ids, model(ids[None])[0, -1].argmax()[None]))
-            assert tokenizer.decode(ids[len(start) :]).startswith(answer) and answer
+            text = text_of(answer[role])
+            assert tokenizer.decode(ids[len(start) :]).startswith(text) and text
+
+
+def test_each_token_is_as_both_models_see_it(run, teacher_dir, student_dir):
+    """Against plain forwards over prompt and text; the teacher's text is seen by the student of each snapshot."""
+    examples, tokenizer, teacher = read_examples(run), Tokenizer(student_dir), gpt(teacher_dir)
+    for moment, student in (("first", gpt(student_dir)), ("latest", gpt(run / "final"))):
+        for answer in examples[moment]["answers"]:
+            prompt = tokenizer.encode(answer["prompt"])
+            for role in ("teacher", "student"):
+                text = answer[role]
+                ids = torch.cat((prompt, torch.tensor(text["ids"])))
+                with torch.no_grad():
+                    p, q = (torch.log_softmax(model(ids[None])[0].double(), -1) for model in (teacher, student))
+                assert len(text["tokens"]) == len(text["ids"])
+                for place, (_, kl, *likely) in enumerate(text["tokens"], start=len(prompt) - 1):
+                    assert kl == pytest.approx(float((p[place].exp() * (p[place] - q[place])).sum()), abs=1e-4)
+                    for of_model, kept in ((p, likely[0]), (q, likely[1])):
+                        highest = of_model[place].exp().topk(ALTERNATIVES).values
+                        np.testing.assert_allclose([share for _, share in kept], highest, atol=1e-4)
+
+
+def test_long_texts_are_compared_in_part(run, teacher_dir, student_dir, alice_json, tmp_path, monkeypatch):
+    monkeypatch.setattr(litgpt_akl.training.examples, "COMPARED", 3)
+    distil(student_dir, teacher_dir, alice_json, tmp_path, **OPTIONS)
+    for short, whole in zip(*(read_examples(of)["first"]["answers"] for of in (tmp_path, run)), strict=True):
+        for role in ("recorded", "teacher", "student"):
+            tokens = [[token[:2] for token in of[role]["tokens"][:3]] for of in (short, whole)]
+            assert [text for text, _ in tokens[0]] == [text for text, _ in tokens[1]] and len(short[role]["tokens"]) < 4
+            np.testing.assert_allclose(*([kl for _, kl in of] for of in tokens), atol=1e-3)
+            assert text_of(short[role]) == text_of(whole[role]) != ""
+    assert COMPARED > 3 and (run / "examples.json").stat().st_size < 400_000
 
 
 def test_two_processes_keep_what_one_does(run, teacher_dir, student_dir, alice_json, tmp_path):
     work = partial(distil, student_dir, teacher_dir, alice_json, tmp_path / "two", devices=2, **OPTIONS)
     in_processes(2, work)
     one, two = read_examples(run)["latest"], read_examples(tmp_path / "two")["latest"]
-    assert (one["prompts"], one["teacher_answers"]) == (two["prompts"], two["teacher_answers"])
     for mine, other in zip(one["positions"], two["positions"], strict=True):
         assert mine["context"] == other["context"] and mine["next"] == other["next"]
         np.testing.assert_allclose(mine["q"], other["q"], atol=1e-4)
+    for mine, other in zip(one["answers"], two["answers"], strict=True):
+        assert (mine["prompt"], mine["teacher"]["ids"]) == (other["prompt"], other["teacher"]["ids"])
+        for role in ("recorded", "teacher"):
+            kl = [[token[1] for token in of[role]["tokens"]] for of in (mine, other)]
+            np.testing.assert_allclose(*kl, atol=1e-3)
     assert (tmp_path / "two" / "report.html").is_file()
 
 
@@ -205,9 +243,28 @@ def test_a_cached_teacher_writes_no_responses(teacher_dir, student_dir, alice_js
     for name in ("fills", "reads"):
         distil(student_dir, teacher_dir, alice_json, tmp_path / name, **cached)
     filled, read = (read_examples(tmp_path / name)["latest"] for name in ("fills", "reads"))
-    assert len(filled["teacher_answers"]) == 3 and read["teacher_answers"] is None
     assert "only its LM head is loaded" in (tmp_path / "reads" / "report.html").read_text(encoding="utf-8")
-    assert read["answers"] == filled["answers"] and read["positions"] == filled["positions"]
+    assert read["positions"] == filled["positions"]
+    for mine, other in zip(read["answers"], filled["answers"], strict=True):
+        assert mine["recorded"] == other["recorded"] and "teacher" not in mine and other["teacher"]["ids"]
+        assert mine["student"]["ids"] == other["student"]["ids"] and mine["student"]["tokens"] == []
+        assert text_of(mine["student"]) == text_of(other["student"])
+
+
+def test_a_run_of_an_earlier_version_is_shown_and_goes_on(run, tmp_path):
+    """Its texts are there, and the page says what is not; a snapshot of today beside it is shown in full."""
+    examples = read_examples(run)
+    shutil.copytree(run / "logs", tmp_path / "logs")
+    write_examples(tmp_path, *(of_an_earlier_version(examples[name]) for name in ("first", "latest")))
+    found = take_examples(tmp_path, True, pytest.fail)
+    page = make_page([read_run(tmp_path, pytest.fail)])
+    for mine, other in zip(found["latest"]["answers"], examples["latest"]["answers"], strict=True):
+        assert "recorded" not in mine and mine["prompt"] == other["prompt"] and escape(mine["prompt"]) in page
+        for role in ("teacher", "student"):
+            assert mine[role] == {"tokens": [], "rest": text_of(other[role])}
+            assert escape(text_of(other[role]).strip()) in page
+    write_examples(tmp_path, found["first"], examples["latest"])
+    assert read_examples(tmp_path) == {"first": found["first"], "latest": examples["latest"]}
 
 
 def test_what_cannot_be_written_does_not_end_the_run(
@@ -254,7 +311,9 @@ def test_a_new_run_forgets_the_one_before(teacher_dir, student_dir, alice_json, 
     options = {"train": {"max_steps": 1}, "eval": {"initial_validation": False, "final_validation": True}}
     distil(student_dir, teacher_dir, alice_json, tmp_path, **options)
     examples = read_examples(tmp_path)
-    assert examples["first"]["step"] == 1 and examples["latest"]["answers"] == []
+    assert examples["first"]["step"] == 1 and all(
+        {*answer} == {"prompt", "recorded"} for answer in examples["latest"]["answers"]
+    )
     assert "max_new_tokens is null" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 

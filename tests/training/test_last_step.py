@@ -68,7 +68,7 @@ def failing_file_of_examples(patch: pytest.MonkeyPatch, out_dir: Path) -> None:
     def fail_to_write(*arguments) -> None:
         raise OSError("made to fail")
 
-    patch.setattr("litgpt_akl.training.reporting.write_examples", fail_to_write)
+    patch.setattr("litgpt_akl.training.examples.write_examples", fail_to_write)
 
 
 def fail_to_log(patch: pytest.MonkeyPatch, step: int) -> None:
