@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+import sys
 from argparse import Action
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
+from litgpt_akl.cli.command_line import translate_text, translate_words
 from litgpt_akl.messages import UserError, shown
 
 USER_ERRORS = (UserError, ValueError, TypeError, KeyError, OSError)
@@ -30,6 +32,10 @@ BAD_VALUE = re.compile(r"Expected an? |Does not validate|Not a valid subclass|Ca
 class Parser(ArgumentParser):
     """A parser with short messages; with ``JSONARGPARSE_DEBUG`` set, errors keep their whole text and traceback."""
 
+    def __init__(self, *args, **kwargs) -> None:
+        # --teach is not --teacher, whatever else begins so in the next release
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
     def add_argument(self, *args, **kwargs):
         """A list without a name takes as many words as there are, where jsonargparse wants one word in brackets."""
         accepted = getattr(kwargs.get("action"), "_typehint", None)
@@ -44,11 +50,17 @@ class Parser(ArgumentParser):
             super().error(message, ex)
         self.exit(2, f"error: {shown(explain(message, self))}\n")
 
-    def parse_args(self, *args, **kwargs):
+    def parse_args(self, args=None, *others, **kwargs):
         try:
-            return super().parse_args(*args, **kwargs)
+            words = sys.argv[1:] if args is None else [*args]
+            # the words of a command are translated by its own parser
+            return super().parse_args(words if _commands(self) else translate_words(words), *others, **kwargs)
         except USER_ERRORS as error:
             self._exit_with(error)
+
+    def parse_string(self, cfg_str, *args, **kwargs):
+        """What a configuration file holds."""
+        return super().parse_string(translate_text(cfg_str, getattr(self, "args", [])), *args, **kwargs)
 
     def instantiate_classes(self, *args, **kwargs):
         try:

@@ -12,7 +12,7 @@ from litgpt.types import LoggerChoice
 from litgpt.utils import init_out_dir
 
 from litgpt_akl.config.args import DistillArgs, LoRAArgs, Options, TeacherArgs
-from litgpt_akl.config.checks import check_options, optimizer_config, without_student
+from litgpt_akl.config.checks import OPTIMIZER, check_options, optimizer_config, without_student
 from litgpt_akl.config.recipe import check_masked, given, recipe_as_yaml
 from litgpt_akl.memory.estimate import MemoryEstimate, make_estimate
 from litgpt_akl.memory.fit import report_memory
@@ -68,7 +68,7 @@ def setup(
     ),
     eval: EvalArgs = EvalArgs(interval=600, max_new_tokens=100, max_iters=100, initial_validation=True),
     log: LogArgs = LogArgs(),
-    optimizer: str | dict = "AdamW",
+    optimizer: str | dict = OPTIMIZER,
     logger_name: LoggerChoice = "csv",
     seed: int = 1337,
     access_token: str | None = None,

@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,11 +12,34 @@ from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import DataModule
 
 from litgpt_akl.loss.distillation_loss import DistillationLoss
-from litgpt_akl.loss.objective import DivergenceName, HeadRule, takers
+from litgpt_akl.loss.objective import DivergenceName, HeadRule
 from litgpt_akl.messages import UserError
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
 """What LitGPT's LoRA adapts."""
+
+
+KEYWORDS = {
+    "akl.mu": "mu",
+    "akl.head_rule": "head_rule",
+    "mix.ratio": "mix_ratio",
+    "jsd.beta": "beta",
+    "skewed.skew": "skew",
+    "alpha_beta.alpha": "alpha",
+    "alpha_beta.beta": "beta",
+    "tad.top_k": "top_k",
+    "tad.tail_weight": "tail_weight",
+}
+"""The options of one divergence, and the keywords that the loss has for them."""
+TAKERS = {
+    "mix": ("mix",),
+    "jsd": ("jsd",),
+    "skewed": ("skewed_fkl", "skewed_rkl"),
+    "alpha_beta": ("alpha_beta",),
+    "tad": ("tad",),
+}
+"""The divergences that alone depend on a group of options."""
+OF_EVERY_DIVERGENCE = ("temperature", "kd_ratio", "block_tokens", "compile")
 
 
 def changed(args: Any) -> dict[str, Any]:
@@ -42,6 +66,62 @@ def _refuse_changed(group: str, args: Any, prefix: str, why: str, way_out: str) 
 
 
 @dataclass
+class AKLArgs:
+    """Options of adaptive KL"""
+
+    mu: float = 0.5
+    """Mass of the teacher's distribution that counts as its head"""
+    head_rule: HeadRule = "paper"
+    """Whether the id that crosses mu belongs to the head (paper), or not, as in the authors' code (official)"""
+
+
+@dataclass
+class MixArgs:
+    """Options of the mix of forward and reverse KL"""
+
+    ratio: float = 0.5
+    """Share of forward KL"""
+
+
+@dataclass
+class JSDArgs:
+    """Options of the generalised Jensen-Shannon divergence"""
+
+    beta: float = 0.5
+    """Share of the teacher in the mixture. The divergence is divided by beta (1 - beta), so that it is as large as KL
+    for every beta, forward KL at 0 and reverse KL at 1"""
+
+
+@dataclass
+class SkewedArgs:
+    """Options of skewed KL"""
+
+    skew: float = 0.1
+    """Share of the teacher that the student is mixed with (skewed_fkl), or of the student that the teacher is mixed
+    with (skewed_rkl)"""
+
+
+@dataclass
+class AlphaBetaArgs:
+    """Options of the alpha-beta divergence"""
+
+    alpha: float = 0.2
+    """Exponent of the teacher (with beta 0, alpha 1 is forward KL; with beta 1, alpha 0 is reverse KL)"""
+    beta: float = 0.7
+    """Exponent of the student"""
+
+
+@dataclass
+class TADArgs:
+    """Options of tail-aware KL"""
+
+    top_k: int = 10
+    """How many of the teacher's most probable ids stand apart from all others"""
+    tail_weight: float = 1.0
+    """Weight of KL among those others, renormalised"""
+
+
+@dataclass
 class DistillArgs:
     """Distillation-related arguments"""
 
@@ -51,29 +131,22 @@ class DistillArgs:
     skewed_rkl), total variation (tv), token-wise KL (todi), alpha-beta divergence (alpha_beta), tail-aware KL (tad), or
     a function of your own by its import path, such as my.module.function: it takes the teacher's and the student's
     logits, [n, vocab] each, divided by the temperature, and gives [n] numbers"""
-    mu: float = 0.5
-    """Mass of the teacher's distribution that counts as its head (akl)"""
-    head_rule: HeadRule = "paper"
-    """Whether the id that crosses mu belongs to the head (paper), or not, as in the authors' code (official)"""
-    mix_ratio: float = 0.5
-    """Share of forward KL (mix)"""
-    beta: float | None = None
-    """Share of the teacher in the mixture (jsd, default: 0.5; the divergence is divided by beta (1 - beta), so that it
-    is as large as KL for every beta, forward KL at 0 and reverse KL at 1), or exponent of the student (alpha_beta,
-    default: 0.7)"""
-    skew: float = 0.1
-    """Share of the teacher that the student is mixed with (skewed_fkl), or of the student that the teacher is mixed
-    with (skewed_rkl)"""
-    alpha: float = 0.2
-    """Exponent of the teacher (alpha_beta; with beta 0, alpha 1 is forward KL; with beta 1, alpha 0 is reverse KL)"""
-    top_k: int = 10
-    """How many of the teacher's most probable ids stand apart from all others (tad)"""
-    tail_weight: float = 1.0
-    """Weight of KL among those others, renormalised (tad)"""
     temperature: float = 1.0
     """Divides both models' logits in the divergence, whose value and gradient are multiplied by its square"""
     kd_ratio: float = 0.5
     """Share of the divergence in the loss; the rest is cross-entropy with the labels"""
+    akl: AKLArgs = field(default_factory=AKLArgs)
+    """Adaptive KL (akl); statistics of every divergence go by these options, too"""
+    mix: MixArgs = field(default_factory=MixArgs)
+    """Mix of forward and reverse KL (mix)"""
+    jsd: JSDArgs = field(default_factory=JSDArgs)
+    """Generalised Jensen-Shannon divergence (jsd)"""
+    skewed: SkewedArgs = field(default_factory=SkewedArgs)
+    """Skewed forward or reverse KL (skewed_fkl, skewed_rkl)"""
+    alpha_beta: AlphaBetaArgs = field(default_factory=AlphaBetaArgs)
+    """Alpha-beta divergence (alpha_beta)"""
+    tad: TADArgs = field(default_factory=TADArgs)
+    """Tail-aware KL (tad)"""
     block_tokens: int | None = None
     """Tokens that go through the LM heads at a time (default: as many as 100 MiB of logits hold on a CPU, 1 GiB on a
     GPU). Changes memory and speed, never the result"""
@@ -94,12 +167,13 @@ class DistillArgs:
         try:
             self.loss()
         except ValueError as error:
-            raise UserError(f"--distill.{error}") from None
-        for name in changed(self):
-            names = takers(name)
-            if names and self.divergence not in names:
-                way_out = f"Use --distill.divergence {' or '.join(names)}"
-                _refuse_changed("distill", self, name, f"with --distill.divergence {self.divergence}", way_out)
+            keyword, _, rest = str(error).partition(" ")
+            raise UserError(f"--distill.{self._options().get(keyword, keyword)} {rest}") from None
+        for group, divergences in TAKERS.items():
+            if self.divergence not in divergences:
+                way_out = f"Use --distill.divergence {' or '.join(divergences)}"
+                without = f"with --distill.divergence {self.divergence}"
+                _refuse_changed(f"distill.{group}", getattr(self, group), "", without, way_out)
 
     def _check_on_policy(self) -> None:
         if not 0 <= self.on_policy <= 1:
@@ -116,10 +190,16 @@ class DistillArgs:
             way_out = "Give --distill.on_policy"
             _refuse_changed("distill", self, "on_policy_", "without on-policy samples", way_out)
 
+    def _options(self) -> dict[str, str]:
+        """The options that the divergence takes: keywords of the loss, and their names here."""
+        groups = ["akl", *(group for group, divergences in TAKERS.items() if self.divergence in divergences)]
+        return {keyword: name for name, keyword in KEYWORDS.items() if name.partition(".")[0] in groups}
+
     def loss(self) -> DistillationLoss:
         """The loss that these arguments describe."""
-        options = {name: value for name, value in asdict(self).items() if not name.startswith("on_policy")}
-        return DistillationLoss(**options)
+        options = {name: getattr(self, name) for name in ("divergence", *OF_EVERY_DIVERGENCE)}
+        own = {keyword: attrgetter(name)(self) for keyword, name in self._options().items()}
+        return DistillationLoss(**options, **own)
 
 
 @dataclass
@@ -228,7 +308,7 @@ class TeacherArgs:
 class GenerationArgs:
     """Arguments of the answers that are rated"""
 
-    seeds: list[int] = dataclasses.field(default_factory=lambda: [10, 20, 30, 40, 50])
+    seeds: list[int] = field(default_factory=lambda: [10, 20, 30, 40, 50])
     """Each prompt is answered once for each of these seeds; none ([]) leaves answers out"""
     max_new_tokens: int = 256
     """Tokens of an answer at most"""

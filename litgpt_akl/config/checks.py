@@ -13,6 +13,8 @@ from litgpt.utils import parse_devices
 from litgpt_akl.config.args import GenerationArgs, Options, changed, check_at_least_one
 from litgpt_akl.messages import UserError
 
+OPTIMIZER = "AdamW"
+"""The class of an optimizer of which only options are given."""
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 FOR_PRETRAINING = (MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories)
 OF_STUDENT = re.compile(
@@ -235,19 +237,15 @@ def choose_precision(precision: str | None, cuda: bool) -> Literal["32-true", "b
 def optimizer_config(optimizer: str | dict) -> str | dict:
     """An optimizer as LitGPT's function for it takes it: a name, or class_path and init_args.
 
-    jsonargparse hands ``--optimizer.init_args.lr 1e-4`` over as ``{"lr": "1e-4"}`` beside the class_path, and drops the
-    name in ``--optimizer SGD --optimizer.lr 0.1``: of options without a class a UserError is raised.
+    jsonargparse hands ``--optimizer.lr 1e-4`` over as ``{"lr": "1e-4"}``, beside a class_path if there is one.
     """
     if isinstance(optimizer, str):
         return optimizer
-    if "class_path" not in optimizer:
-        raise UserError(
-            f"--optimizer has options ({', '.join(optimizer)}) but no class. Name it by its class_path:"
-            " --optimizer.class_path AdamW --optimizer.lr 1e-4."
-        )
-    class_path = optimizer["class_path"]
+    class_path = optimizer.get("class_path", OPTIMIZER)
     init_args = {**optimizer.get("init_args", {})}
     init_args.update({name: value for name, value in optimizer.items() if name not in ("class_path", "init_args")})
+    if not init_args:
+        return class_path.removeprefix("torch.optim.")
     return {
         "class_path": class_path if "." in class_path else f"torch.optim.{class_path}",
         "init_args": {name: _number(value) for name, value in init_args.items()},

@@ -5,6 +5,7 @@ import inspect
 import re
 from collections.abc import Callable
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -12,6 +13,8 @@ import yaml
 from jsonargparse import ArgumentParser
 from litgpt.prompts import PromptStyle, prompt_styles
 
+from litgpt_akl.config.args import KEYWORDS, DistillArgs
+from litgpt_akl.config.old_names import with_new_names
 from litgpt_akl.messages import UserError, is_masked, masked
 
 NO_EFFECT = re.compile(
@@ -25,6 +28,8 @@ NO_EFFECT = re.compile(
 )
 """Arguments that may change when a run goes on: they leave its result as it is, up to rounding. Models and samples are
 compared by what they are, not by where they lie."""
+DEFAULTS = {f"distill.{name}": attrgetter(name)(DistillArgs()) for name in KEYWORDS}
+"""Of the options that belong to one divergence."""
 
 
 class Dumper(yaml.SafeDumper):
@@ -58,12 +63,20 @@ def check_masked(arguments: dict[str, Any]) -> None:
 
 def differences(saved: str, current: str) -> list[str]:
     """What differs between two recipes, as YAML, in arguments that change the result of a run."""
-    saved, current = _flatten(yaml.safe_load(saved)), _flatten(yaml.safe_load(current))
+    saved, current = _options(saved), _options(current)
     return [
         f"{name} {saved.get(name)} -> {current.get(name)}"
         for name in dict.fromkeys([*saved, *current])
         if saved.get(name) != current.get(name) and not NO_EFFECT.fullmatch(name)
     ]
+
+
+def _options(recipe: str) -> dict[str, Any]:
+    """The options of a recipe under their names of today."""
+    recipe, found = with_new_names(yaml.safe_load(recipe))
+    options = _flatten(recipe)
+    # an option that two divergences had is null in older recipes, where it is not the own one's
+    return {**DEFAULTS, **options} if found else options
 
 
 def given(recipe: str, function: Callable) -> dict[str, Any]:

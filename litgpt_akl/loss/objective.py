@@ -53,11 +53,6 @@ _ALPHA_BETA_RANGE = (
 )
 
 
-def takers(option: str) -> list[str]:
-    """The divergences that alone depend on ``option``; none for an option of all."""
-    return [name for name, options in OPTIONS.items() if option in options]
-
-
 @dataclass(frozen=True)
 class Objective:
     """What is minimised at a token."""

@@ -261,7 +261,7 @@ def _describe(run: Run, before: Tensor, label: int, p: Tensor, q: Tensor) -> dic
     tokenizer, distill = run.pair.tokenizer, run.distill
     p, ids = p.sort(descending=True, stable=True)
     q = q[ids]
-    head = in_head(p.cumsum(dim=-1), distill.mu, distill.head_rule)
+    head = in_head(p.cumsum(dim=-1), distill.akl.mu, distill.akl.head_rule)
     gaps, shown = (p - q).abs(), ids[:TOKENS]
     rank = int((ids == label).nonzero())
     return {

@@ -55,7 +55,6 @@ def run(options: list[str], arguments: argparse.Namespace, out_dir: Path) -> tup
         *("--train.max_steps", arguments.steps, "--train.epochs", "1000", "--train.lr_warmup_steps", "2"),
         *("--train.global_batch_size", "16", "--train.micro_batch_size", "4", "--train.save_interval", "null"),
         *("--eval.initial_validation", "false", "--eval.final_validation", "false", "--eval.interval", "100000"),
-        *("--optimizer.class_path", "AdamW"),
         *("--optimizer.lr", "2e-4", *(option.format(directory=out_dir.parent) for option in options)),
         *arguments.options,
     ]

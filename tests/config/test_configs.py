@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.options import make_parser
 from jsonargparse import Namespace
 from litgpt.utils import instantiate_torch_optimizer
-from test_recipe import make_parser, run_litgpt
+from test_recipe import run_litgpt
 
 from litgpt_akl.cli.parser import Parser
 from litgpt_akl.commands.finetune_akl import setup
@@ -26,8 +27,7 @@ SAMPLES = 14_000
 DEPENDS_ON_DEFAULT = {
     "gpt2-paper.yaml": {
         "distill.divergence",
-        "distill.mu",
-        "distill.head_rule",
+        "distill.akl",
         "distill.kd_ratio",
         "train.max_norm",
     },
@@ -99,10 +99,13 @@ def test_the_recipes_are_there():
 def test_what_a_recipe_says_arrives(parser, recipe):
     options, defaults = options_in(recipe), parse(parser, *PATHS)
     given = parse(parser, "--config", recipe, *PATHS)
-    assert {name: given[name] for name in options} == options
+    assert optimizer_config(given.pop("optimizer")) == optimizer_config(options.pop("optimizer"))
+    found = {name: given[name] for name in options}
+    plain = {name: value.as_dict() if isinstance(value, Namespace) else value for name, value in found.items()}
+    assert plain == options
     changed = {name for name, value in given.as_flat().__dict__.items() if defaults.get(name) != value}
     assert {name for name in changed if not name.startswith(("config", "optimizer"))} <= options.keys()
-    unchanged = {name for name in options if defaults[name] == options[name]}
+    unchanged = {name for name in options if defaults[name] == given[name]}
     assert unchanged == DEPENDS_ON_DEFAULT.get(recipe.name, set())
 
 
@@ -119,7 +122,7 @@ def test_what_a_recipe_says_fits_together(parser, recipe):
     assert given.eval.interval < steps
 
     optimizer = instantiate_torch_optimizer(optimizer_config(given.optimizer), [torch.nn.Parameter(torch.ones(1))])
-    highest = options_in(recipe)["optimizer"]["init_args"]["lr"]
+    highest = options_in(recipe)["optimizer"]["lr"]
     scheduler = make_scheduler(optimizer, warmup, steps, train.min_lr)
     rates = [highest * scheduler.lr_lambdas[0](step) for step in range(steps + 1)]
     assert max(rates) == highest
@@ -130,7 +133,7 @@ def test_what_a_recipe_says_fits_together(parser, recipe):
 @each_recipe
 def test_a_recipe_names_no_place_and_no_data(recipe):
     options = options_in(recipe)
-    names = [name for option in options for name in option.split(".")] + list(options["optimizer"]["init_args"])
+    names = [name for option in options for name in option.split(".")] + list(options["optimizer"])
     assert not [name for name in names if name.endswith(("_dir", "_path")) or name in ("data", "access_token")]
     text = yaml.dump(list(options.values()))
     assert "/" not in text and "\\" not in text
@@ -164,11 +167,11 @@ def test_the_command_in_a_recipes_header_can_be_parsed(parser, recipe, dolly):
 
 @each_recipe
 def test_values_after_the_recipe_win(parser, recipe):
-    words = ["--train.max_seq_length", "77", "--distill.kd_ratio", "0.875", "--optimizer.init_args.lr", "3e-3"]
+    words = ["--train.max_seq_length", "77", "--distill.kd_ratio", "0.875", "--optimizer.lr", "3e-3"]
     given = parse(parser, "--config", recipe, *PATHS, *words)
     assert (given.train.max_seq_length, given.distill.kd_ratio) == (77, 0.875)
-    optimizer = options_in(recipe)["optimizer"]
-    assert optimizer_config(given.optimizer) == {**optimizer, "init_args": {**optimizer["init_args"], "lr": 3e-3}}
+    init_args = options_in(recipe)["optimizer"] | {"lr": 3e-3}
+    assert optimizer_config(given.optimizer) == {"class_path": "torch.optim.AdamW", "init_args": init_args}
 
 
 def test_values_before_the_recipe_lose(parser):
@@ -228,14 +231,15 @@ def test_the_papers_numbers():
         32,
         512,
     )
-    assert options["optimizer"] == {"class_path": "torch.optim.AdamW", "init_args": {"lr": 5e-4, "weight_decay": 0.01}}
-    assert (options["train.max_norm"], options["distill.kd_ratio"], options["distill.mu"]) == (1.0, 0.5, 0.5)
+    assert options["optimizer"] == {"lr": 5e-4, "weight_decay": 0.01}
+    assert (options["train.max_norm"], options["distill.kd_ratio"]) == (1.0, 0.5)
+    assert options["distill.akl"] == {"mu": 0.5, "head_rule": "paper"}
 
 
 def test_the_real_command_takes_a_recipe():
     recipe = next(path for path in RECIPES if path.name == "gpt2-paper.yaml")
     printed = yaml.safe_load(run_litgpt("finetune_akl", "--config", recipe, *PATHS, "--print_config"))
     options = options_in(recipe)
-    assert printed["optimizer"] == options.pop("optimizer")
+    assert optimizer_config(printed["optimizer"]) == optimizer_config(options.pop("optimizer"))
     assert {name: printed[name.split(".")[0]][name.split(".")[1]] for name in options} == options
     assert (printed["checkpoint_dir"], printed["out_dir"]) == ("student", "out")

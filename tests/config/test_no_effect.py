@@ -14,7 +14,18 @@ from litgpt.prompts import Default
 
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.finetune_akl import setup
-from litgpt_akl.config.args import DistillArgs, GenerationArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.config.args import (
+    TAKERS,
+    AlphaBetaArgs,
+    DistillArgs,
+    GenerationArgs,
+    JSDArgs,
+    LoRAArgs,
+    MixArgs,
+    SkewedArgs,
+    TADArgs,
+    TeacherArgs,
+)
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.messages import UserError
 
@@ -90,15 +101,24 @@ REFUSED = [
     ),
     ("teacher.use_base", lambda: {"teacher": TeacherArgs(use_base=True)}, "--teacher.use_base true without --lora.r"),
     ("hybrid_sharding", lambda: {"hybrid_sharding": True}, "--hybrid_sharding true with --num_nodes 1 --devices 1"),
-    ("distill.mix_ratio", lambda: {"distill": DistillArgs(mix_ratio=0.3)}, "--distill.mix_ratio 0.3 has no effect"),
-    ("distill.beta", lambda: {"distill": DistillArgs(beta=0.3)}, "--distill.beta 0.3 has no effect"),
-    ("distill.skew", lambda: {"distill": DistillArgs(skew=0.3)}, "--distill.skew 0.3 has no effect"),
-    ("distill.alpha", lambda: {"distill": DistillArgs(alpha=0.3)}, "--distill.alpha 0.3 has no effect"),
-    ("distill.top_k", lambda: {"distill": DistillArgs(top_k=3)}, "--distill.top_k 3 has no effect"),
+    ("distill.mix.ratio", lambda: {"distill": DistillArgs(mix=MixArgs(0.3))}, "--distill.mix.ratio 0.3 has no effect"),
+    ("distill.jsd.beta", lambda: {"distill": DistillArgs(jsd=JSDArgs(0.3))}, "--distill.jsd.beta 0.3 has no effect"),
+    ("distill.skewed.skew", lambda: {"distill": DistillArgs(skewed=SkewedArgs(0.3))}, "skew 0.3 has no effect"),
     (
-        "distill.tail_weight",
-        lambda: {"distill": DistillArgs(tail_weight=3.0)},
-        "--distill.tail_weight 3.0 has no effect",
+        "distill.alpha_beta.alpha",
+        lambda: {"distill": DistillArgs(alpha_beta=AlphaBetaArgs(alpha=0.3))},
+        "alpha 0.3 has no effect",
+    ),
+    (
+        "distill.alpha_beta.beta",
+        lambda: {"distill": DistillArgs(alpha_beta=AlphaBetaArgs(beta=0.3))},
+        "beta 0.3 has no effect",
+    ),
+    ("distill.tad.top_k", lambda: {"distill": DistillArgs(tad=TADArgs(top_k=3))}, "top_k 3 has no effect"),
+    (
+        "distill.tad.tail_weight",
+        lambda: {"distill": DistillArgs(tad=TADArgs(tail_weight=3.0))},
+        "tail_weight 3.0 has no effect",
     ),
     ("distill.on_policy", lambda: {"distill": DistillArgs(on_policy=0.5, kd_ratio=0.0)}, "with --distill.kd_ratio 0"),
     (
@@ -118,7 +138,7 @@ ALWAYS_USED = {
     *("seed teacher_checkpoint_dir lora.r teacher.cache_dir teacher.precision teacher.quantize").split(),
     *(f"distill.{name}" for name in "block_tokens compile divergence kd_ratio temperature".split()),
     # which ids are the head is logged and shown for every divergence
-    *("distill.mu", "distill.head_rule"),
+    *("distill.akl.mu", "distill.akl.head_rule"),
     *(f"eval.{name}" for name in "final_validation initial_validation interval max_iters max_new_tokens".split()),
     *(f"train.{name}" for name in "epochs global_batch_size log_interval lr_warmup_fraction lr_warmup_steps".split()),
     *(f"train.{name}" for name in "max_norm max_seq_length max_steps max_time max_tokens micro_batch_size".split()),
@@ -131,6 +151,7 @@ def test_every_option_is_classified():
     options = {name for name in options_of("finetune_akl") if not name.endswith(".")}
     known = ALWAYS_USED | {name for name, _, _ in REFUSED}
     groups = {"train", "eval", "log", "teacher", "lora", "distill", "help", "-h"}
+    groups |= {f"distill.{group}" for group in ("akl", *TAKERS)}
     assert {name for name in options if not name.startswith(("data.", "optimizer.", "print_"))} - groups <= known
     assert not ALWAYS_USED & {name for name, _, _ in REFUSED}
 

@@ -1,10 +1,8 @@
 """A run's configuration as YAML: the command's parser makes the same arguments of it, and the same run."""
 
 import inspect
-import sys
 from dataclasses import dataclass
 from enum import Enum
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +11,19 @@ import pytest
 import torch
 import yaml
 from helpers.commands import complete
-from jsonargparse import capture_parser
+from helpers.options import MODELS, arguments_of, make_parser
 from lightning import LightningDataModule
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import JSON, DataModule
 from litgpt.prompts import ChatML, Default, PromptStyle
 
-from litgpt_akl.cli.main import extend
 from litgpt_akl.cli.parser import Parser
 from litgpt_akl.commands.finetune_akl import setup
-from litgpt_akl.config.args import OPTIONS, DistillArgs
-from litgpt_akl.config.checks import optimizer_config
+from litgpt_akl.config.args import OPTIONS, AKLArgs, DistillArgs
 from litgpt_akl.config.recipe import recipe_as_yaml
 
-MODELS = ["student", "--teacher_checkpoint_dir", "teacher"]
 pytestmark = pytest.mark.filterwarnings("ignore:The `json_path` points to a single file")
 TOKEN = "hf_nobody_may_read_this"
-
-
-def make_parser() -> Parser:
-    """The parser of LitGPT's command line, as its main function builds it."""
-    extend(import_module("litgpt.parser_config"))
-    precision = torch.get_float32_matmul_precision()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["litgpt", "finetune_akl"])
-        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # LitGPT's own
-        parser = capture_parser(import_module("litgpt.__main__").main)
-    torch.set_float32_matmul_precision(precision)
-    assert isinstance(parser, Parser)
-    return parser
 
 
 def run_litgpt(*words: str | Path) -> str:
@@ -54,13 +36,6 @@ def run_litgpt(*words: str | Path) -> str:
 @pytest.fixture(scope="module")
 def parser() -> Parser:
     return make_parser()
-
-
-def arguments_of(parser: Parser, words: list[str | Path]) -> dict[str, Any]:
-    """What the command's function is called with."""
-    given = parser.instantiate_classes(parser.parse_args(["finetune_akl", *map(str, words)])).finetune_akl
-    given = {name: value for name, value in vars(given).items() if name != "config"}
-    return {**given, "optimizer": optimizer_config(given["optimizer"])}
 
 
 def repeated(parser: Parser, arguments: dict[str, Any], directory: Path, *words: str) -> dict[str, Any]:
@@ -129,10 +104,10 @@ OPTIMIZER = '{"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-5, "beta
         ["--train.lr_warmup_fraction", "0.25", "--train.max_seq_length", "96"],
         ["--eval.max_new_tokens", "null", "--eval.evaluate_example", "random", "--eval.initial_validation", "false"],
         ["--log.run", "2024", "--log.project", "1e-3", "--log.group", "1e3", "--log.metadata", '{"a": [1, "x"]}'],
-        ["--distill.divergence", "mix", "--distill.mix_ratio", "0.3", "--distill.temperature", "1e1"],
+        ["--distill.divergence", "mix", "--distill.mix.ratio", "0.3", "--distill.temperature", "1e1"],
         ["--distill.divergence", "helpers.own_functions.forward_kl"],
-        ["--distill.divergence", "jsd", "--distill.beta", "1e-1"],
-        ["--distill.block_tokens", "64", "--distill.compile", "false", "--distill.head_rule", "official"],
+        ["--distill.divergence", "jsd", "--distill.jsd.beta", "1e-1"],
+        ["--distill.block_tokens", "64", "--distill.compile", "false", "--distill.akl.head_rule", "official"],
     ],
     ids=" ".join,
 )
@@ -246,7 +221,7 @@ def test_a_run_is_repeated_from_its_own_recipe(tmp_path, teacher_dir, student_di
             teacher_checkpoint_dir=teacher_dir,
             out_dir=tmp_path / "first",
             data=JSON(alice_json, mask_prompt=True, prompt_style=Default()),
-            distill=DistillArgs(mu=0.4, compile=False),
+            distill=DistillArgs(akl=AKLArgs(mu=0.4), compile=False),
             train=TrainArgs(
                 global_batch_size=6, micro_batch_size=4, max_steps=3, max_norm=0.5, min_lr=1e-5, lr_warmup_steps=1
             ),

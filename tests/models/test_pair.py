@@ -18,7 +18,7 @@ from litgpt.model import GPT
 from litgpt.utils import save_config
 from tokenizers import Tokenizer
 
-from litgpt_akl.config.args import DistillArgs
+from litgpt_akl.config.args import AKLArgs, AlphaBetaArgs, DistillArgs, JSDArgs, MixArgs, SkewedArgs, TADArgs
 from litgpt_akl.config.checks import check_training_args, choose_precision, optimizer_config
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.pair import check_pair
@@ -206,26 +206,42 @@ def test_a_directory_that_cannot_be_written(teacher_dir, student_dir, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mu": 1.5}, "--distill.mu must be above 0 and at most 1, got 1.5"),
+        ({"akl": AKLArgs(mu=1.5)}, "--distill.akl.mu must be above 0 and at most 1, got 1.5"),
         ({"kd_ratio": -0.1}, "--distill.kd_ratio must be between 0 and 1, got -0.1"),
         ({"temperature": 0.0}, "--distill.temperature must be above 0, got 0.0"),
         (
             {"divergence": "kl"},
             "--distill.divergence must be one of akl, fkl, rkl, mix, .*, or the import path of a function, got 'kl'",
         ),
-        ({"mix_ratio": 0.3}, "--distill.mix_ratio 0.3 has no effect with --distill.divergence akl"),
+        ({"mix": MixArgs(ratio=0.3)}, "--distill.mix.ratio 0.3 has no effect with --distill.divergence akl"),
         (
-            {"beta": 0.3},
-            "--distill.beta 0.3 has no effect with .* akl. Use --distill.divergence jsd or alpha_beta, or leave",
+            {"skewed": SkewedArgs(skew=0.3)},
+            "--distill.skewed.skew 0.3 has no effect with .* akl. Use .*divergence skewed_fkl or skewed_rkl, or",
         ),
-        ({"divergence": "jsd", "skew": 0.3}, "--distill.skew 0.3 has no effect with --distill.divergence jsd"),
-        ({"divergence": "tad", "alpha": 0.3}, "--distill.alpha 0.3 has no effect with --distill.divergence tad"),
-        ({"divergence": "tv", "top_k": 3}, "--distill.top_k 3 has no effect with --distill.divergence tv"),
+        ({"divergence": "fkl", "jsd": JSDArgs(beta=0.3)}, "--distill.jsd.beta 0.3 has no effect with .*divergence fkl"),
         (
-            {"tail_weight": 2.0},
-            "--distill.tail_weight 2.0 has no effect with .* Use --distill.divergence tad, or leave",
+            {"divergence": "jsd", "alpha_beta": AlphaBetaArgs(beta=0.3)},
+            "--distill.alpha_beta.beta 0.3 has no effect with .*divergence jsd. Use .*divergence alpha_beta, or",
         ),
-        ({"divergence": "jsd", "beta": 1.5}, "--distill.beta must be between 0 and 1 for jsd, got 1.5"),
+        (
+            {"divergence": "tad", "alpha_beta": AlphaBetaArgs(alpha=0.3)},
+            "--distill.alpha_beta.alpha 0.3 has no effect with --distill.divergence tad",
+        ),
+        ({"divergence": "tv", "tad": TADArgs(top_k=3)}, "--distill.tad.top_k 3 has no effect with .*divergence tv"),
+        (
+            {"tad": TADArgs(tail_weight=2.0)},
+            "--distill.tad.tail_weight 2.0 has no effect with .* Use --distill.divergence tad, or leave",
+        ),
+        (
+            {"divergence": "jsd", "jsd": JSDArgs(beta=1.5)},
+            "--distill.jsd.beta must be between 0 and 1 for jsd, got 1.5",
+        ),
+        (
+            {"divergence": "alpha_beta", "alpha_beta": AlphaBetaArgs(beta=0.0)},
+            "--distill.alpha_beta.beta must be above 0, except .*, got 0.0",
+        ),
+        ({"divergence": "mix", "mix": MixArgs(ratio=1.5)}, "--distill.mix.ratio must be between 0 and 1, got 1.5"),
+        ({"divergence": "skewed_rkl", "skewed": SkewedArgs(skew=1.0)}, "--distill.skewed.skew must be .*, got 1.0"),
         ({"block_tokens": 0}, "--distill.block_tokens must be at least 1, got 0"),
     ],
 )
@@ -273,8 +289,9 @@ def test_precision_and_optimizer_options():
         "class_path": "torch.optim.AdamW",
         "init_args": {"lr": 1e-4, "betas": [0.9, 0.95]},
     }
-    with pytest.raises(UserError, match="--optimizer has options \\(lr\\) but no class"):
-        optimizer_config({"lr": "0.1"})
+    # of the class that a run has by default
+    assert optimizer_config({"lr": "0.1"}) == {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}}
+    assert optimizer_config({"class_path": "torch.optim.SGD"}) == optimizer_config({"class_path": "SGD"}) == "SGD"
 
 
 def test_the_real_command_says_it_in_one_line(teacher_dir, student_dir, alice_json, tmp_path):

@@ -9,7 +9,7 @@ class Method(NamedTuple):
 
     label: str
     options: dict[str, str | float]
-    """Of ``DistillArgs``."""
+    """Of ``DistillArgs``, but ``mix_ratio`` for ``mix.ratio``: they are kept as plain numbers."""
 
 
 REFERENCE, STATIC_MIX = "akl", "akl_mean_mix"

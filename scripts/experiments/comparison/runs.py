@@ -17,7 +17,7 @@ from comparison.methods import Settings
 from comparison.store import Run, Store
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.finetune_akl import setup
-from litgpt_akl.config.args import DistillArgs, GenerationArgs, TeacherArgs
+from litgpt_akl.config.args import DistillArgs, GenerationArgs, MixArgs, TeacherArgs
 from litgpt_akl.messages import UserError
 
 NEVER = 10**9
@@ -112,6 +112,13 @@ def records(place: Place, directory: Path) -> JSON:
     return JSON(directory, mask_prompt=True, prompt_style=place.material.prompt_style, num_workers=0)
 
 
+def objective(options: dict[str, str | float]) -> DistillArgs:
+    """The objective of a method."""
+    options = {**options}
+    mix = {"mix": MixArgs(options.pop("mix_ratio"))} if "mix_ratio" in options else {}
+    return DistillArgs(**options, **mix)
+
+
 def distil(
     place: Place,
     student: Path,
@@ -131,7 +138,7 @@ def distil(
         precision="32-true",
         data=records(place, material.data),
         teacher=TeacherArgs(cache_dir=str(place.cache), cache_mode=cache_mode),
-        distill=DistillArgs(**(options or {})),
+        distill=objective(options or {}),
         train=TrainArgs(
             save_interval=None,
             log_interval=1,
