@@ -28,12 +28,13 @@ from litgpt_akl.loss.objective import HeadRule
 from litgpt_akl.messages import UserError, say
 from litgpt_akl.models.generation import longest_prompt, stop_sequences
 from litgpt_akl.models.gpt import load_frozen
-from litgpt_akl.models.pair import check_pair
+from litgpt_akl.models.pair import Pair, check_pair
 from litgpt_akl.training.launch import ending_together, start
 from litgpt_akl.training.logging import silence_known_noise
 from litgpt_akl.training.out_dir import check_apart, out_dir_locked
 from litgpt_akl.training.responses import Responses, ResponseSampler, as_lines, find_questions, rate
 from litgpt_akl.training.run import choose_day
+from litgpt_akl.training.task_accuracy import Tasks, summary, task_table
 from litgpt_akl.training.validation import gap_closed, measure
 
 ROWS = {
@@ -76,9 +77,10 @@ def nan_as_null(value: Any) -> Any:
 
 RESULTS, ANSWERS = "evaluation.json", "answers.jsonl"
 """In ``out_dir``."""
+VERSIONS = ("litgpt-akl", "litgpt", "torch", "rouge-score", "torchmetrics")
 SETTINGS = (
     *"checkpoint_dir teacher_checkpoint_dir before_checkpoint_dir split max_records max_seq_length".split(),
-    *"mu head_rule generation precision".split(),
+    *"mu head_rule generation tasks task_limit num_fewshot precision".split(),
 )
 """Options that decide what is found, which is kept with them."""
 
@@ -100,6 +102,9 @@ class Evaluation:
     mu: float
     head_rule: HeadRule
     generation: GenerationArgs
+    tasks: str | None
+    task_limit: int | None
+    num_fewshot: int | None
     precision: Literal["32-true", "bf16-true"] | None
     devices: int | str
     num_nodes: int
@@ -108,16 +113,22 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         check_masked({"data": self.data})
-        names = ("max_records", "batch_size", "max_seq_length")
+        names = ("max_records", "batch_size", "max_seq_length", "task_limit")
         check_at_least_one(**{name: getattr(self, name) for name in names})
         try:
             self.loss = DistillationLoss(divergence="akl", kd_ratio=1.0, mu=self.mu, head_rule=self.head_rule)
         except ValueError as error:
             raise UserError(f"--{error}.") from None
-        check_questions(self.data, self.generation)
+        if self.tasks is None:
+            for name in ("task_limit", "num_fewshot"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name} {getattr(self, name)} has no effect without --tasks. Leave {name} out.")
+            self.data = Alpaca() if self.data is None else self.data
+        if self.data is not None:
+            check_questions(self.data, self.generation)
         self.devices = parse_devices(self.devices)
         check_hybrid_sharding(self.hybrid_sharding, self.devices, self.num_nodes)
-        self.data = Alpaca() if self.data is None else self.data
+        self.questions = None if self.tasks is None else Tasks(self.tasks, self.task_limit, self.num_fewshot)
         self.precision = self.precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
         students = {"student": self.checkpoint_dir, "before": self.before_checkpoint_dir}
         self.pairs = {
@@ -158,15 +169,16 @@ def evaluate_akl(
     mu: float = 0.5,
     head_rule: HeadRule = "paper",
     generation: GenerationArgs = GenerationArgs(),
+    tasks: str | None = None,
+    task_limit: int | None = None,
+    num_fewshot: int | None = None,
     precision: Literal["32-true", "bf16-true"] | None = None,
     devices: int | str = 1,
     num_nodes: int = 1,
     hybrid_sharding: bool = False,
     access_token: str | None = None,
 ) -> None:
-    """Hold a student against its teacher on records that it was not trained on: distributions, and sampled answers.
-
-    ``litgpt evaluate`` runs the benchmarks of lm-eval on the same directory.
+    """Hold a student against its teacher: distributions and sampled answers on held-out records, and tasks of lm-eval.
 
     Arguments:
         checkpoint_dir: The student's checkpoint directory, such as ``final/`` of a run.
@@ -187,6 +199,11 @@ def evaluate_akl(
         head_rule: Whether the id that crosses mu belongs to the head (paper), or not, as in the authors' code
             (official).
         generation: Arguments of the answers that are rated. See ``litgpt_akl.config.args.GenerationArgs`` for details.
+        tasks: CSV of task names of lm-eval, or of YAML files of tasks, such as "arc_easy,piqa": the accuracy of all
+            models is told with its standard error, and the share of the teacher's above chance that the student has.
+            With them data may be left out.
+        task_limit: How many questions of each task are asked, from the first on (default: all).
+        num_fewshot: Solved examples before each question (default: as each task says).
         precision: What all models are held in and computed with (default: bf16-true on a GPU, 32-true on a CPU).
         devices: How many devices to use on each node. With more than one in all, the models are sharded.
         num_nodes: How many nodes the code is being run on.
@@ -213,28 +230,39 @@ def main(fabric: L.Fabric, evaluation: Evaluation) -> None:
 
 
 def _evaluate(fabric: L.Fabric, evaluation: Evaluation) -> None:
-    dataset, numbers = _open_records(fabric, evaluation)
-    sampler, left_out = _prepare_questions(fabric, evaluation, dataset, numbers)
-    found, responses = _read_and_ask(fabric, evaluation, dataset, numbers, sampler)
+    if evaluation.questions is not None:
+        with fabric.rank_zero_first():
+            evaluation.questions.read()
+    records = evaluation.data is not None
+    dataset, numbers = _open_records(fabric, evaluation) if records else (None, range(0))
+    sampler, left_out = _prepare_questions(fabric, evaluation, dataset, numbers) if records else (None, 0)
+    found, responses, by_task = _read_and_ask(fabric, evaluation, dataset, numbers, sampler)
     if "before" in found:
         before, after, teacher = found["before"], found["student"], found["teacher"]
         after["gap_closed"] = gap_closed(*(of["cross_entropy"] for of in (before, after, teacher)))
         after["kl_closed"] = gap_closed(before["forward_kl"], after["forward_kl"], 0.0)
-    if fabric.is_global_zero:
-        counts = {"records": len(numbers), "prompts": 0 if sampler is None else len(sampler.questions)}
-        counts |= {"prompts_left_out": left_out, "date": getattr(evaluation.data, "date", None)}
-        versions = {name: version(name) for name in ("litgpt-akl", "litgpt", "torch", "rouge-score", "torchmetrics")}
-        settings = plain({name: getattr(evaluation, name) for name in SETTINGS})
-        content = found | {"data": counts, "settings": settings, "versions": versions}
-        with explain_failure(evaluation.out_dir):
-            write_file(evaluation.out_dir / RESULTS, json.dumps(nan_as_null(content), indent=1).encode())
-            # those of an evaluation before are not of this one
-            (evaluation.out_dir / ANSWERS).unlink(missing_ok=True)
-            if sampler is not None:
-                write_file(evaluation.out_dir / ANSWERS, as_lines(sampler.questions, responses).encode())
+    if not fabric.is_global_zero:
+        return
+    counts = {"records": len(numbers), "prompts": 0 if sampler is None else len(sampler.questions)}
+    counts |= {"prompts_left_out": left_out, "date": getattr(evaluation.data, "date", None)}
+    content = found | {"data": counts, "settings": plain({name: getattr(evaluation, name) for name in SETTINGS})}
+    if by_task:
+        chance = evaluation.questions.chance
+        content["tasks"] = {"metrics": by_task, "chance": chance, "mean": summary(by_task, chance)}
+    content["versions"] = {name: version(name) for name in VERSIONS + (("lm-eval",) if by_task else ())}
+    with explain_failure(evaluation.out_dir):
+        write_file(evaluation.out_dir / RESULTS, json.dumps(nan_as_null(content), indent=1).encode())
+        # those of an evaluation before are not of this one
+        (evaluation.out_dir / ANSWERS).unlink(missing_ok=True)
+        if sampler is not None:
+            write_file(evaluation.out_dir / ANSWERS, as_lines(sampler.questions, responses).encode())
+    if found:
         print(f"\n{counts['records']:,} records, {counts['prompts']:,} prompts; means over response tokens\n")
         print(table(found))
-        say(f"\nWritten to {evaluation.out_dir}")
+    if by_task:
+        print("\nTasks: value ± standard error; kept is the share of the teacher's accuracy above chance\n")
+        print(task_table(by_task, evaluation.questions.chance))
+    say(f"\nWritten to {evaluation.out_dir}")
 
 
 def _open_records(fabric: L.Fabric, evaluation: Evaluation) -> tuple[TokenizedDataset, range]:
@@ -293,17 +321,22 @@ def _prepare_questions(
 def _read_and_ask(
     fabric: L.Fabric,
     evaluation: Evaluation,
-    dataset: TokenizedDataset,
+    dataset: TokenizedDataset | None,
     numbers: Sequence[int],
     sampler: ResponseSampler | None,
-) -> tuple[dict[str, dict[str, float]], dict[str, list[Responses]]]:
-    """What is measured of each model, and its responses, by role; one student at a time is in memory."""
+) -> tuple[dict[str, dict[str, float]], dict[str, list[Responses]], dict[str, dict[str, dict[str, float]]]]:
+    """What is measured of each model, its responses, and its metrics by task; one student at a time is in memory."""
     found: dict[str, dict[str, float]] = {}
     responses: dict[str, list[Responses]] = {}
+    by_task: dict[str, dict[str, dict[str, float]]] = {}
 
-    def ask(role: str, model: GPT) -> None:
-        responses[role] = sampler.sample(model, role)
-        found[role] |= rate(sampler.questions, responses[role])
+    def ask(role: str, model: GPT, pair: Pair, answers: bool = True) -> None:
+        if sampler is not None and answers:
+            responses[role] = sampler.sample(model, role)
+            found[role] |= rate(sampler.questions, responses[role])
+        if evaluation.questions is not None:
+            options = pair.tokenizer, pair.vocab_size, evaluation.batch_size, role
+            by_task[role] = evaluation.questions.measure(fabric, model, *options)
 
     pair = evaluation.pairs["student"]
     options = {"micro_batch": evaluation.micro_batch, "vocab_size": pair.vocab_size}
@@ -312,11 +345,10 @@ def _read_and_ask(
     for role, pair in evaluation.pairs.items():
         student = load_frozen(fabric, pair.student_dir, pair.student_config, evaluation.dtype)
         pair.check_unchanged("student")
-        measures = measure(fabric, student, teacher, evaluation.loss, dataset, numbers, name=role, **options)
-        found |= {role: measures.student, "teacher": found.get("teacher", measures.teacher)}
-        if sampler is not None:
-            ask(role, student)
+        if dataset is not None:
+            measures = measure(fabric, student, teacher, evaluation.loss, dataset, numbers, name=role, **options)
+            found |= {role: measures.student, "teacher": found.get("teacher", measures.teacher)}
+        ask(role, student, pair)
         del student
-    if sampler is not None and evaluation.generation.teacher:
-        ask("teacher", teacher)
-    return found, responses
+    ask("teacher", teacher, evaluation.pairs["student"], evaluation.generation.teacher)
+    return found, responses, by_task
