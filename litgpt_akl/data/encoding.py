@@ -14,16 +14,8 @@ from litgpt.tokenizer import Tokenizer
 from tokenizers import Tokenizer as Processor
 from torch import Tensor
 
-from litgpt_akl.data.formats import (
-    Conversation,
-    Instruction,
-    asks_only,
-    check_text,
-    is_given,
-    kind,
-    read_format,
-    with_response,
-)
+from litgpt_akl.data.chat_messages import check_text, is_given, kind
+from litgpt_akl.data.formats import Conversation, Instruction, asks_only, read_format, with_response
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import UserError, quoted
 from litgpt_akl.models.chat_template import ALSO_SAID, ChatTemplate, bare, said_in
@@ -94,7 +86,8 @@ class StyledInstruction:
                     f"the field 'input' stands after the instruction: the prompt style {style} has no place for it"
                 )
             elif name in MATTERS:
-                raise ValueError(f"has '{name}', which the prompt style {style} does not read")
+                advice = "; give --data.columns '{input: context}'" if name == "context" else ""
+                raise ValueError(f"has '{name}', which the prompt style {style} does not read{advice}")
             else:
                 notes.append(f"the field '{quoted(name, 40)}' is not read")
         return fields, tuple(notes)
@@ -195,6 +188,9 @@ class Encoder:
         else:
             encoded = self._encode_chat(form)
         notes = (*encoded.notes, *(f"the field '{quoted(name, 40)}' is not read" for name in form.unread))
+        for name, theirs in (self._columns or {}).items():
+            if theirs not in record:
+                notes += (f"there is no field '{quoted(theirs, 40)}', which --data.columns names for '{name}'",)
         ids, spans = self._cut(encoded.ids, encoded.spans)
         return encoded._replace(ids=ids, spans=spans, notes=notes)
 

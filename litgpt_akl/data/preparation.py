@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from litgpt_akl.data.encoding import Encoder
 from litgpt_akl.data.files import identify
+from litgpt_akl.data.formats import NO_RESPONSE, asks_only
 from litgpt_akl.data.records import TOO_DEEP, Record, is_too_deep, place, read
 from litgpt_akl.data.workers import fetch
 from litgpt_akl.files.changed_files import WAY_OUT, watch
@@ -34,7 +35,7 @@ from litgpt_akl.files.manifest import damage, write_manifest
 from litgpt_akl.messages import UserError, progress_bar, reason, say
 from litgpt_akl.models.chat_template import ChatTemplate
 
-FORMAT = 6
+FORMAT = 7
 """Goes into every fingerprint; to be raised when the same records become other rows."""
 Portion = list[tuple[int, Record]]
 """Records, each with the number of its file."""
@@ -320,7 +321,19 @@ def _check(rows: pa.RecordBatch, first_row: int, source: Source, settings: Setti
     for bad in np.flatnonzero((rows["length"].to_numpy() == 0) & ~dropped):
         row = rows.slice(bad, 1).to_pylist()[0]
         place = source.place(row["file"], row["line"], first_row + int(bad))
+        if row["error"].endswith(NO_RESPONSE):
+            raise UserError(_describe_missing(place, row["error"], source, settings))
         raise UserError(settings.refusal.format(place=place, error=row["error"]))
+
+
+def _describe_missing(place: str, error: str, source: Source, settings: Settings) -> str:
+    """What a user is told of prompts alone, of which there are seldom few."""
+    columns = settings.options.get("columns")
+    alone = [record.value is not None and asks_only(record.value, columns) for _, record in source]
+    return (
+        f"{sum(alone):,} of {len(alone):,} records have no response, the first is {place}: {error}.\n"
+        "Have a teacher write them with `litgpt generate_responses`, train with --distill.on_policy 1, or remove those."
+    )
 
 
 LARGE = 2**30

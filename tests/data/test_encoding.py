@@ -220,6 +220,10 @@ def test_what_matters_and_has_no_place_in_a_style_joins_the_instruction(teacher_
     plain = Encoder(Tokenizer(teacher_dir), Default(), None).encode
     encoded = plain(QUESTION | {"input": "the text", "system": "Be brief."})
     assert encoded[:2] == plain(QUESTION | {"instruction": "Be brief.\n\nWhy?\n\nthe text"})[:2]
+    missing = Encoder(Tokenizer(teacher_dir), Default(), None, columns={"input": "context", "system": "sys"})
+    assert missing.encode(QUESTION | {"output": "!", "context": "?"}).notes[1:] == (
+        "there is no field 'sys', which --data.columns names for 'system'",
+    )
     assert len(encoded.notes) == 1 and encoded.notes[0].startswith("the field 'input' stands after the instruction")
     assert Encoder(Tokenizer(teacher_dir), ChatML(), None).encode(QUESTION | {"system": "Be brief."}).ids == (
         Encoder(Tokenizer(teacher_dir), ChatML(), None).encode(QUESTION | {"sys_prompt": "Be brief."}).ids
@@ -279,7 +283,10 @@ def test_what_a_template_does_not_write_is_refused(chat_dir, record, reason):
         (QUESTION | {"output": " \n"}, "its response is empty"),
         (QUESTION | {"output": "</s>"}, "has no token to learn from: its response has none"),
         (QUESTION | {"output": "\ud83d"}, "'output' holds '\\ud83d', half of a character that takes two"),
-        (QUESTION | {"context": "?"}, "has 'context', which the prompt style Default does not read"),
+        (
+            QUESTION | {"context": "?"},
+            "has 'context', which the prompt style Default does not read; give --data.columns",
+        ),
         ({"messages": {}}, "'messages' is an object, not a list"),
         ({"messages": []}, "has no message of the role 'assistant'"),
         ({"messages": talk("?")}, "has no message of the role 'assistant'"),

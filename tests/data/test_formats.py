@@ -24,6 +24,14 @@ SYSTEM = {"role": "system", "content": "Be brief."}
         {"conversations": TALK, "messages": None, "tools": [], "documents": ""},
         {"prompt": [USER], "completion": [ASSISTANT]},
         {"prompt": [USER], "completion": "Alice."},
+        {"prompt": "Who?", "completion": [ASSISTANT]},
+        {"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])},
+        {"messages": [{"role": "human", "content": "Who?"}, {"role": "gpt", "content": "Alice."}]},
+        {"messages": [USER, {"role": "model", "content": ["Al", {"type": "text", "text": "ice."}]}]},
+        {"messages": [{"role": "User", "content": "Who?"}, {**ASSISTANT, "role": "Assistant", "tool_calls": []}]},
+        {"conversations": [{"from": "Human", "value": "Who?"}, {"from": "AI", "value": "Alice."}]},
+        {"conversations": [{"from": "USER", "content": "Who?"}, {"role": "assistant", "value": "Alice."}]},
+        {"conversations": {"from": ["human", "gpt"], "value": ["Who?", "Alice."]}},
     ],
 )
 def test_chats_of_every_tool_are_the_same(record):
@@ -64,7 +72,10 @@ def test_what_stands_beside_the_messages():
     assert read_format(record) == Conversation([SYSTEM, *TALK], [False, False, True], keywords, ("source",))
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+MARKS = [{name: value} for name in ("weight", "train", "training", "loss", "loss_mask") for value in (0, False)]
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0.0}, *MARKS])
 def test_a_message_can_be_left_out_of_what_is_learnt(mark):
     found = read_format({"messages": [USER, {**ASSISTANT, **mark}, USER, {**ASSISTANT, "weight": 1, "train": True}]})
     assert found == Conversation(TALK * 2, [False, False, False, True])
@@ -75,7 +86,11 @@ def test_calls_of_tools_need_no_text():
     called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
     answered = {"role": "tool", "content": "a rose"}
     expected = Conversation([USER, called, answered, ASSISTANT], [False, True, False, True])
-    for first in (called, {"role": "assistant", "content": None, "tool_calls": [CALL]}):
+    for first in (
+        called,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": json.dumps([CALL])},
+    ):
         assert read_format({"messages": [USER, first, answered, ASSISTANT]}) == expected
     said = json.dumps(CALL["function"])
     speakers = [("human", "Who?"), ("function_call", said), ("observation", "a rose"), ("gpt", "Alice.")]
@@ -113,6 +128,40 @@ def test_calls_of_tools_need_no_text():
         ({"conversations": [{"from": "function_call", "value": "{"}]}, {}, "'value' of message 1 is text that is not"),
         ({"prompt": [USER], "completion": [USER]}, {}, "has no message of the role 'assistant'"),
         ({"prompt": TALK, "completion": [USER]}, {}, "'completion' has no message of the role 'assistant'"),
+        (
+            {"messages": [USER, {"role": "assistant", "function_call": {"name": "look"}}]},
+            {},
+            "has 'function_call', which",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "tool_calls": "look"}]},
+            {},
+            "'tool_calls' of message 2 is text that is not",
+        ),
+        (
+            {"messages": [USER, {**ASSISTANT, "tool_calls": {"a": 1}}]},
+            {},
+            "'tool_calls' of message 2 is an object, not",
+        ),
+        ({"messages": [USER, {**ASSISTANT, "masked": True}]}, {}, "message 2 has 'masked', which is not read"),
+        ({"messages": [{**USER, "loss": True}, ASSISTANT]}, {}, "message 1 of the role 'user' is to be trained on"),
+        ({"messages": {"role": ["user"], "content": []}}, {}, "'messages' is an object, not a list"),
+        ({"messages": TALK, "images": ["a.png"]}, {}, "has 'images', which is not read: a model here reads text"),
+        ({"prompt": "a", "completion": "b", "label": False}, {}, "has 'label' false, by which a response that nobody"),
+        ({"messages": TALK, "weight": 0}, {}, "has 'weight' 0 for the whole record"),
+        ({"prompt": "a", "completion": b"b"}, {}, "'completion' is bytes, not text"),
+        ({"prompt": [USER], "completion": 3}, {}, "'completion' is a number, neither text nor a list of messages"),
+        ({"prompt": "a", "completion": None}, {}, "'completion' is null: it has no response"),
+        ({"prompt": "a"}, {}, "has no field 'completion': it has no response"),
+        ({"messages": [SYSTEM, USER]}, {}, "'assistant', only of 'system', 'user': it has no response"),
+        ({"a": "?"}, {"instruction": "q", "output": "a"}, "has no field 'q', which --data.columns names for 'instr"),
+        (
+            {"talk": [{"input": "a", "output": "b"}]},
+            {},
+            "are records, or with 'role' and 'content' in place of 'input', 'output'",
+        ),
+        ({"id": "3", "data": ["a", "b"]}, {}, "none of them is a text and a response, or a list of messages"),
+        ({"input_ids": [1], "labels": [1]}, {}, "none of them is a text and a response, or a list of messages"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, {}, "'history' is not a list of pairs of texts"),
     ],
 )
@@ -130,6 +179,14 @@ def test_a_record_of_no_known_format_is_told_what_to_do(record, columns, reason)
         ({"chat": TALK}, {"messages": "chat"}),
         ({"messages": TALK, "instruction": "a", "output": "b"}, {"messages": "messages"}),
         ({"messages": TALK, "functions": [TOOL]}, {"tools": "functions"}),
+        ({"question": "a", "answer": "b", "system_prompt": "c"}, {"system": "system_prompt"}),
+        ({"messages": TALK, "system_message": "c"}, {"system": "system_message"}),
+        (
+            {"prompt": [USER], "chosen": [ASSISTANT], "rejected": TALK[1:]},
+            {"instruction": "prompt", "output": "chosen"},
+        ),
+        ({"prompt": "Who?", "rejected": TALK, "chosen": TALK}, {"messages": "chosen"}),
+        ({"prompt": "Who?", "chosen": [ASSISTANT]}, {"instruction": "prompt", "output": "chosen"}),
     ],
 )
 def test_what_a_refusal_advises_helps(record, columns):
@@ -164,6 +221,11 @@ TOLD = {"from": "observation", "value": "a rose"}
         ({"question": "Who?", "answer": None}, {}, {"question": "Who?", "answer": "The King."}),
         ({"instruction": "Who?", "input": "x"}, {}, {"instruction": "Who?", "input": "x", "output": "The King."}),
         ({"q": "Who?", "a": "b"}, {"instruction": "q", "output": "a"}, {"q": "Who?", "a": "The King."}),
+        (
+            {"conversations": [{"role": "User", "value": "Who?"}]},
+            {},
+            {"conversations": [{"role": "User", "value": "Who?"}, {"role": "assistant", "value": "The King."}]},
+        ),
     ],
 )
 def test_a_record_gets_another_response(record, columns, expected):

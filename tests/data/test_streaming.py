@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,7 +20,7 @@ import torch
 from helpers.commands import Command, fork
 from litgpt.args import TrainArgs
 from litgpt.data import JSON
-from litgpt.prompts import Default
+from litgpt.prompts import ChatML, Default
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.cli.main import without_traceback
@@ -212,6 +213,28 @@ def test_faults_in_records(tmp_path, teacher_dir, content, reason):
         splits(tmp_path / "data.jsonl", teacher_dir, tmp_path / "cache", too_long="error")
 
 
+@pytest.mark.parametrize(
+    "alone", [{"instruction": "a"}, {"prompt": "a"}, {"messages": [{"role": "user", "content": "a"}]}]
+)
+def test_records_without_a_response_are_counted(tmp_path, teacher_dir, alone):
+    """Each way out is tried."""
+    rows = [alone if number in (60, 130) else row for number, row in enumerate(records(200))]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"cache_dir": tmp_path / "cache", "prompt_style": ChatML()}
+    told = (
+        r"2 of 200 records have no response, the first is .*data.jsonl, line 61: has no .*generate_responses`.*policy 1"
+    )
+    with pytest.raises(UserError, match=re.compile(told, re.DOTALL)) as caught:
+        splits(path, teacher_dir, **options)
+    assert len(str(caught.value).splitlines()) == 2
+    data = StreamingSFT(str(path), num_proc=1, **options)
+    data.connect(Tokenizer(teacher_dir))
+    assert sum(map(len, data.prepare(teacher_dir, 512, prompts_alone=True))) == 200
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row != alone))
+    assert sum(map(len, splits(path, teacher_dir, **options))) == 198
+
+
 def test_what_only_looks_like_a_fault(tmp_path, teacher_dir):
     rows = [
         {"instruction": "open C:\\Users\\new\\table.txt", "output": "done\r\nnow"},
@@ -348,7 +371,7 @@ def test_a_full_disk_is_told(tmp_path, teacher_dir):
 CUT_OFF = """
 import sys
 from pathlib import Path
-from litgpt.prompts import Default
+from litgpt.prompts import ChatML, Default
 from litgpt.tokenizer import Tokenizer
 from litgpt.args import TrainArgs
 from litgpt_akl.cli.main import without_traceback
