@@ -45,7 +45,7 @@ WRONG = {
     "finetune_akl --teacher_checkpoint_dir teacher": (
         "error: checkpoint_dir is missing; give it right after the command"
     ),
-    "make_student teacher student": "error: --layers is missing",
+    "make_student teacher": "error: out_dir is missing; give it right after the command",
     "generate_responses teacher": "error: --out is missing",
     "export_hf final": "error: out_dir is missing; give it right after the command",
     f"{AKL} --data JSON": "error: --data.json_path is missing",
@@ -86,6 +86,7 @@ def ended(tmp_path_factory) -> dict[str, Ended]:
         f"{AKL} --config missing.yaml",
         f"{AKL} --config broken.yaml",
         "make_student missing student --layers 2",
+        "make_student missing student",
         f"{AKL} --data JSON --data.json_path records.json --print_config",
         "finetune_akl student",
         "finetune_lora student --trian.epochs 1",
@@ -124,6 +125,9 @@ def test_a_users_mistake_found_by_the_command_exits_1(ended):
     code, out, err = ended["make_student missing student --layers 2"]
     assert (code, out) == (1, "")
     assert err.startswith("error: ") and "missing" in err and "Traceback" not in err
+    code, out, err = ended["make_student missing student"]
+    assert (code, out) == (1, "")
+    assert err.startswith("error: How much of the teacher to keep is told by one of --layers and --params: neither")
     code, out, err = ended["finetune_akl student"]
     assert (code, out) == (1, "")
     assert err.startswith("error: --teacher_checkpoint_dir is missing. ") and err.count("\n") == 1

@@ -1,11 +1,14 @@
 import json
 import os
+import re
 import shutil
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import alice
 from litgpt import Tokenizer
 from litgpt.config import Config
 from litgpt.model import GPT
@@ -17,7 +20,13 @@ from tokenizers.models import WordLevel
 from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.files.directories import write_directory
 from litgpt_akl.messages import UserError
+from litgpt_akl.models.depth import DepthSearch
+from litgpt_akl.models.importance import measure_importance
+from litgpt_akl.models.layerwise import LayerwiseModel
 from litgpt_akl.models.model_files import copy_model_files
+from litgpt_akl.models.model_size import measure_size
+from litgpt_akl.models.weights import open_weights, read_config
+from litgpt_akl.training.calibration import read_samples
 
 
 def load_model(checkpoint_dir: Path) -> GPT:
@@ -237,3 +246,88 @@ def test_copies_are_writable_and_need_no_tokenizer_config(tmp_path):
     copy_model_files(source, copy)
     assert os.listdir(copy) == ["tokenizer.json"]
     assert (copy / "tokenizer.json").stat().st_mode & 0o200
+
+
+@pytest.mark.parametrize(("kl_records", "keep_ends"), [(3, True), (5, False)])
+def test_layers_are_chosen_by_forward_kl_on_the_data(teacher_dir, alice_json, tmp_path, capsys, kl_records, keep_ends):
+    options = {"records": 7, "kl_records": kl_records, "keep_ends": keep_ends}
+    make_student(teacher_dir, tmp_path / "student", layers=2, data=alice(alice_json), **options)
+    record = json.loads((tmp_path / "student" / "make_student.json").read_text())
+    config, directory = read_config(teacher_dir), teacher_dir
+    samples = read_samples(alice(alice_json), directory, config, 7, None)
+    model = LayerwiseModel(config, open_weights(directory, config), torch.device("cpu"), torch.float32, 128)
+    some = [samples[number] for number in {3: (0, 3, 6), 5: (0, 2, 3, 4, 6)}[kl_records]]
+    removals = DepthSearch(model, some, 1024).remove(2, keep_ends)
+    assert record["removed"] == [removal._asdict() for removal in removals]
+    kept = sorted({0, 1, 2, 3} - {removal.layer for removal in removals})
+    assert record["kept"] == kept and (kept == [0, 3] or not keep_ends)
+    assert record["block_influence"] == measure_importance(model, samples).blocks.tolist()
+    assert (record["method"], record["records"], record["kl_records"]) == ("greedy", 7, kl_records)
+    said = capsys.readouterr().out
+    assert said.startswith(f"{teacher_dir}: choosing 2 of 4 layers (greedy).")
+    assert f"Forward KL to the teacher on these records: {removals[-1].forward_kl:.3f} nats" in said
+    make_student(teacher_dir, tmp_path / "named", layers=kept)
+    assert (tmp_path / "student" / "lit_model.pth").read_bytes() == (tmp_path / "named" / "lit_model.pth").read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_layers_are_chosen_by_block_influence(teacher_dir, alice_json, tmp_path, precision):
+    options = {"data": alice(alice_json), "records": 5, "precision": precision, "max_seq_length": 60}
+    make_student(teacher_dir, tmp_path / "student", layers=3, method="block_influence", **options)
+    record = json.loads((tmp_path / "student" / "make_student.json").read_text())
+    influence = record["block_influence"]
+    assert record["kept"] == sorted({0, 1, 2, 3} - {min((1, 2), key=influence.__getitem__)})
+    assert record["tokens"] <= 5 * 60
+    exact = LayerwiseModel(
+        read_config(teacher_dir),
+        open_weights(teacher_dir, read_config(teacher_dir)),
+        torch.device("cpu"),
+        torch.float32,
+        60,
+    )
+    samples = read_samples(alice(alice_json), teacher_dir, exact.config, 5, 60)
+    difference = (measure_importance(exact, samples).blocks - torch.tensor(influence)).abs().max()
+    assert difference < 1e-6 if precision == "32-true" else 1e-6 < difference < 1e-2
+
+
+def test_few_records_are_all_read(teacher_dir, short, tmp_path, capsys):
+    make_student(teacher_dir, tmp_path / "student", layers=3, data=short, records=50)
+    assert "--records 50: there are 40, of which 0 that were read have no response." in capsys.readouterr().out
+    assert json.loads((tmp_path / "student" / "make_student.json").read_text())["records"] == 40
+
+
+@pytest.mark.parametrize(("params", "layers"), [(1, 4), (0.8, 3), (0.5, 1), (600_000, 2), (1e9, 4)])
+def test_layers_fit_a_number_of_parameters(teacher_dir, tmp_path, params, layers):
+    make_student(teacher_dir, tmp_path / "student", params=params)
+    config = Config.from_file(tmp_path / "student" / "model_config.yaml")
+    assert config.n_layer == layers
+    sizes = [measure_size(replace(config, n_layer=number), True).whole for number in (layers, layers + 1, 4)]
+    budget = params * sizes[2] if params <= 1 else params
+    assert sizes[0] <= budget and (layers == 4 or budget < sizes[1])
+
+
+def test_options_that_have_no_effect_are_refused(teacher_dir, short, tmp_path):
+    data = {"data": short}
+    cases = [
+        ({}, "neither is given"),
+        ({"layers": 2, "params": 0.5}, "--layers 2 --params 0.5"),
+        ({"params": 0}, "--params must be above 0, got 0"),
+        ({"params": 0.3}, "--params 0.3 are .*Give --params 0.37 or more"),
+        ({"layers": 2, "method": "greedy"}, "--method greedy chooses by calibration records, .*--method even"),
+        ({"layers": [0, 2], "method": "greedy", **data}, r"--method greedy has no effect with --layers \[0, 2\]"),
+        ({"layers": [0, 2], **data}, r"--data has no effect with --layers \[0, 2\]"),
+        ({"layers": 2, "method": "even", **data}, "--data has no effect with --method even"),
+        ({"layers": 2, "records": 9}, "--records 9 has no effect where no calibration records are read"),
+        ({"layers": 2, "precision": "32-true"}, "--precision 32-true has no effect"),
+        ({"layers": 2, "keep_ends": False}, "--keep_ends false has no effect"),
+        ({"layers": 2, "records": 0, **data}, "--records must be at least 1, got 0"),
+        ({"layers": 1, **data}, "Give a number of 2 to 4. The first and the last stay unless --keep_ends is false"),
+    ]
+    for options, message in cases:
+        with pytest.raises(UserError, match=re.compile(message, re.DOTALL)) as raised:
+            make_student(teacher_dir, tmp_path / "student", **options)
+        assert len(str(raised.value).splitlines()) <= 2
+    assert os.listdir(tmp_path) == ["short"]
+    # the ways out
+    make_student(teacher_dir, tmp_path / "small", params=0.37)
+    make_student(teacher_dir, tmp_path / "one", layers=1, keep_ends=False, records=3, **data)

@@ -93,10 +93,17 @@ FAMILIES: dict[str, tuple[dict, str, str, dict]] = {
 """By LitGPT's names: what is small in LitGPT's configuration; class, type and further entries of config.json."""
 
 
-def write_family(name: str, directory: Path, *, tied: bool, ids: int = COMMON["vocab_size"]) -> None:
-    """A LitGPT checkpoint of two layers in which no two parameters are alike, and no norm does nothing."""
+def write_family(
+    name: str, directory: Path, *, tied: bool, ids: int = COMMON["vocab_size"], layers: int = COMMON["n_layer"]
+) -> None:
+    """A LitGPT checkpoint of two layers, or more, in which no two parameters are alike, and no norm does nothing."""
     changes, architecture, model_type, entries = FAMILIES[name]
-    config = Config.from_name(name, **{**COMMON, "vocab_size": ids, "padded_vocab_size": ids, **changes})
+    changes, entries = (
+        {key: value * (layers // 2) if isinstance(value, list) else value for key, value in of.items()}
+        for of in (changes, entries)
+    )
+    sizes = {"vocab_size": ids, "padded_vocab_size": ids, "n_layer": layers}
+    config = Config.from_name(name, **{**COMMON, **sizes, **changes})
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT(config)

@@ -1,0 +1,130 @@
+"""Which layers of a teacher to keep: evenly spread, by block influence, or one at a time by measured forward KL."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from litgpt_akl.loss.distillation_loss import DistillationLoss
+from litgpt_akl.models.layerwise import LayerwiseModel, Sample
+
+
+def even_layers(count: int, n_layer: int) -> list[int]:
+    """So many layers, spread evenly from the first to the last; one is the last."""
+    last = n_layer - 1
+    return [round(index * last / (count - 1)) for index in range(count)] if count > 1 else [last]
+
+
+def removable_layers(kept: Sequence[int], n_layer: int, keep_ends: bool) -> list[int]:
+    """Those of the kept layers that may be removed: with ``keep_ends`` not the teacher's first and last."""
+    return [layer for layer in kept if not keep_ends or 0 < layer < n_layer - 1]
+
+
+def influential_layers(influence: Tensor, count: int, keep_ends: bool) -> list[int]:
+    """So many layers of the highest block influence ``[n_layer]``; of equal ones the first."""
+    kept = [*range(len(influence))]
+    removable = sorted(
+        removable_layers(kept, len(kept), keep_ends), key=lambda layer: (influence[layer].item(), -layer)
+    )
+    return sorted({*kept} - {*removable[: len(kept) - count]})
+
+
+class Removal(NamedTuple):
+    """A layer that was removed, and what the model without it and those before it is like."""
+
+    layer: int
+    forward_kl: float
+    """To the teacher, in nats per response token."""
+
+
+class DepthSearch:
+    """Removes layers of a teacher one at a time: each time the one without which its forward KL is lowest.
+
+    The hidden states that the teacher has for the samples are computed once. All models that lack one layer more go
+    through the blocks together, and have what comes before that layer in common.
+    """
+
+    def __init__(self, model: LayerwiseModel, samples: Sequence[Sample], vocab_size: int) -> None:
+        self._model, self._samples, self._vocab_size = model, samples, vocab_size
+        self._loss = DistillationLoss(divergence="fkl", kd_ratio=1.0)
+        self._weight, self._bias = model.head
+        self._response_tokens = sum(len(sample.positions) for sample in samples)
+        self._teacher_hidden: list[Tensor] = []
+
+    def work(self, layers: int, keep_ends: bool = True) -> int:
+        """How many times a block is run, for a sample and a model each, until so many layers are left."""
+        n_layer = self._model.config.n_layer
+        left = ([*range(kept)] for kept in range(n_layer, layers, -1))
+        runs = sum(sum(_paths(kept, removable_layers(kept, len(kept), keep_ends))) for kept in left)
+        return (n_layer + runs) * len(self._samples)
+
+    @torch.no_grad()
+    def remove(
+        self, layers: int, keep_ends: bool = True, advance: Callable[[int], object] = lambda runs: None
+    ) -> list[Removal]:
+        """Removals until so many layers are left, in order; ``advance`` is told how many of :meth:`work` were done."""
+        n_layer, found = self._model.config.n_layer, []
+        kept = [*range(n_layer)]
+        if not self._teacher_hidden:
+            self._teacher_hidden = [states[0] for states in self._run(kept, [], advance)]
+        while len(kept) > layers:
+            removable = removable_layers(kept, n_layer, keep_ends)
+            losses = self.forward_kl(kept, removable, advance)
+            best = int(losses.argmin())
+            found.append(Removal(removable[best], losses[best].item()))
+            kept.remove(removable[best])
+        return found
+
+    def forward_kl(
+        self, kept: Sequence[int], removable: Sequence[int], advance: Callable[[int], object] = lambda runs: None
+    ) -> Tensor:
+        """Of the models that lack one more of the layers, ``[len(removable)]``, in nats per response token."""
+        sums = torch.zeros(len(removable), dtype=torch.float64)
+        for hidden, teacher, sample in zip(
+            self._run(kept, removable, advance), self._teacher_hidden, self._samples, strict=True
+        ):
+            cap = self._model.config.final_logit_softcapping
+            values = self._loss(
+                hidden.flatten(0, 1),
+                self._weight,
+                teacher.repeat(len(removable), 1),
+                self._weight,
+                sample.labels.to(hidden.device).repeat(len(removable)),
+                student_bias=self._bias,
+                teacher_bias=self._bias,
+                student_softcap=cap,
+                teacher_softcap=cap,
+                vocab_size=self._vocab_size,
+                all_count=True,
+            ).values["forward_kl"]
+            sums += values.view(len(removable), -1).sum(dim=1).double().cpu()
+        return sums / self._response_tokens
+
+    def _run(self, kept: Sequence[int], removable: Sequence[int], advance: Callable[[int], object]) -> list[Tensor]:
+        """Final hidden states at the samples' positions, ``[models, n, n_embd]``: of the models that lack a layer more.
+
+        Without removable layers it is the model of those that are kept.
+        """
+        states = [self._model.embed(sample.input_ids[None]) for sample in self._samples]
+        for layer, paths in zip(kept, _paths(kept, removable), strict=True):
+            with self._model.block(layer) as block:
+                for number, before in enumerate(states):
+                    # the first path lacks no layer yet
+                    after = self._model.run(block, before)
+                    if layer in removable:
+                        after = torch.cat((after, before[:1]))
+                    states[number] = after[1:] if removable and layer == removable[-1] else after
+                    advance(paths)
+        return [
+            self._model.ln_f(hidden[:, sample.positions]) for hidden, sample in zip(states, self._samples, strict=True)
+        ]
+
+
+def _paths(kept: Sequence[int], removable: Sequence[int]) -> list[int]:
+    """How many models run through each of the kept layers."""
+    found = []
+    for layer in kept:
+        before = sum(other < layer for other in removable)
+        found.append(before + (before < len(removable) or not removable))
+    return found

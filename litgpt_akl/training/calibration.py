@@ -1,0 +1,77 @@
+"""What a teacher's parts are worth on calibration records: which are read, and the long work with its progress."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from litgpt.args import TrainArgs
+from litgpt.config import Config
+from litgpt.data import DataModule
+
+from litgpt_akl.data.data_module import prepare_datasets
+from litgpt_akl.data.steps import collate
+from litgpt_akl.messages import UserError, progress_bar, say
+from litgpt_akl.models.depth import DepthSearch, Removal
+from litgpt_akl.models.importance import Importance, measure_importance
+from litgpt_akl.models.layerwise import LayerwiseModel, Sample
+from litgpt_akl.models.model_files import read_tokenizer
+from litgpt_akl.models.tokenizer import token_map
+from litgpt_akl.training.run import choose_day
+
+
+def ids_in_use(teacher_dir: Path, config: Config) -> int:
+    """Ids that a teacher's tokenizer and its LM head have."""
+    return min(1 + max(token_map(read_tokenizer(teacher_dir))), config.padded_vocab_size)
+
+
+def read_samples(
+    data: DataModule, teacher_dir: Path, config: Config, records: int, max_seq_length: int | None
+) -> list[Sample]:
+    """So many of the data's training records, evenly spread over all of them; fewer if there are no more.
+
+    Raises:
+        UserError: the data cannot be read, or none of these records has a response.
+    """
+    day = choose_day([teacher_dir])
+    train = TrainArgs(micro_batch_size=1, max_seq_length=max_seq_length)
+    known = {"date": day.date, "teacher_dir": teacher_dir, "vocab_size": ids_in_use(teacher_dir, config)}
+    options = train, config.block_size, teacher_dir, "--max_seq_length"
+    dataset, _ = prepare_datasets(data, read_tokenizer(teacher_dir), *options, **known)
+    if getattr(data, "date", None):
+        say(day)
+    numbers = spread(len(dataset), records)
+    batches = [collate([sample]) for sample in dataset.read(numbers)]
+    samples = [Sample(batch.input_ids[0], batch.positions, batch.labels) for batch in batches if len(batch.positions)]
+    if not samples:
+        raise UserError(f"--data: none of {len(numbers):,} records has a response.\nGive data with responses.")
+    if len(samples) < records:
+        without = len(numbers) - len(samples)
+        say(f"--records {records}: there are {len(dataset):,}, of which {without:,} that were read have no response.")
+    return samples
+
+
+def spread(total: int, count: int) -> list[int]:
+    """So many numbers below a total, evenly spread; all if there are no more."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)).tolist()
+
+
+def score(model: LayerwiseModel, samples: Sequence[Sample]) -> Importance:
+    """The importance of all parts of a teacher."""
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    say(f"Scoring the teacher's parts on {len(samples):,} records ({tokens:,} tokens).")
+    total = model.config.n_layer * len(samples)
+    with progress_bar(total=total, desc="scoring", unit=" blocks", unit_scale=True, leave=False) as bar:
+        return measure_importance(model, samples, bar.update)
+
+
+def remove_layers(
+    model: LayerwiseModel, samples: Sequence[Sample], layers: int, keep_ends: bool, vocab_size: int
+) -> list[Removal]:
+    """Remove layers until so many are left, each time the one without which the forward KL on the samples is lowest."""
+    removed = model.config.n_layer - layers
+    tokens = sum(len(sample.positions) for sample in samples)
+    say(f"Removing {removed} layers by forward KL on {len(samples)} records ({tokens:,} response tokens).")
+    search = DepthSearch(model, samples, vocab_size)
+    known = {"total": search.work(layers, keep_ends), "unit": " blocks", "unit_scale": True, "leave": False}
+    with progress_bar(desc="removing layers", **known) as bar:
+        return search.remove(layers, keep_ends, bar.update)
