@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from litgpt.args import TrainArgs
 from litgpt.data import Alpaca, DataModule
 from litgpt.model import GPT
@@ -27,7 +26,7 @@ from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.objective import HeadRule
 from litgpt_akl.messages import UserError, say
 from litgpt_akl.models.generation import longest_prompt, stop_sequences
-from litgpt_akl.models.gpt import load_frozen
+from litgpt_akl.models.gpt import Precision, frozen_precision, load_frozen
 from litgpt_akl.models.pair import Pair, check_pair
 from litgpt_akl.training.launch import ending_together, start
 from litgpt_akl.training.logging import silence_known_noise
@@ -105,7 +104,7 @@ class Evaluation:
     tasks: str | None
     task_limit: int | None
     num_fewshot: int | None
-    precision: Literal["32-true", "bf16-true"] | None
+    precision: Precision | None
     devices: int | str
     num_nodes: int
     hybrid_sharding: bool
@@ -129,7 +128,7 @@ class Evaluation:
         self.devices = parse_devices(self.devices)
         check_hybrid_sharding(self.hybrid_sharding, self.devices, self.num_nodes)
         self.questions = None if self.tasks is None else Tasks(self.tasks, self.task_limit, self.num_fewshot)
-        self.precision = self.precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
+        self.precision, self.dtype = frozen_precision(self.precision)
         students = {"student": self.checkpoint_dir, "before": self.before_checkpoint_dir}
         self.pairs = {
             role: check_pair(directory, self.teacher_checkpoint_dir, self.access_token)
@@ -142,11 +141,6 @@ class Evaluation:
         if self.out_dir.resolve() != own_place.resolve():
             directories = {role: pair.student_dir for role, pair in self.pairs.items()}
             check_apart("--out_dir", self.out_dir, directories | {"teacher": self.pairs["student"].teacher_dir})
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of all models."""
-        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
 
     @property
     def micro_batch(self) -> tuple[int, int | None]:
@@ -172,7 +166,7 @@ def evaluate_akl(
     tasks: str | None = None,
     task_limit: int | None = None,
     num_fewshot: int | None = None,
-    precision: Literal["32-true", "bf16-true"] | None = None,
+    precision: Precision | None = None,
     devices: int | str = 1,
     num_nodes: int = 1,
     hybrid_sharding: bool = False,

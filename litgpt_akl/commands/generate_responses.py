@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -28,7 +28,7 @@ from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.files.lock import locked
 from litgpt_akl.messages import UserError, progress_bar, say
 from litgpt_akl.models.generation import longest_prompt, stop_sequences
-from litgpt_akl.models.gpt import load_frozen
+from litgpt_akl.models.gpt import Precision, frozen_precision, load_frozen
 from litgpt_akl.models.pair import check_pair
 from litgpt_akl.models.weights import find_checkpoint_dir, fingerprint
 from litgpt_akl.training.launch import StopSignals, ending_together, leave_if_stopped, start
@@ -39,7 +39,7 @@ from litgpt_akl.training.run import Day, choose_day
 
 TOGETHER = 64
 """Records, at least, whose responses are written together."""
-MADE_WITH = "samples temperature max_new_tokens truncated seed max_records".split()
+MADE_WITH = "samples temperature top_k top_p max_new_tokens truncated seed max_records".split()
 """Options that decide what is written."""
 
 
@@ -53,27 +53,30 @@ class ResponseGeneration:
     overwrite: bool
     samples: int
     temperature: float
+    top_k: int | None
+    top_p: float
     max_new_tokens: int
     truncated: Literal["drop", "keep"]
     seed: int
     batch_size: int
     max_records: int | None
-    precision: Literal["32-true", "bf16-true"] | None
+    precision: Precision | None
     devices: int | str
     num_nodes: int
     hybrid_sharding: bool
     access_token: str | None
 
     def __post_init__(self) -> None:
-        names = ("samples", "max_new_tokens", "batch_size", "max_records")
+        names = ("samples", "top_k", "max_new_tokens", "batch_size", "max_records")
         check_at_least_one(**{name: getattr(self, name) for name in names})
         if self.temperature < 0 or self.seed < 0:
             raise UserError(f"--temperature {self.temperature} and --seed {self.seed} must not be negative.")
-        if self.temperature == 0 and self.samples > 1:
+        if not 0 < self.top_p <= 1:
             raise UserError(
-                f"--samples {self.samples} with --temperature 0: all responses to a prompt would be the same one.\n"
-                "Give --samples 1, or a temperature such as 1.0."
+                f"--top_p must be above 0 and at most 1, got {self.top_p}.\n"
+                "--temperature 0 takes the most probable id; 1 draws from all."
             )
+        self._check_drawing()
         if not isinstance(self.data, StreamingSFT):
             given = "none" if self.data is None else type(self.data).__name__
             raise UserError(
@@ -85,7 +88,7 @@ class ResponseGeneration:
             raise UserError(f"--out {self.out} is to hold lines of JSON: give a name that ends in .jsonl.")
         self.devices = parse_devices(self.devices)
         check_hybrid_sharding(self.hybrid_sharding, self.devices, self.num_nodes)
-        self.precision = self.precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
+        self.precision, self.dtype = frozen_precision(self.precision)
         directory = find_checkpoint_dir(self.checkpoint_dir, "teacher", self.access_token)
         check_apart("--out", self.out, {"teacher": directory})
         data = Path(self.data.path)
@@ -93,10 +96,20 @@ class ResponseGeneration:
             raise UserError(f"--out {self.out} lies in --data.path {data}, which is read.\nGive another --out.")
         self.pair = check_pair(directory, directory)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the model."""
-        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
+    def _check_drawing(self) -> None:
+        if self.temperature == 0:
+            for name, nothing in (("top_k", None), ("top_p", 1.0)):
+                if (value := getattr(self, name)) != nothing:
+                    raise UserError(
+                        f"--{name} {value} has no effect with --temperature 0, which takes the most probable id."
+                        "\nRemove it, or give a temperature such as 1.0."
+                    )
+        if self.samples > 1 and (self.temperature == 0 or self.top_k == 1):
+            given = "--temperature 0" if self.temperature == 0 else "--top_k 1"
+            raise UserError(
+                f"--samples {self.samples} with {given}: all responses to a prompt would be the same one.\n"
+                "Give --samples 1, or a temperature such as 1.0 without top_k."
+            )
 
 
 def generate_responses(
@@ -107,12 +120,14 @@ def generate_responses(
     overwrite: bool = False,
     samples: int = 1,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     max_new_tokens: int = 512,
     truncated: Literal["drop", "keep"] = "drop",
     seed: int = 42,
     batch_size: int = 16,
     max_records: int | None = None,
-    precision: Literal["32-true", "bf16-true"] | None = None,
+    precision: Precision | None = None,
     devices: int | str = 1,
     num_nodes: int = 1,
     hybrid_sharding: bool = False,
@@ -131,9 +146,12 @@ def generate_responses(
         data: ``StreamingSFT`` with the files of the prompts: of a folder with splits those named train. Prompts are
             those of training: by the teacher's chat template or prompt style, unless the data's options say otherwise.
         out: The file to write, whose name ends in ``.jsonl``.
-        overwrite: Whether a file that is there, or was begun, may be replaced.
+        overwrite: Whether a file that is there, or was begun, may be replaced. One that the same command has
+            finished is left as it is.
         samples: How many responses to draw for each prompt; each makes a record of its own.
         temperature: Divides the logits before an id is drawn; with 0 the most probable id is taken.
+        top_k: Only the so many most probable ids are drawn, as in ``litgpt generate`` (default: all).
+        top_p: Only the fewest ids that have so much of the probability together are drawn, as in ``litgpt generate``.
         max_new_tokens: Tokens of a response at most.
         truncated: What becomes of responses that reach their limit without an end: they are left out and counted, or
             kept.
@@ -174,6 +192,11 @@ def _generate(fabric: L.Fabric, options: ResponseGeneration) -> None:
     if options.data.date:
         fabric.print(day)
     progress = None if file is None else file.open({**prompts.identity, "date": day.date}, begun)
+    if fabric.broadcast(file is not None and file.is_finished):
+        fabric.print(
+            f"{options.out} is finished already, by the same command: {_kept(options, progress.counts):,} records"
+        )
+        return
     surveyed = prompts.survey() if fabric.is_global_zero else None
     progress, (counts, ends) = fabric.broadcast((progress, surveyed))
     stop = stop_sequences(prompts.tokenizer, options.data.prompt_style, ends)
@@ -219,7 +242,7 @@ def _write_all(
             asked = [(number, record, prompt) for number, record, prompt in records if prompt is not None]
             questions = [Question(number, prompt, []) for number, _, prompt in asked]
             given = prompts.tokenizer, ends, options.pair.vocab_size, args, options.data.micro_batch_tokens
-            sampler = ResponseSampler(fabric, questions, *given)
+            sampler = ResponseSampler(fabric, questions, *given, top_k=options.top_k, top_p=options.top_p)
             drawn = [sampler.sample_once(model, seed, bar) for seed in args.seeds] if asked else []
             bar.update((len(records) - len(asked)) * options.samples)
             lines = ""
@@ -240,7 +263,6 @@ def _write_all(
 
 
 def _tell_end(options: ResponseGeneration, written: Counter) -> None:
-    kept = written["written"] + (written["truncated"] if options.truncated == "keep" else 0)
     if written["truncated"]:
         became = "kept" if options.truncated == "keep" else "left out"
         say(
@@ -249,7 +271,12 @@ def _tell_end(options: ResponseGeneration, written: Counter) -> None:
         )
     if written["empty"]:
         say(f"{written['empty']:,} responses were empty, and are left out.")
-    say(f"Written to {options.out}: {kept:,} records")
+    say(f"Written to {options.out}: {_kept(options, written):,} records")
+
+
+def _kept(options: ResponseGeneration, written: Mapping[str, int]) -> int:
+    """How many of the responses are in the file."""
+    return written.get("written", 0) + (written.get("truncated", 0) if options.truncated == "keep" else 0)
 
 
 class Prompts:

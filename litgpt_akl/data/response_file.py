@@ -10,6 +10,7 @@ from litgpt_akl.files.directories import explain_failure, write_file
 from litgpt_akl.files.reading import explain_damage, with_checksum, without_checksum
 from litgpt_akl.messages import UserError
 
+REPLACE = "Give --overwrite true to replace it, or another --out."
 AGAIN = "Give --overwrite true to begin anew, or another --out."
 
 
@@ -26,7 +27,7 @@ class Progress:
 
 
 class ResponseFile:
-    """Lines of JSON under a name of their own until all are there; beside it stands what they were made with.
+    """Lines of JSON under a name of their own until all are there; what they were made with stays beside it.
 
     ``path`` is the file in the end.
     """
@@ -36,6 +37,10 @@ class ResponseFile:
         self.made_with: dict[str, Any] = {}
         self.partial = path.with_name(f"{path.name}.part")
         self._state = path.with_name(f"{path.name}.part.json")
+        # no name by which a folder's data are found
+        self._finished = path.with_name(f".{path.name}.made_with")
+        self.is_finished = False
+        """Whether an earlier call has made all of it."""
 
     def begun(self, overwrite: bool) -> tuple[dict[str, Any], Progress] | None:
         """What an earlier call was made with and how far it has come; None if there is nothing to go on with.
@@ -46,11 +51,15 @@ class ResponseFile:
         if overwrite:
             self._state.unlink(missing_ok=True)
         elif self.path.exists():
-            raise UserError(f"{self.path} is there already.\nGive --overwrite true to replace it, or another --out.")
-        if not self._state.exists():
+            self.is_finished = self._finished.exists()
+            if not self.is_finished:
+                raise UserError(f"{self.path} is there already.\n{REPLACE}")
+            self._state.unlink(missing_ok=True)
+        state = self._finished if self.is_finished else self._state
+        if not state.exists():
             return None
-        with explain_damage(self._state, "how far the file beside it has come", AGAIN):
-            content = without_checksum(json.loads(self._state.read_text(encoding="utf-8")), required=True)
+        with explain_damage(state, "how far the file beside it has come", AGAIN):
+            content = without_checksum(json.loads(state.read_text(encoding="utf-8")), required=True)
             return dict(content["made_with"]), Progress(**content["progress"])
 
     def open(self, made_with: dict[str, Any], begun: tuple[dict[str, Any], Progress] | None) -> Progress:
@@ -71,9 +80,15 @@ class ResponseFile:
         now = json.loads(json.dumps(made_with))
         for name in sorted(before.keys() | now.keys()):
             if before.get(name) != now.get(name):
+                file, way_out = (self.path, REPLACE) if self.is_finished else (self.partial, AGAIN)
+                made = "made" if self.is_finished else "begun"
                 raise UserError(
-                    f"{self.partial} was begun with another {name}: {before.get(name)!r} -> {now.get(name)!r}.\n{AGAIN}"
+                    f"{file} was {made} with another {name}: {before.get(name)!r} -> {now.get(name)!r}.\n{way_out}"
                 )
+        if self.is_finished:
+            if (size := self.path.stat().st_size) != progress.size:
+                raise UserError(f"{self.path} has {size:,} bytes, and had {progress.size:,} at its end.\n{REPLACE}")
+            return progress
         size = self.partial.stat().st_size if self.partial.is_file() else 0
         if size < progress.size:
             raise UserError(f"{self.partial} has {size:,} bytes, and had {progress.size:,} before.\n{AGAIN}")
@@ -100,6 +115,8 @@ class ResponseFile:
     def finish(self) -> None:
         """Give the file its name; raises UserError if that cannot be."""
         with explain_failure(self.path):
+            # killed between two of these, the same command goes on to here, or finds the file finished
+            write_file(self._finished, self._state.read_bytes())
             os.replace(self.partial, self.path)
             self._state.unlink()
 

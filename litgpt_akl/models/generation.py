@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import torch
 from litgpt.config import Config
+from litgpt.generate.base import sample_top_p
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
@@ -65,6 +66,8 @@ def generate(
     vocab_size: int,
     seeds: Sequence[Seed] | None = None,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     no_repeat_ngram: int | None = None,
     max_length: int | None = None,
 ) -> list[list[int]]:
@@ -80,6 +83,8 @@ def generate(
         vocab_size: ids from here on are padding, and never drawn.
         seeds: one for each prompt; None takes the most probable id each time.
         temperature: divides the logits; above 0.
+        top_k: no other ids are drawn than so many most probable ones (default: all).
+        top_p: no other ids than the fewest that have so much of the probability together; above 0.
         no_repeat_ngram: no sequence of so many ids comes twice in prompt and answer together.
         max_length: tokens of prompt and answer together, at most (default: what the model reads).
 
@@ -112,7 +117,8 @@ def generate(
         logits = _next_logits(model, ids, positions, last)[:, :vocab_size].float()
         if rows:
             own = None if generators is None else [generators[row] for row in rows]
-            chosen = _choose(logits, [answers[row].forbidden() for row in rows], own, temperature)
+            forbidden = [answers[row].forbidden() for row in rows]
+            chosen = _choose(logits, forbidden, own, temperature, top_k, top_p)
             for row, token in zip(rows, chosen, strict=True):
                 answers[row].append(token)
             going = [place for place, row in enumerate(rows) if not answers[row].ended]
@@ -171,16 +177,30 @@ def _generator(seed: Seed, device: torch.device) -> torch.Generator:
 
 
 def _choose(
-    logits: Tensor, forbidden: Sequence[list[int]], generators: Sequence[torch.Generator] | None, temperature: float
+    logits: Tensor,
+    forbidden: Sequence[list[int]],
+    generators: Sequence[torch.Generator] | None,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float = 1.0,
 ) -> list[int]:
-    """An id for each row of ``logits`` ``[n, vocab]``: the most probable, or one drawn by the row's own generator."""
+    """An id for each row of ``logits`` ``[n, vocab]``: the most probable, or one drawn by the row's own generator.
+
+    What is drawn is what LitGPT's ``sample`` draws of one row by the same generator.
+    """
     for row, ids in enumerate(forbidden):
         logits[row, ids] = -torch.inf
     if generators is None:
         return logits.argmax(dim=-1).tolist()
     # of exponential waiting times with rates p the shortest is i's with probability p_i
     times = torch.stack([torch.empty_like(logits[0]).exponential_(generator=generator) for generator in generators])
-    rates = torch.softmax(logits / temperature, dim=-1)
+    if top_k is not None:
+        values, ids = torch.topk(logits, min(top_k, logits.size(-1)))
+        logits = torch.full_like(logits, -torch.inf).scatter_(-1, ids, values)
+    logits = logits / temperature
+    if top_p < 1:
+        logits = torch.stack([sample_top_p(row, top_p) for row in logits])
+    rates = torch.softmax(logits, dim=-1)
     return (rates / times.clamp_min_(torch.finfo(times.dtype).tiny)).argmax(dim=-1).tolist()
 
 

@@ -24,6 +24,9 @@ from litgpt_akl.models.lora import without_adapters
 from litgpt_akl.models.parallel import load_weights, reshard
 from litgpt_akl.models.weights import is_said_to_be_tied, open_weights
 
+Precision = Literal["32-true", "bf16-true"]
+"""What a model that is not trained can be held in."""
+
 
 class Head(nn.Module):
     """Put before a linear layer among a class's bases: gives logits, softcap included, or as `output_of_head` says."""
@@ -283,6 +286,16 @@ def finish(model: GPT, tied: bool, device: torch.device) -> GPT:
         model.transformer.wte.weight = model.lm_head.weight
     model.cos, model.sin = model.rope_cache(device=device)
     return model.requires_grad_(False).eval()
+
+
+def frozen_precision(chosen: Precision | None) -> tuple[Precision, torch.dtype]:
+    """What models that are not trained are held in and computed with, as Fabric and as torch name it.
+
+    Args:
+        chosen: what a user has given; by default bf16-true on a GPU, 32-true on a CPU.
+    """
+    precision = chosen or ("bf16-true" if torch.cuda.is_available() else "32-true")
+    return precision, torch.bfloat16 if precision == "bf16-true" else torch.float32
 
 
 def load_frozen(

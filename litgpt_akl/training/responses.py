@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 import lightning as L
 import torch
@@ -74,7 +75,8 @@ class ResponseSampler:
     """Draws the responses of models to the same questions, which every process has all of.
 
     ``stop`` is what ends a response, from :func:`~litgpt_akl.models.generation.stop_sequences`, and ``most_tokens`` how
-    many of prompts are read together, padding counted; None for no such limit.
+    many of prompts are read together, padding counted; None for no such limit. ``sampling`` is what else
+    :func:`~litgpt_akl.models.generation.generate` is told where ids are drawn.
     """
 
     def __init__(
@@ -86,9 +88,10 @@ class ResponseSampler:
         vocab_size: int,
         args: GenerationArgs,
         most_tokens: int | None,
+        **sampling: Any,
     ) -> None:
         self.fabric, self.questions, self.tokenizer = fabric, questions, tokenizer
-        self.stop, self.vocab_size, self.args = stop, vocab_size, args
+        self.stop, self.vocab_size, self.args, self.sampling = stop, vocab_size, args, sampling
         self._batches = together([question.prompt for question in questions], args.batch_size, most_tokens)
 
     def sample(self, model: nn.Module, name: str) -> list[Responses]:
@@ -122,7 +125,7 @@ class ResponseSampler:
         options = {"max_new_tokens": args.max_new_tokens, "no_repeat_ngram": args.no_repeat_ngram, "stop": self.stop}
         if args.temperature > 0:
             seeds = [(seed, question.number) for question in questions]
-            options |= {"seeds": seeds, "temperature": args.temperature}
+            options |= {"seeds": seeds, "temperature": args.temperature, **self.sampling}
         return generate(self.fabric, model, prompts, vocab_size=self.vocab_size, **options)
 
 

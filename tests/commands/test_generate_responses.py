@@ -165,10 +165,73 @@ def test_a_killed_call_goes_on(teacher_dir, prompts, tmp_path, monkeypatch, caps
     answer(teacher_dir, prompts, out, **drawn)
     assert "4 of 12 records are done" in capsys.readouterr().out
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.jsonl", "whole.jsonl"]
-    with pytest.raises(UserError, match="out.jsonl is there already.\nGive --overwrite true"):
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["out.jsonl", "prompts.jsonl", "whole.jsonl"]
+    with pytest.raises(UserError, match="out.jsonl was made with another samples: 2 -> 1.\nGive --overwrite true"):
         answer(teacher_dir, prompts, out)
     assert len(answer(teacher_dir, prompts, out, overwrite=True)) == 12
+
+
+def test_a_finished_file_is_left_as_it_is(teacher_dir, prompts, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "taught" / "out.jsonl"
+    out.parent.mkdir()
+    answer(teacher_dir, prompts, out)
+    monkeypatch.setattr(module, "load_frozen", lambda *of: pytest.fail("the teacher is not to be loaded"))
+    before = out.stat().st_mtime_ns
+    capsys.readouterr()
+    assert len(answer(teacher_dir, prompts, out, batch_size=3)) == 12 and out.stat().st_mtime_ns == before
+    assert f"{out} is finished already, by the same command: 12 records" in capsys.readouterr().out
+    # what stands beside it is no data
+    assert StreamingSFT(str(out.parent)).files() == ([str(out)], [])
+    for name, change in {"top_k": 5, "top_p": 0.5, "seed": 1, "truncated": "drop", "max_records": 3}.items():
+        with pytest.raises(UserError, match=rf"out.jsonl was made with another {name}: .* -> {change!r}.\n.*--overw"):
+            answer(teacher_dir, prompts, out, **{name: change})
+    given = prompts.read_text()
+    write(prompts, [{"instruction": "Oh"}])
+    with pytest.raises(UserError, match="out.jsonl was made with another data: "):
+        answer(teacher_dir, prompts, out)
+    prompts.unlink()
+    with pytest.raises(UserError, match="prompts.jsonl does not exist"):
+        answer(teacher_dir, prompts, out)
+    prompts.write_text(given)
+    (out.parent / ".out.jsonl.made_with").unlink()
+    with pytest.raises(UserError, match="out.jsonl is there already.\nGive --overwrite true"):
+        answer(teacher_dir, prompts, out)
+
+
+@pytest.mark.parametrize("moment", ["the file has its name", "its name is to be given"])
+def test_a_call_that_is_killed_at_its_end_is_finished_by_the_next(teacher_dir, prompts, tmp_path, monkeypatch, moment):
+    out = tmp_path / "out.jsonl"
+    replace = response_file.os.replace
+
+    def killed(one, other):
+        if Path(other) == out:
+            if moment == "the file has its name":
+                replace(one, other)
+            raise SystemExit
+        replace(one, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(response_file.os, "replace", killed)
+        with pytest.raises(SystemExit):
+            answer(teacher_dir, prompts, out)
+    assert len(answer(teacher_dir, prompts, out)) == 12
+    assert sorted(path.name for path in tmp_path.glob("*out*")) == [".out.jsonl.made_with", "out.jsonl"]
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 3}, {"top_p": 0.2}, {"top_p": 0.7}])
+def test_what_is_drawn_is_of_the_ids_that_were_asked_for(teacher_dir, prompts, tmp_path, options):
+    found = answer(teacher_dir, prompts, tmp_path / "out.jsonl", **options)
+    every = answer(teacher_dir, prompts, tmp_path / "every.jsonl")
+    greedy = answer(teacher_dir, prompts, tmp_path / "greedy.jsonl", temperature=0.0)
+    assert (found == greedy) == (options == {"top_k": 1}) and found != every
+    # the first id of each is one of those
+    tokenizer, model = Tokenizer(teacher_dir), gpt(teacher_dir)
+    for record in found:
+        logits = model(tokenizer.encode(record["instruction"])[None])[0, -1]
+        probabilities, ids = logits.softmax(-1).sort(descending=True)
+        count = options.get("top_k") or int((probabilities.cumsum(-1) < options["top_p"]).sum()) + 1
+        starts = {tokenizer.decode(torch.tensor([id])).strip() for id in ids[:count].tolist()}
+        assert any(record["output"].strip().startswith(start) for start in starts)
 
 
 def test_the_command_stops_and_goes_on(teacher_dir, tmp_path):
@@ -232,6 +295,12 @@ def test_mistakes_are_told_before_anything_is_read(teacher_dir, prompts, alice_j
     for changes, message in (
         ({"data": JSON(alice_json)}, r"--data JSON: .*\nGive --data StreamingSFT --data.path FILE"),
         ({"samples": 2, "temperature": 0.0}, r"--samples 2 with --temperature 0: .*\nGive --samples 1"),
+        ({"samples": 2, "top_k": 1}, r"--samples 2 with --top_k 1: .*\nGive --samples 1"),
+        ({"top_k": 5, "temperature": 0.0}, r"--top_k 5 has no effect with --temperature 0"),
+        ({"top_p": 0.5, "temperature": 0.0}, r"--top_p 0.5 has no effect with --temperature 0"),
+        ({"top_p": 0.0}, r"--top_p must be above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.5}, r"--top_p must be above 0 and at most 1, got 1.5"),
+        ({"top_k": 0}, "--top_k must be at least 1"),
         ({"samples": 0}, "--samples must be at least 1"),
         ({"temperature": -1.0}, "--temperature -1.0"),
         ({"out": tmp_path / "out.json"}, r"give a name that ends in .jsonl"),

@@ -10,6 +10,7 @@ from helpers import families
 from helpers.generation import VOCAB, slow_answer
 from helpers.ranks import in_processes
 from litgpt.generate.base import generate as litgpt_generate
+from litgpt.generate.base import sample
 from litgpt.model import GPT
 from litgpt.prompts import Default, Phi1
 from litgpt.tokenizer import Tokenizer
@@ -17,7 +18,7 @@ from litgpt.utils import load_checkpoint
 from transformers import NoRepeatNGramLogitsProcessor
 
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.generation import _Answer, generate, stop_sequences, without_end
+from litgpt_akl.models.generation import _Answer, _choose, generate, stop_sequences, without_end
 from litgpt_akl.models.gpt import load_frozen
 from litgpt_akl.models.parallel import make_strategy
 from litgpt_akl.models.weights import read_config
@@ -67,6 +68,22 @@ def test_batches_answer_as_the_whole_text_through_the_model_does(fabric, tmp_pat
         found = in_batches(fabric, model, questions, size, max_new_tokens=12)
         assert [answer[: len(w)] for answer, w in zip(found, wanted, strict=True)] == wanted
         assert {len(answer) for answer in found} == {12}
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 7, 10_000])
+@pytest.mark.parametrize("top_p", [1.0, 0.3, 0.8])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_what_is_drawn_is_what_litgpt_draws(top_k, top_p, temperature):
+    logits = 3 * torch.randn(20, VOCAB, generator=torch.Generator().manual_seed(0))
+    # several ids are as probable as the last of the most probable
+    logits[10:] = logits[10:].round()
+    wanted = []
+    with torch.random.fork_rng():
+        for number, row in enumerate(logits):
+            torch.manual_seed(number)
+            wanted.append(sample(row[None, None], temperature, top_k, top_p).item())
+    generators = [torch.Generator().manual_seed(number) for number in range(20)]
+    assert _choose(logits, [[]] * 20, generators, temperature, top_k, top_p) == wanted
 
 
 def test_greedy_answers_are_those_of_litgpt_and_of_any_batch(fabric, teacher, teacher_dir):
