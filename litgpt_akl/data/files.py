@@ -170,16 +170,20 @@ def _suffix(path: str) -> str | None:
     return next((suffix for suffix in FORMATS if name.lower().endswith(suffix)), None)
 
 
-def read_chunks(path: str) -> Chunks:
-    """A file's bytes from its start to its end; raises UserError if it cannot be read, or is not as its suffix says."""
+def read_chunks(path: str, start: int = 0) -> Chunks:
+    """A file's bytes to its end, from byte ``start`` on if it is local and not compressed.
+
+    Raises UserError if it cannot be read, or is not as its suffix says.
+    """
     compression = file_format(path)[1]
     with _reporting(path), _open(path, block_size=0 if _is_http(path) else None) as file:
-        chunks = _stored_chunks(file, PACKED_CHUNKS.get(compression, CHUNK))
+        if start:
+            file.seek(start)
+        chunks = _stored_chunks(file, PACKED_CHUNKS.get(compression, CHUNK), start)
         yield from _decompress(chunks, path, compression) if compression else chunks
 
 
-def _stored_chunks(file: BinaryIO, size: int) -> Chunks:
-    bytes_read = 0
+def _stored_chunks(file: BinaryIO, size: int, bytes_read: int) -> Chunks:
     while chunk := file.read(size):
         bytes_read += len(chunk)
         yield chunk, bytes_read
@@ -209,10 +213,11 @@ def _decompress(chunks: Chunks, path: str, compression: str) -> Chunks:
         raise UserError(f"{path} ends too early: its {compression} data breaks off in line {line}.\n{COPY_AGAIN}")
 
 
-def read_rows(path: str, largest: int) -> Iterator[tuple[dict | None, int, int]]:
+def read_rows(path: str, largest: int, group: int | None = None) -> Iterator[tuple[dict | None, int, int]]:
     """A Parquet file's rows, the bytes of each, and about how many of the file's bytes had been read for it.
 
-    A row of more than ``largest`` bytes is None. Raises UserError if the file does not exist or cannot be read.
+    They are those of one row ``group``, or all. A row of more than ``largest`` bytes is None. Raises UserError if the
+    file does not exist or cannot be read.
     """
     from pyarrow.parquet import ParquetFile  # slow to import, and only some need it
 
@@ -225,7 +230,8 @@ def read_rows(path: str, largest: int) -> Iterator[tuple[dict | None, int, int]]
         mean = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
         at_once = max(1, min(ROWS, ROWS_BYTES // max(1, mean)))
         # a pool of threads costs more than the rows of a small file
-        for batch in file.iter_batches(batch_size=at_once, use_threads=False):
+        chosen = None if group is None else [group]
+        for batch in file.iter_batches(batch_size=at_once, row_groups=chosen, use_threads=False):
             bytes_read = stored_bytes * (rows + batch.num_rows) // file.metadata.num_rows
             rows += batch.num_rows
             if batch.nbytes <= ROWS_BYTES:
@@ -236,6 +242,20 @@ def read_rows(path: str, largest: int) -> Iterator[tuple[dict | None, int, int]]
             for number in range(batch.num_rows):
                 row = batch.slice(number, 1)
                 yield row.to_pylist()[0] if row.nbytes <= largest else None, row.nbytes, bytes_read
+
+
+def count_rows(path: str) -> list[int]:
+    """Of each row group of a Parquet file; raises UserError as :func:`read_rows` does."""
+    from pyarrow.parquet import ParquetFile
+
+    with _reporting(path), _open(path, cache_type="none") as stored:
+        metadata = ParquetFile(stored).metadata
+        return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+
+
+def is_local(path: str) -> bool:
+    """Whether what ``path`` names lies on a disk of this machine, or what is mounted as one."""
+    return "://" not in path or path.startswith(("file://", "local://"))
 
 
 def _open(path: str, **options) -> BinaryIO:

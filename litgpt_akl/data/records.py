@@ -2,12 +2,15 @@
 
 import codecs
 import json
+import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
+from typing import NamedTuple
 
-from litgpt_akl.data.files import Chunks, file_format, read_chunks, read_rows
+from litgpt_akl.data.files import Chunks, count_rows, file_format, read_chunks, read_rows
 from litgpt_akl.messages import quoted
 
 LARGEST = 32 * 2**20
@@ -67,14 +70,73 @@ def read(path: str) -> Iterator[Record]:
     """
     form, _ = file_format(path)
     if form == "parquet":
-        for row, (value, size, bytes_read) in enumerate(read_rows(path, LARGEST), start=1):
-            error = _too_long() if value is None else None
-            yield Record(row, None if value is None else _without_nulls(value), error, bytes_read, size)
+        for line, row in enumerate(read_rows(path, LARGEST), start=1):
+            yield _of_row(*row, line)
     elif form == "jsonl":
         yield from _read_lines(read_chunks(path))
     else:
         is_list, chunks = _peek(read_chunks(path))
         yield from _read_list(chunks) if is_list else _read_lines(chunks)
+
+
+def _of_row(value: dict | None, size: int, bytes_read: int, line: int) -> Record:
+    error = _too_long() if value is None else None
+    return Record(line, None if value is None else _without_nulls(value), error, bytes_read, size)
+
+
+class Part(NamedTuple):
+    """Some records of a file."""
+
+    records: list[Record]
+    """Their lines and rows are not those of the file."""
+    all: float
+    """How many records the file has, about."""
+
+
+def read_part(path: str, places: int, number: int) -> Part:
+    """So many records at each of some places, evenly spread over a local file; its first ones if it must be read on.
+
+    Only Parquet and uncompressed lines can be read from their middle. Raises UserError as :func:`read` does.
+    """
+    form, compression = file_format(path)
+    if form == "parquet":
+        groups = count_rows(path)
+        each = math.ceil(places / len(groups)) * number if groups else 0
+        chosen = range(0, len(groups), max(1, len(groups) // places))
+        rows = [islice(read_rows(path, LARGEST, group), each) for group in chosen]
+        return Part([_of_row(*row, line) for line, row in enumerate(chain(*rows), start=1)], sum(groups))
+    size = os.stat(path).st_size
+    if compression is None and (form == "jsonl" or not _peek(read_chunks(path))[0]):
+        found = []
+        for place in range(places):
+            end = 0
+            for record in islice(_read_lines(_lines_after(path, place * size // places)), number):
+                found.append(record)
+                end += record.size + 1
+                # where the next place begins
+                if end >= size // places:
+                    break
+        # a place within the last line has none behind it
+        records = [record for record in found if record.size > 0] or found
+        return Part(records, size * len(records) / sum(record.size + 1 for record in records))
+    records, counted = [], 0
+    for counted, record in enumerate(read(path), start=1):
+        if counted <= places * number:
+            records.append(record)
+        elif record.bytes_read > records[-1].bytes_read:
+            # what was read for the last of them has no more records
+            return Part(records, (counted - 1) * size / records[-1].bytes_read)
+    return Part(records, counted)
+
+
+def _lines_after(path: str, start: int) -> Chunks:
+    """A file's bytes behind the first line's end from byte ``start`` on; all of them from 0 on."""
+    chunks, is_within = read_chunks(path, start), start == 0
+    for chunk, bytes_read in chunks:
+        if not is_within:
+            _, newline, chunk = chunk.partition(b"\n")
+            is_within = bool(newline)
+        yield chunk, bytes_read
 
 
 def _without_nulls(row: dict) -> dict:

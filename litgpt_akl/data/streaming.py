@@ -18,7 +18,7 @@ from litgpt_akl.data.dataset import ALL, ArrowDataset
 from litgpt_akl.data.encoding import puts_marks
 from litgpt_akl.data.files import find_files, group_by_split
 from litgpt_akl.data.formats import COLUMNS
-from litgpt_akl.data.preparation import FileRecords, Settings, prepare
+from litgpt_akl.data.preparation import FileRecords, RowsOf, Settings, prepare
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.files.directories import default_cache_dir
 from litgpt_akl.files.reading import explain_damage
@@ -121,6 +121,7 @@ class StreamingSFT(DataModule):
         teacher_dir: Path | None = None,
         vocab_size: int | None = None,
         prompts_alone: bool = False,
+        rows_of: RowsOf = prepare,
     ) -> tuple[ArrowDataset, ArrowDataset]:
         """The training and the validation records; arguments are those of ``prepare_datasets``.
 
@@ -131,12 +132,12 @@ class StreamingSFT(DataModule):
         self.by_template, self.ends = 0, ()
         train_files, validation_files = self.files()
         if validation_files:
-            prepared = [self._prepared(files, settings) for files in (train_files, validation_files)]
+            prepared = [self._prepared(files, settings, rows_of) for files in (train_files, validation_files)]
             train, validation = (self._dataset(*each, settings, ALL, n > 0) for n, each in enumerate(prepared))
             tell_what_occurs_twice(*(rows for rows, _ in prepared))
         else:
             fraction = 0.05 if self.val_split_fraction is None else self.val_split_fraction
-            prepared = self._prepared(train_files, settings)
+            prepared = self._prepared(train_files, settings, rows_of)
             ranges = (fraction, math.inf), (0.0, fraction)
             train, validation = (self._dataset(*prepared, settings, draws, n > 0) for n, draws in enumerate(ranges))
         if prompts_alone and self.by_template > 0:
@@ -227,9 +228,9 @@ class StreamingSFT(DataModule):
         say(f"{self.path}: {', '.join(counts)}.", file=sys.stderr)
         return groups["training"], held_out
 
-    def _prepared(self, files: list[str], settings: Settings) -> tuple[datasets.Dataset, FileRecords]:
+    def _prepared(self, files: list[str], settings: Settings, rows_of: RowsOf) -> tuple[datasets.Dataset, FileRecords]:
         records = FileRecords(files)
-        rows = prepare(records, settings, self.cache_dir or default_cache_dir(), self.num_proc or available_cores())
+        rows = rows_of(records, settings, self.cache_dir or default_cache_dir(), self.num_proc or available_cores())
         if len(rows) == 0:
             raise UserError(f"There are no records in {', '.join(files[:3])}. Give a file that has some.")
         name = (
