@@ -60,6 +60,8 @@ COLUMNS = datasets.Features(
         "by_template": datasets.Value("bool"),  # whether a chat template wrote the text, and not a prompt style
     }
 )
+CANONICAL = json.JSONEncoder(sort_keys=True, default=repr)
+"""Makes one text of equal records, by which they are drawn."""
 ROWS = "preparation-train.arrow"
 """Holds all rows of prepared data."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
@@ -224,14 +226,14 @@ class Rows(Dataset):
         except (ValueError, RecursionError, MemoryError) as error:
             told = str(error) if isinstance(error, ValueError) else f"cannot be encoded: {error!r}"
             return {**NOTHING, "error": _printable(told), "dropped": dropped}
-        begins, ends = np.reshape(encoded.spans, (-1, 2)).T
+        begins, ends = encoded.spans[::2], encoded.spans[1::2]
         return {
             "input_ids": np.array(encoded.ids, dtype=np.int32),
             "responses": np.array(encoded.spans, dtype=np.int32),
             "length": len(encoded.ids),
             # no token comes before the first of a sample, so nothing predicts it
-            "response_tokens": int((ends - np.maximum(begins, 1)).sum()),
-            "draw": xxhash.xxh3_64_intdigest(json.dumps(record.value, sort_keys=True, default=repr).encode()) / 2**64,
+            "response_tokens": sum(ends) - sum(max(begin, 1) for begin in begins),
+            "draw": xxhash.xxh3_64_intdigest(CANONICAL.encode(record.value).encode()) / 2**64,
             "error": None,
             "dropped": False,
             "said": encoded.said,
