@@ -320,9 +320,7 @@ class Encoder:
         unread = sorted(name for name in names if not self._template.reads(name))
         return tuple(f"the field '{quoted(name, 40)}' of messages is not read" for name in unread)
 
-    def _find_tokens(
-        self, text: str, ids: list[int], encoding: Encoding, begin: int, end: int
-    ) -> tuple[int, int]:
+    def _find_tokens(self, text: str, ids: list[int], encoding: Encoding, begin: int, end: int) -> tuple[int, int]:
         """The tokens of the characters from ``begin`` to ``end`` and of what ends the turn.
 
         A token may reach over an edge by white space: `` Hello`` after a colon is one token. Tokens of no width come

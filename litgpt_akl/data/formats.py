@@ -254,6 +254,12 @@ def _read_instruction(record: dict[str, Any], ask: str, answer: str) -> Instruct
     for name in ("input", "sys_prompt", "system"):
         if record.get(name) is not None:
             check_text(record[name], f"'{name}'")
+    for name in sorted({"instruction", "output"} - {ask, answer}):
+        if is_given(record.pop(name, None)):
+            raise ValueError(
+                f"has '{name}' beside '{ask}' and '{answer}': say which is meant with --data.columns, such as"
+                f" '{{instruction: {ask}, output: {answer}}}'"
+            )
     system = record.get("system") or None
     keywords = _keywords(record)
     used = {ask, answer, "system", "history", *BESIDE}

@@ -256,8 +256,10 @@ class ChatTemplate:
         pieces = self._layout(tuple(message["role"] for message in messages), _key(keywords))
         if pieces is None:
             return None
-        parts = [part for piece, message in zip(pieces, messages) for part in (piece, message["content"])]
-        if text != "".join(parts) + pieces[-1]:
+        *pieces, last = pieces
+        contents = (message["content"] for message in messages)
+        parts = [part for pair in zip(pieces, contents, strict=True) for part in pair]
+        if text != "".join(parts) + last:
             return None
         ends = list(accumulate(map(len, parts)))
         spans = [(ends[2 * number], ends[2 * number + 1]) for number in numbers]
