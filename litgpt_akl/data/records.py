@@ -21,7 +21,6 @@ TOO_DEEP = f"is nested too deeply: in more than {DEEPEST} levels"
 
 SEVERAL_LINES = "begins a JSON object of several lines: a file has a list of records, or one record in each line"
 
-DECODER = json.JSONDecoder()
 BLANK = re.compile(r"[ \t\r\n]*")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 NAMES = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number", type(None): "null"}
@@ -44,6 +43,28 @@ class Record:
     """
     size: int = 0
     """About how many bytes or characters it has, where it may be large."""
+
+
+class _Decoder(json.JSONDecoder):
+    """Python's own, which notes where it would lose a value: a name that an object has twice."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._make_object)
+        self.repeated: str | None = None
+
+    def _make_object(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.repeated = next(name for name in names if names.count(name) > 1)
+        return value
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[object, int]:
+        self.repeated = None
+        return super().raw_decode(s, idx)
+
+
+DECODER = _Decoder()
 
 
 def is_too_deep(value: object) -> bool:
@@ -72,9 +93,8 @@ def read(path: str) -> Iterator[Record]:
     if form == "parquet":
         for line, row in enumerate(read_rows(path, LARGEST), start=1):
             yield _of_row(*row, line)
-    elif form == "jsonl":
-        yield from _read_lines(read_chunks(path))
     else:
+        # a list of records often has the name of a file of lines, and the other way round
         is_list, chunks = _peek(read_chunks(path))
         yield from _read_list(chunks) if is_list else _read_lines(chunks)
 
@@ -106,7 +126,7 @@ def read_part(path: str, places: int, number: int) -> Part:
         rows = [islice(read_rows(path, LARGEST, group), each) for group in chosen]
         return Part([_of_row(*row, line) for line, row in enumerate(chain(*rows), start=1)], sum(groups))
     size = os.stat(path).st_size
-    if compression is None and (form == "jsonl" or not _peek(read_chunks(path))[0]):
+    if compression is None and not _peek(read_chunks(path))[0]:
         found = []
         for place in range(places):
             end = 0
@@ -244,6 +264,8 @@ def _find_fault(value: object, text: str) -> str | None:
         return f"is {NAMES[type(value)]}, not an object"
     if is_too_deep(value):
         return TOO_DEEP
+    if DECODER.repeated is not None:
+        return f"has the field '{quoted(DECODER.repeated, 40)}' twice in one object"
     if SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
