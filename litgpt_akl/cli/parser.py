@@ -4,29 +4,39 @@ import inspect
 import os
 import re
 import sys
-from argparse import Action
-from difflib import get_close_matches
+import textwrap
+from argparse import Action, RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from pkgutil import resolve_name
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from litgpt_akl.cli.command_line import translate_text, translate_words
+from litgpt_akl.cli.hints import close_to, suggestion
 from litgpt_akl.messages import UserError, shown
 
 USER_ERRORS = (UserError, ValueError, TypeError, KeyError, OSError)
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+
+WIDTH = 78
+"""Columns of a description."""
 
 KEY = re.compile(r'Parser key "([^"]+)":')
 CLASS_PATH = re.compile(r"Problem with given class_path '([^']+)'")
 NO_COMMAND = re.compile(r"invalid choice: '([^']+)'")
 REQUIRED = re.compile(r'Key "([^"]+)" is required')
 UNKNOWN = re.compile(r"(?:Key '|does not accept nested key ')([^']+)'")
+NO_CONFIG = re.compile(r"Unable to load config")
 VALUE = re.compile(r"(?:Got|Given) value: (.*)")
 # the last one is what jsonargparse 4.41 says of a value that is not among the choices
 BAD_VALUE = re.compile(r"Expected an? |Does not validate|Not a valid subclass|Cannot take a Union of no types")
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's, with the lines of a description as they are."""
 
 
 class Parser(ArgumentParser):
@@ -34,7 +44,23 @@ class Parser(ArgumentParser):
 
     def __init__(self, *args, **kwargs) -> None:
         # --teach is not --teacher, whatever else begins so in the next release
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(*args, **{"allow_abbrev": False, "formatter_class": HelpFormatter, **kwargs})
+
+    def add_function_arguments(self, function, *args, **kwargs):
+        """The help of a command begins with what its docstring says before the arguments, an example above all."""
+        added = super().add_function_arguments(function, *args, **kwargs)
+        self.description = description(function)
+        words = [action.dest for action in self._actions if not action.option_strings]
+        self.usage = " ".join(["litgpt", self.prog.split()[-1], *words, "[options]"])
+        return added
+
+    def add_argument_group(self, *args, **kwargs):
+        """The first sentence of what a group is said to be becomes its title."""
+        if len(args) == 1 and "description" not in kwargs:
+            title, _, rest = re.sub(r" ?See ``[\w.]+`` for details\.?", "", args[0]).partition(". ")
+            kwargs["description"] = textwrap.fill(" ".join(rest.split()), WIDTH).rstrip(".") + "." if rest else None
+            args = (title.rstrip("."),)
+        return super().add_argument_group(*args, **kwargs)
 
     def add_argument(self, *args, **kwargs):
         """A list without a name takes as many words as there are, where jsonargparse wants one word in brackets."""
@@ -78,19 +104,29 @@ class Parser(ArgumentParser):
         return not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ
 
 
+def description(function: Callable) -> str:
+    """What a command's docstring says before its arguments, to be shown in 80 columns."""
+    text = re.split(r"\n\n(?:Arguments|Args):\n", inspect.getdoc(function) or "")[0].replace("``", "")
+    parts = (part if "\n  " in part else textwrap.fill(part, WIDTH) for part in text.split("\n\n"))
+    return "\n\n".join(parts)
+
+
 def explain(message: str, parser: Parser) -> str:
     """Cuts one of jsonargparse's messages down to what helps to mend the command line."""
     options, command = _options_in_use(parser)
     key = ".".join(dict.fromkeys(KEY.findall(message)))
     class_path = CLASS_PATH.findall(message)[-1:]
     if match := NO_COMMAND.search(message):
-        return f"there is no command {match[1]}{_suggestion(match[1], list(_commands(parser)), '')}"
+        return f"there is no command {match[1]}{_did_you_mean(match[1], _commands(parser))}"
     if words := message.partition("Unrecognized arguments: ")[2].split():
         return _explain_unrecognized(words, options)
     if match := REQUIRED.search(message):
         return _explain_required(_join(key, match[1].removeprefix(f"{command}.")), options)
     if match := UNKNOWN.search(message):
         return _explain_unknown(match[1], key, class_path, options)
+    if NO_CONFIG.search(message) and (value := _given_value(key, parser.args)) is not None:
+        meant = suggestion(key, {name: of for name, of in options.items() if name != key}, value)
+        return f"--{key} takes a YAML file with options, not '{_one_line(value, 80)}'{meant}"
     if key in options or class_path:
         if BAD_VALUE.search(message):
             return _explain_value(message, key, class_path, options, parser.args)
@@ -114,20 +150,30 @@ def explain_exception(error: Exception) -> str:
 
 
 def _explain_unrecognized(words: list[str], options: dict[str, Action]) -> str:
-    names = [re.sub(r"^-+|=.*", "", word) for word in words if re.match(r"--?[A-Za-z]", word)]
-    if not names:
+    places = [place for place, word in enumerate(words) if re.match(r"--?[A-Za-z]", word)]
+    if not places:
         return f"unexpected argument: {' '.join(words)}"
-    return f"there is no option --{names[0]}{_suggestion(names[0], options)}"
+    name, _, value = words[places[0]].lstrip("-").partition("=")
+    following = "".join(words[places[0] + 1 : places[0] + 2])
+    return _no_option(name, options, value or ("" if following.startswith("-") else following))
 
 
 def _explain_unknown(name: str, key: str, class_path: list[str], options: dict[str, Action]) -> str:
     if not class_path:
-        return f"there is no option --{name}{_suggestion(name, options)}"
+        return _no_option(name, options)
     parameters = [_join(key, parameter) for parameter in _parameters(class_path[0])]
-    name = _join(key, name)
-    if not parameters:
-        return f"there is no option --{name} for {class_path[0]}; choose the class with --{key} first"
-    return f"there is no option --{name}{_suggestion(name, parameters)}"
+    if parameters:
+        name = _join(key, name)
+        return f"there is no option --{name}{_did_you_mean(name, parameters, '--')}"
+    accepted = _members(getattr(options.get(key), "_typehint", None))
+    takers = [of.__name__ for each in accepted for of in _subclasses(each) if name in _parameters(_path(of))]
+    if not takers:
+        return f"there is no option --{_join(key, name)} for {class_path[0]}; choose the class with --{key} first"
+    return f"--{_join(key, name)} is an option of {' and '.join(takers)}: give --{key} {takers[0]} before it"
+
+
+def _no_option(name: str, options: dict[str, Action], value: str = "") -> str:
+    return f"there is no option --{name}{suggestion(name, options, value)}"
 
 
 def _explain_required(name: str, options: dict[str, Action]) -> str:
@@ -140,12 +186,14 @@ def _explain_value(message: str, key: str, class_path: list[str], options: dict[
         accepted = getattr(options[key], "_typehint", options[key].type)
     else:
         accepted = _parameters(class_path[0]).get(key.rpartition(".")[2])
-    value = VALUE.search(message)
-    value = value[1].strip("'\"") if value else _given_value(key, words)
+    given, found = _given_value(key, words), VALUE.search(message)
+    if given is not None and key == "data" and (re.search(r"[/\\~]|\.\w+$", given) or os.path.exists(given)):
+        return f"--data takes the name of a class, not '{given}'; give --data StreamingSFT --data.path {given}"
+    value = found[1].strip("'\"") if found else given
     text = f"--{key} takes {_describe(accepted)}"
     if value is None:
         return text
-    return f"{text}, not '{_one_line(value, 80)}'{_suggestion(value, _choices(accepted), '')}"
+    return f"{text}, not '{_one_line(value, 80)}'{_did_you_mean(value, _choices(accepted))}"
 
 
 def _given_value(key: str, words: list[str]) -> str | None:
@@ -154,17 +202,8 @@ def _given_value(key: str, words: list[str]) -> str | None:
     return values[-1] if values else None
 
 
-def _suggestion(name: str, known: Any, dashes: str = "--") -> str:
-    by_last_part = {option.rpartition(".")[2]: option for option in known}
-    close = get_close_matches(name, known, n=1) or [
-        by_last_part[part] for part in get_close_matches(name.rpartition(".")[2], by_last_part, n=1)
-    ]
-    close = [by_last_part[name]] if name in by_last_part else close
-    if not close:
-        return ""
-    if isinstance(known, dict) and not known[close[0]].option_strings:
-        return f"; give {close[0]} without a name, right after the command"
-    return f"; did you mean {dashes}{close[0]}?"
+def _did_you_mean(name: str, known: Iterable[str], dashes: str = "") -> str:
+    return "".join(f"; did you mean {dashes}{near}?" for near in close_to(name, known))
 
 
 def _options_in_use(parser: Parser) -> tuple[dict[str, Action], str]:
@@ -223,8 +262,16 @@ def _describe(accepted: Any) -> str:
     return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
+def _subclasses(cls: type) -> list[type]:
+    return [each for of in cls.__subclasses__() for each in (of, *_subclasses(of))]
+
+
 def _subclass_names(cls: type) -> list[str]:
-    return [name for of in cls.__subclasses__() for name in (of.__name__, *_subclass_names(of))]
+    return [of.__name__ for of in _subclasses(cls)]
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _join(*parts: str) -> str:

@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 import lightning as L
 from litgpt.args import TrainArgs
-from litgpt.data import Alpaca, DataModule
+from litgpt.data import DataModule
 from litgpt.model import GPT
-from litgpt.utils import parse_devices
 
 from litgpt_akl.config.args import GenerationArgs, check_at_least_one
-from litgpt_akl.config.checks import check_hybrid_sharding, check_questions
+from litgpt_akl.config.checks import check_hybrid_sharding, check_questions, count_devices, no_data
 from litgpt_akl.config.recipe import check_masked, plain
 from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.dataset import TokenizedDataset, turn_ends
@@ -122,10 +121,11 @@ class Evaluation:
             for name in ("task_limit", "num_fewshot"):
                 if getattr(self, name) is not None:
                     raise UserError(f"--{name} {getattr(self, name)} has no effect without --tasks. Leave {name} out.")
-            self.data = Alpaca() if self.data is None else self.data
+            if self.data is None:
+                raise UserError(no_data())
         if self.data is not None:
             check_questions(self.data, self.generation)
-        self.devices = parse_devices(self.devices)
+        self.devices = count_devices(self.devices, self.num_nodes)
         check_hybrid_sharding(self.hybrid_sharding, self.devices, self.num_nodes)
         self.questions = None if self.tasks is None else Tasks(self.tasks, self.task_limit, self.num_fewshot)
         self.precision, self.dtype = frozen_precision(self.precision)
@@ -172,7 +172,13 @@ def evaluate_akl(
     hybrid_sharding: bool = False,
     access_token: str | None = None,
 ) -> None:
-    """Hold a student against its teacher: distributions and sampled answers on held-out records, and tasks of lm-eval.
+    r"""Hold a student against its teacher: distributions and sampled answers on held-out records, and tasks of lm-eval.
+
+    Example:
+      litgpt evaluate_akl out/qwen3/final \
+          --teacher_checkpoint_dir checkpoints/Qwen/Qwen3-8B \
+          --before_checkpoint_dir checkpoints/Qwen/Qwen3-0.6B \
+          --data StreamingSFT --data.path records.jsonl --data.mask_prompt true
 
     Arguments:
         checkpoint_dir: The student's checkpoint directory, such as ``final/`` of a run.
@@ -182,8 +188,7 @@ def evaluate_akl(
         out_dir: Where ``evaluation.json`` and all answers, ``answers.jsonl``, are written (default: ``evaluate_akl/``
             in the student's directory).
         overwrite: Whether those of an evaluation before may be replaced.
-        data: Data-related arguments. If not provided, the default is ``litgpt.data.Alpaca``. Give those of training,
-            so that prompts are the same.
+        data: A class of records and its options; those of training, so that prompts are the same.
         split: Which of the data's records to read.
         max_records: How many of them, from the first on (default: all).
         batch_size: Records that the models read together; with ``--data.micro_batch_tokens``, as many as have so many

@@ -15,7 +15,8 @@ def export_hf(checkpoint_dir: Path, out_dir: Path) -> None:
     ``AutoModelForCausalLM.from_pretrained`` loads the directory, and so do vLLM and llama.cpp's converter. Neither
     Transformers nor a connection is needed to write it.
 
-    Example: ``litgpt export_hf out/finetune/akl/final my-model``
+    Example:
+      litgpt export_hf out/qwen3/final my-model
 
     Args:
         checkpoint_dir: The LitGPT checkpoint directory, such as ``final/`` of a run.

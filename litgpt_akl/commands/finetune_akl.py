@@ -1,37 +1,34 @@
 """`litgpt finetune_akl`: its signature is the whole configuration."""
 
-import math
 from functools import partial
 from pathlib import Path
-from textwrap import wrap
 from typing import Literal
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
-from litgpt.data import Alpaca, DataModule
+from litgpt.data import DataModule
 from litgpt.types import LoggerChoice
 from litgpt.utils import init_out_dir
 
 from litgpt_akl.config.args import DistillArgs, LoRAArgs, Options, TeacherArgs
 from litgpt_akl.config.checks import OPTIMIZER, check_options, optimizer_config, without_student
 from litgpt_akl.config.recipe import check_masked, given, recipe_as_yaml
-from litgpt_akl.memory.estimate import MemoryEstimate, make_estimate, with_lengths
-from litgpt_akl.memory.fit import COLUMNS, report_memory
-from litgpt_akl.memory.samples import Samples, look_at_samples, why_unknown
+from litgpt_akl.memory.estimate import MemoryEstimate, make_estimate
+from litgpt_akl.memory.fit import report_memory
 from litgpt_akl.messages import say
 from litgpt_akl.models.export import check_export
 from litgpt_akl.models.gpt import check_quantization
-from litgpt_akl.models.pair import Models, Pair, check_pair, find_models
+from litgpt_akl.models.pair import Pair, check_pair, find_models
 from litgpt_akl.teacher.cache_identity import stored_type
-from litgpt_akl.teacher.cache_size import bytes_of_token, describe_saving, describe_whole, describe_without_data
+from litgpt_akl.teacher.cache_size import bytes_of_token, describe_without_data
 from litgpt_akl.teacher.chunk_file import DTYPES
 from litgpt_akl.training.launch import start
 from litgpt_akl.training.logging import make_loggers, silence_known_noise
 from litgpt_akl.training.main import fill, main
 from litgpt_akl.training.optimizer import check_optimizer, make_optimizer
-from litgpt_akl.training.out_dir import check_places
-from litgpt_akl.training.run import Run, choose_day, total_steps
+from litgpt_akl.training.out_dir import check_places, default_out_dir
+from litgpt_akl.training.run import Run
 
 NOT_IN_RECIPE = ("access_token", "dry_run", "overwrite")
 """Options that a repeated run is not to have."""
@@ -41,7 +38,9 @@ def setup(
     checkpoint_dir: Path,
     *,
     teacher_checkpoint_dir: Path | None = None,
-    out_dir: Path = Path("out/finetune/akl"),
+    data: DataModule | None = None,
+    optimizer: str | dict = OPTIMIZER,
+    out_dir: Path | None = None,
     precision: str | None = None,
     devices: int | str = 1,
     num_nodes: int = 1,
@@ -55,7 +54,6 @@ def setup(
     keep_last: int | None = None,
     export_hf: bool = False,
     on_nonfinite: Literal["stop", "skip"] = "stop",
-    data: DataModule | None = None,
     teacher: TeacherArgs = TeacherArgs(),
     lora: LoRAArgs = LoRAArgs(),
     distill: DistillArgs = DistillArgs(),
@@ -71,22 +69,44 @@ def setup(
     ),
     eval: EvalArgs = EvalArgs(interval=600, max_new_tokens=100, max_iters=100, initial_validation=True),
     log: LogArgs = LogArgs(),
-    optimizer: str | dict = OPTIMIZER,
     logger_name: LoggerChoice = "csv",
     seed: int = 1337,
     access_token: str | None = None,
     dry_run: bool = False,
     device_memory: float | None = None,
 ) -> None:
-    """Distil a teacher into a student: finetune the student on the teacher's whole output distribution.
+    r"""Distil a teacher into a student: finetune the student on the teacher's whole output distribution.
+
+    What a run needs:
+      checkpoint_dir            the student
+      --teacher_checkpoint_dir  the teacher, which has the student's tokenizer
+      --data, --data.path       the records: a class that reads them, and a file
+      --optimizer.lr            the learning rate: 2e-5 for a student of the
+                                teacher's family, 1e-3 for one of make_student
+      --out_dir                 where to write; final/ in it is the student
+
+    Example:
+      litgpt finetune_akl checkpoints/Qwen/Qwen3-0.6B \
+          --teacher_checkpoint_dir checkpoints/Qwen/Qwen3-8B \
+          --data StreamingSFT --data.path records.jsonl --data.mask_prompt true \
+          --optimizer.lr 2e-5 --out_dir out/qwen3
+
+    Add --dry_run true to see what memory it takes, and nothing else happens.
 
     Arguments:
         checkpoint_dir: The student's checkpoint directory, or a model id that LitGPT can download.
         teacher_checkpoint_dir: The teacher's checkpoint directory, or a model id; it must have the student's tokenizer.
             If it is a LoRA student's own, both share their weights in memory. ``--teacher.use_base true`` in its place
             means just that.
-        out_dir: Directory in which to save checkpoints and logs; ``final/`` in it is the trained student. If running in
-            a Lightning Studio Job, look for it in /teamspace/jobs/<job-name>/share.
+        data: A class that reads records, and its options, which ``--data.help CLASS`` lists. ``StreamingSFT`` reads
+            JSON, JSONL and Parquet. With ``--data.mask_prompt true`` the loss is on responses alone.
+        optimizer: The name of a class, which for one of ``torch.optim`` is enough; its options beside it, such as
+            ``--optimizer SGD --optimizer.momentum 0.9``. ``--optimizer.lr`` alone is AdamW's. With more than one device
+            it must step on sharded parameters as on whole ones, which of PyTorch's own Adafactor, Muon and Rprop do
+            not.
+        out_dir: Directory in which to save checkpoints and logs; ``final/`` in it is the trained student (default:
+            out/akl/STUDENT-from-TEACHER, by the names of their directories). If running in a Lightning Studio Job, look
+            for it in /teamspace/jobs/<job-name>/share.
         precision: The precision to use: "32-true", "bf16-true" or "bf16-mixed" (default: bf16-mixed on a GPU, 32-true
             on a CPU).
         devices: How many devices to use on each node. With more than one in all, teacher and student are sharded.
@@ -110,7 +130,6 @@ def setup(
             in ``out_dir``, as ``litgpt export_hf`` would.
         on_nonfinite: What to do when the loss or the gradient is not finite: ``stop``, or ``skip`` the step, but not
             more than two in a row. The samples are listed in a file in ``out_dir``.
-        data: Data-related arguments. If not provided, the default is ``litgpt.data.Alpaca``.
         teacher: Teacher-related arguments. See ``litgpt_akl.config.args.TeacherArgs`` for details.
         lora: LoRA-related arguments. See ``litgpt_akl.config.args.LoRAArgs`` for details.
         distill: Distillation-related arguments. See ``litgpt_akl.config.args.DistillArgs`` for details.
@@ -119,26 +138,26 @@ def setup(
         eval: Evaluation-related arguments. See ``litgpt.args.EvalArgs`` for details. Every validation reads the same
             ``max_iters`` micro-batches, so that they can be compared.
         log: Logging-related arguments. See ``litgpt.args.LogArgs`` for details.
-        optimizer: An optimizer name (such as "AdamW") or config. With more than one device it must step on sharded
-            parameters as on whole ones, which of PyTorch's own Adafactor, Muon and Rprop do not.
         logger_name: The name of the logger to send metrics to. A CSV file has them in any case.
         seed: The random seed to use for reproducibility.
         access_token: Optional API token to access models with restrictions.
         dry_run: Whether to check the options, print how much memory the run would take on each device, and end. Nothing
-            is loaded, downloaded or written. Of records on this machine some or all are encoded, to know how long they
-            are. Neither the models nor the devices need to be there: the models may be names that LitGPT knows, such as
-            ``Llama-3.1-8B``.
+            is loaded, downloaded or written, and neither the models nor the devices need to be there: the models may be
+            names that LitGPT knows, such as ``Llama-3.1-8B``.
         device_memory: Memory of a device in GB that a run may take; one that needs more is refused (default: what a GPU
             has; on a CPU what is free, within a container's limit, shared out among the processes). With ``dry_run`` it
             stands for GPUs that are not here.
     """
     options = Options(**locals())
     options.optimizer = optimizer_config(optimizer)
+    options.out_dir = out_dir or default_out_dir(options.checkpoint_dir, options.teacher_dir)
     arguments = {name: value for name, value in vars(options).items() if name not in NOT_IN_RECIPE}
     check_masked(arguments)
     recipe = recipe_as_yaml(arguments)
     silence_known_noise()
     check_options(options)
+    if out_dir is None and not dry_run:
+        rank_zero_only(say)(f"Everything is written to {options.out_dir}; --out_dir names another place.")
     fused = check_optimizer(
         options.optimizer,
         min_lr=train.min_lr,
@@ -154,10 +173,8 @@ def setup(
     models = find_models(options.checkpoint_dir, options.teacher_dir, pair)
     memory = make_estimate(options, models, partial(make_optimizer, options.optimizer, fused=fused))
     if pair is None:
-        tell_memory(options, models, memory)
+        tell_memory(options, memory)
         return
-    if options.data is None:
-        options.data = Alpaca()
     launch(Run(**vars(options), pair=pair, memory=memory, recipe=recipe))
 
 
@@ -172,39 +189,15 @@ def find_pair(options: Options) -> Pair:
     return pair
 
 
-def tell_memory(options: Options, models: Models, memory: MemoryEstimate) -> None:
+def tell_memory(options: Options, memory: MemoryEstimate) -> None:
     """Print what a dry run would take of disk and memory; raises UserError if it does not fit."""
-    samples, unknown = None, why_unknown(options)
-    if unknown is None:
-        samples = look_at_samples(options, models, memory, choose_day((), options.teacher.cache_dir).date)
-        memory = with_lengths(memory, samples.training, samples.validation, options.distill)
-        told = str(samples)
-    else:
-        told = f"Data: each sample is taken for {memory.longest_sample:,} tokens, since {unknown}."
-        told += "" if options.train.max_seq_length else " Say by --train.max_seq_length how long they are at most."
-    _say(told)
-    if options.teacher.cache_dir is not None:
-        _tell_cache(options, memory, samples)
-    report_memory(memory, options.device_memory, in_full=True)
-
-
-def _tell_cache(options: Options, memory: MemoryEstimate, samples: Samples | None) -> None:
-    teacher, fills = options.teacher, options.teacher.cache_mode == "fill"
-    dtype = DTYPES[stored_type(teacher.cache_dtype, memory.teacher_dtype)]
-    size = bytes_of_token(memory.teacher.n_embd, dtype)
-    if samples is None:
-        _say(describe_without_data(teacher.cache_dir, size, *memory.sizes, None if fills else options.train.epochs))
-        return
-    found, per_epoch = samples.training, math.ceil(samples.training.samples / options.train.global_batch_size)
-    epochs = total_steps(options.train, found.samples) / per_epoch
-    tokens = math.ceil(found.response_tokens * (1 if fills else min(1, epochs))) + samples.validation.response_tokens
-    _say(describe_whole(teacher.cache_dir, size, tokens))
-    share = found.response_tokens / max(1, found.tokens)
-    _say(describe_saving(*memory.sizes, share, None if fills else epochs))
-
-
-def _say(text: str) -> None:
-    say("\n".join(part for line in text.splitlines() for part in wrap(line, COLUMNS)))
+    teacher = options.teacher
+    if teacher.cache_dir is not None:
+        dtype = DTYPES[stored_type(teacher.cache_dtype, memory.teacher_dtype)]
+        size = bytes_of_token(memory.teacher.n_embd, dtype)
+        epochs = None if teacher.cache_mode == "fill" else options.train.epochs
+        say(describe_without_data(teacher.cache_dir, size, *memory.sizes, epochs))
+    report_memory(memory, options.device_memory)
 
 
 def launch(run: Run) -> None:

@@ -13,11 +13,10 @@ import lightning as L
 import numpy as np
 import torch
 from litgpt.data import DataModule
-from litgpt.utils import parse_devices
 from torch import Tensor, nn
 
 from litgpt_akl.config.args import GenerationArgs, check_at_least_one
-from litgpt_akl.config.checks import check_hybrid_sharding
+from litgpt_akl.config.checks import check_hybrid_sharding, count_devices
 from litgpt_akl.data.encoding import Encoder
 from litgpt_akl.data.formats import with_response
 from litgpt_akl.data.preparation import FileRecords, Settings
@@ -69,7 +68,7 @@ class ResponseGeneration:
     def __post_init__(self) -> None:
         names = ("samples", "top_k", "max_new_tokens", "batch_size", "max_records")
         check_at_least_one(**{name: getattr(self, name) for name in names})
-        if self.temperature < 0 or self.seed < 0:
+        if not self.temperature >= 0 or self.seed < 0:
             raise UserError(f"--temperature {self.temperature} and --seed {self.seed} must not be negative.")
         if not 0 < self.top_p <= 1:
             raise UserError(
@@ -86,7 +85,7 @@ class ResponseGeneration:
         self.out = Path(self.out)
         if self.out.suffix != ".jsonl":
             raise UserError(f"--out {self.out} is to hold lines of JSON: give a name that ends in .jsonl.")
-        self.devices = parse_devices(self.devices)
+        self.devices = count_devices(self.devices, self.num_nodes)
         check_hybrid_sharding(self.hybrid_sharding, self.devices, self.num_nodes)
         self.precision, self.dtype = frozen_precision(self.precision)
         directory = find_checkpoint_dir(self.checkpoint_dir, "teacher", self.access_token)
@@ -133,13 +132,15 @@ def generate_responses(
     hybrid_sharding: bool = False,
     access_token: str | None = None,
 ) -> None:
-    """Let a teacher write the responses that a student is then trained on: sequence-level distillation.
+    r"""Let a teacher write the responses that a student is then trained on: sequence-level distillation.
 
     The method is of Kim and Rush, arXiv 1606.07947. Records keep their format and all other fields: ``--data
     StreamingSFT --data.path OUT`` reads them back. A response that a record has is replaced, of a chat the last one;
     records without one get one. The same command goes on where an earlier call was stopped.
 
-    Example: ``litgpt generate_responses TEACHER_DIR --data StreamingSFT --data.path prompts.jsonl --out taught.jsonl``
+    Example:
+      litgpt generate_responses checkpoints/Qwen/Qwen3-8B \
+          --data StreamingSFT --data.path prompts.jsonl --out taught.jsonl
 
     Arguments:
         checkpoint_dir: The teacher's checkpoint directory.

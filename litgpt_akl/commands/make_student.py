@@ -111,14 +111,16 @@ def make_student(
     max_seq_length: int | None = None,
     precision: Literal["32-true", "bf16-true"] | None = None,
 ) -> None:
-    """Make a student from some of the layers of a teacher, for teachers that have no smaller sibling.
+    r"""Make a student from some of the layers of a teacher, for teachers that have no smaller sibling.
 
     The student keeps the teacher's embeddings, output head, final norm, tokenizer and chat template. It is a complete
     LitGPT checkpoint, to be trained by distillation: untrained it is a much worse model than its teacher. With
     ``--data`` the layers are kept that matter most on its records; without, they are evenly spread, a far worse start.
 
-    Examples: ``litgpt make_student checkpoints/big checkpoints/small --layers 15 --data StreamingSFT --data.path
-    train.jsonl`` and ``litgpt make_student checkpoints/big checkpoints/small --layers '[0,2,5,8]'``.
+    Example, of 15 layers that are chosen, or of four that are named:
+      litgpt make_student checkpoints/big checkpoints/small --layers 15 \
+          --data StreamingSFT --data.path train.jsonl
+      litgpt make_student checkpoints/big checkpoints/small --layers '[0,2,5,8]'
 
     Args:
         teacher_dir: The teacher's LitGPT checkpoint directory.

@@ -12,7 +12,8 @@ def report_akl(runs: list[Path], *, out: Path = Path("report.html"), overwrite: 
     The page is one file that any browser opens without network access. A run by itself keeps such a page in its
     ``out_dir``.
 
-    Example: ``litgpt report_akl out/akl out/fkl --out compared.html``.
+    Example:
+      litgpt report_akl out/akl out/fkl --out compared.html
 
     Args:
         runs: The ``out_dir`` of each run, one after the other.

@@ -179,7 +179,7 @@ class DistillArgs:
         if not 0 <= self.on_policy <= 1:
             raise UserError(f"--distill.on_policy must be from 0 to 1, got {self.on_policy}.")
         check_at_least_one("distill.", on_policy_tokens=self.on_policy_tokens)
-        if self.on_policy_temperature < 0:
+        if not self.on_policy_temperature >= 0:
             raise UserError(f"--distill.on_policy_temperature must not be negative, got {self.on_policy_temperature}.")
         if self.on_policy > 0 and self.kd_ratio == 0:
             raise UserError(
@@ -233,6 +233,7 @@ class LoRAArgs:
             return
         if self.r < 1:
             raise UserError(f"--lora.r must be at least 1, got {self.r}. Leave it out (null) for no adapters.")
+        check_at_least_one("lora.", alpha=self.alpha)
         if not 0 <= self.dropout < 1:
             raise UserError(f"--lora.dropout must be at least 0 and below 1, got {self.dropout}.")
         if not self.targets:
@@ -328,7 +329,7 @@ class GenerationArgs:
             _refuse_changed("generation", self, "", "with --generation.seeds []", "Give seeds")
         counts = ("max_new_tokens", "no_repeat_ngram", "batch_size", "max_prompts")
         check_at_least_one("generation.", **{name: getattr(self, name) for name in counts})
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise UserError(f"--generation.temperature must not be negative, got {self.temperature}.")
         if len(set(self.seeds)) < len(self.seeds) or min(self.seeds, default=0) < 0:
             raise UserError(f"--generation.seeds must be different numbers from 0 on, got {self.seeds}.")
@@ -340,7 +341,9 @@ class Options:
 
     checkpoint_dir: Path
     teacher_checkpoint_dir: Path | None
-    out_dir: Path
+    data: DataModule | None
+    optimizer: str | dict
+    out_dir: Path | None
     precision: str | None
     devices: int | str
     num_nodes: int
@@ -354,14 +357,12 @@ class Options:
     keep_last: int | None
     export_hf: bool
     on_nonfinite: Literal["stop", "skip"]
-    data: DataModule | None
     teacher: TeacherArgs
     lora: LoRAArgs
     distill: DistillArgs
     train: TrainArgs
     eval: EvalArgs
     log: LogArgs
-    optimizer: str | dict
     logger_name: str
     seed: int
     access_token: str | None

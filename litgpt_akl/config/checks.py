@@ -1,13 +1,15 @@
 """Which options go together, and which of LitGPT's arguments this package honours; asked before anything is loaded."""
 
 import json
+import os
 import re
 from dataclasses import fields
 from typing import Any, Literal
 
+import torch
 import yaml
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
-from litgpt.data import Alpaca, DataModule, LitData, MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories
+from litgpt.data import DataModule, LitData, MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories
 from litgpt.utils import parse_devices
 
 from litgpt_akl.config.args import GenerationArgs, Options, changed, check_at_least_one
@@ -17,6 +19,7 @@ OPTIMIZER = "AdamW"
 """The class of an optimizer of which only options are given."""
 PRECISIONS = ("32-true", "bf16-true", "bf16-mixed")
 FOR_PRETRAINING = (MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories)
+PROCESSES_OF_A_CORE = 4
 OF_STUDENT = re.compile(
     r"(resume|accept_changes|keep_last|export_hf|on_nonfinite|activation_checkpointing|logger_name)"
     r"|optimizer(\..*)?|(lora|distill|log)\..*|eval\.(max_new_tokens|evaluate_example)"
@@ -35,10 +38,31 @@ def check_options(options: Options) -> None:
     _check_teacher(options)
     _check_no_effect(options)
     options.precision = choose_precision(options.precision, options.cuda)
-    options.devices = parse_devices(options.devices)
+    options.devices = count_devices(options.devices, options.num_nodes, needed=not options.dry_run)
     check_hybrid_sharding(options.hybrid_sharding, options.devices, options.num_nodes)
     _check_cpu_offload(options)
     _check_on_policy(options)
+    _check_data(options)
+
+
+def _check_data(options: Options) -> None:
+    """See that there are data, and that numbers that go with any of them can be; raises UserError."""
+    if options.data is None and not options.dry_run:
+        raise UserError(no_data())
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {options.seed}.")
+    if options.device_memory is not None and not options.device_memory > 0:
+        raise UserError(
+            f"--device_memory must be above 0, got {options.device_memory}. Leave it out for what the device has."
+        )
+
+
+def no_data() -> str:
+    """What a user is told who names no data."""
+    return (
+        "--data is missing. For files of your own give --data StreamingSFT --data.path FILE_OR_FOLDER.\n"
+        "--data Alpaca downloads the 52,000 records that LitGPT takes by default."
+    )
 
 
 def _check_teacher(options: Options) -> None:
@@ -69,19 +93,15 @@ def _check_teacher(options: Options) -> None:
 def without_prompts(data: DataModule | None) -> tuple[str, str] | None:
     """Why a data module cannot tell prompts from responses, and what to give in its place.
 
-    None if it can, or if only its samples will show; ``data`` is None for the default, Alpaca.
+    None if it can, or if only its samples will show; ``data`` is None in a dry run that is told none.
     """
-    name = "Alpaca" if data is None else type(data).__name__
+    name = type(data).__name__
     if isinstance(data, (LitData, *FOR_PRETRAINING)):
         others = "--data StreamingSFT or another module for finetuning, with --data.mask_prompt true"
         return f"--data {name} has tokens to read on, and no prompts", others
-    if getattr(Alpaca if data is None else data, "mask_prompt", True):
+    if getattr(data, "mask_prompt", True):
         return None
-    # an option of a data module needs the module's name
-    chosen = "--data Alpaca " if data is None else ""
-    return f"--data {name} without mask_prompt: of a record all of it counts as a response", (
-        f"{chosen}--data.mask_prompt true"
-    )
+    return f"--data {name} without mask_prompt: of a record all of it counts as a response", "--data.mask_prompt true"
 
 
 def _check_on_policy(options: Options) -> None:
@@ -184,11 +204,11 @@ def check_training_args(train: TrainArgs, eval: EvalArgs) -> None:
     check_at_least_one("eval.", **{name: getattr(eval, name) for name in ("interval", "max_iters", "max_new_tokens")})
     for name in ("max_norm", "max_time"):
         value = getattr(train, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise UserError(f"--train.{name} must be above 0, got {value}. Leave it out (null) for no limit.")
     for name in ("min_lr", "lr_warmup_steps"):
         value = getattr(train, name)
-        if value is not None and value < 0:
+        if value is not None and not value >= 0:
             raise UserError(f"--train.{name} must not be negative, got {value}.")
     example = str(eval.evaluate_example)
     if example not in ("first", "random") and not example.isdigit():
@@ -205,12 +225,29 @@ def _check_beginning(options: Options) -> None:
             f"--overwrite true begins anew, and --resume {str(resume).lower()} goes on with what is there."
             " Leave one of them out."
         )
-    if save_minutes is not None and save_minutes <= 0:
+    if save_minutes is not None and not save_minutes > 0:
         raise UserError(
             f"--save_minutes must be above 0, got {save_minutes}. Leave it out for the default, or give null for none."
         )
     if keep_last is not None and keep_last < 1:
         raise UserError(f"--keep_last must be at least 1, got {keep_last}. Leave it out (null) to keep all.")
+
+
+def count_devices(devices: int | str, num_nodes: int, needed: bool = True) -> int:
+    """How many devices a node has; raises UserError if that cannot be, or if they are needed and not there."""
+    check_at_least_one(num_nodes=num_nodes)
+    try:
+        count = parse_devices(devices)
+    except ValueError:
+        raise UserError(
+            f"--devices must be a number from 1 on, or auto for every GPU there is, got {devices}.\nGive --devices 1."
+        ) from None
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    # more processes than cores make sense in tests only
+    if needed and count > (gpus or PROCESSES_OF_A_CORE * cores):
+        there = f"this machine has {gpus} GPUs" if gpus else f"without a GPU each is a process, for {cores} CPU cores"
+        raise UserError(f"--devices {count}: {there}.\nGive --devices {gpus or cores}, or fewer.")
+    return count
 
 
 def check_hybrid_sharding(hybrid_sharding: bool, devices: int, num_nodes: int) -> None:

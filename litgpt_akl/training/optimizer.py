@@ -4,9 +4,13 @@ FSDP2 hands an optimizer DTensors, and not every operation has a rule for them. 
 release and on the optimizer's options, and the optimizer may be anybody's: only a trial tells.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
 
 import torch
 from litgpt.utils import instantiate_torch_optimizer
@@ -90,6 +94,7 @@ def check_optimizer(
         cuda: whether the devices are GPUs; they are not asked.
     """
     name = optimizer if isinstance(optimizer, str) else optimizer["class_path"]
+    _check_names(name, {} if isinstance(optimizer, str) else optimizer["init_args"])
     starts = small_parameters(vectors)
     make_scheduler(make_optimizer(optimizer, _model(starts)), warmup=0, steps=1, min_lr=min_lr)
     try:
@@ -117,6 +122,30 @@ def check_optimizer(
         f"--optimizer {name} with --devices {devices} --num_nodes {num_nodes}: {failure}.\nUse one device, or another"
         " optimizer, such as AdamW."
     )
+
+
+def _check_names(class_path: str, options: dict[str, Any]) -> None:
+    """See that there is such an optimizer, and that it takes these options; raises UserError."""
+    module, _, name = class_path.rpartition(".")
+    module = module or "torch.optim"
+    try:
+        chosen = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        near = "".join(f"; did you mean {near}?" for near in get_close_matches(name, dir(torch.optim), n=1))
+        raise UserError(
+            f"--optimizer {class_path} cannot be made: {module} has no class {name}{near or '.'}\nGive a class of"
+            " torch.optim, such as AdamW, or the import path of another one."
+        ) from None
+    taken = [*inspect.signature(chosen).parameters.values()][1:]
+    names = [parameter.name for parameter in taken]
+    for option, value in options.items():
+        if option not in names and all(parameter.kind is not parameter.VAR_KEYWORD for parameter in taken):
+            raise UserError(f"--optimizer.{option} {value}: {name} has no such option.\nIt takes {', '.join(names)}.")
+    rate = options.get("lr", 1.0)
+    if not isinstance(rate, Tensor) and not (isinstance(rate, int | float) and 0 < rate < math.inf):
+        raise UserError(
+            f"--optimizer.lr must be a number above 0, got {rate}.\nGive a learning rate such as --optimizer.lr 1e-5."
+        )
 
 
 def small_parameters(vectors: bool) -> list[Tensor]:

@@ -52,6 +52,19 @@ def out_dir_locked(fabric: L.Fabric, out_dir: Path) -> Iterator[None]:
         yield
 
 
+def default_out_dir(student_dir: Path, teacher_dir: Path | None) -> Path:
+    """Where a run writes that is told nothing: a place of this pair, so that runs of other pairs do not meet."""
+
+    def name(directory: Path) -> str:
+        path = Path(directory).resolve()
+        # of a run's own checkpoints the run tells more
+        return path.parent.name if re.fullmatch(r"final|step-\d+", path.name) else path.name
+
+    # a missing teacher is refused later
+    names = [name(directory) for directory in (student_dir, teacher_dir or student_dir)]
+    return Path("out/akl", f"{names[0]}-from-{names[1] if names[0] != names[1] else 'itself'}")
+
+
 def check_places(out_dir: Path, teacher: TeacherArgs, pair: Pair) -> None:
     """See that a run writes into no checkpoint it reads, and keeps no cache in what it replaces; raises UserError."""
     replaced = (FINAL, FINAL_HF, STEPS)

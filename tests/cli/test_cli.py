@@ -34,8 +34,9 @@ WRONG = {
         f"{NO_OPTION}--checkpoint_dir; give checkpoint_dir without a name, right after the command"
     ),
     f"{AKL} --data JSON --data.json_pth x": f"{NO_OPTION}--data.json_pth; did you mean --data.json_path?",
-    f"{AKL} --data.json_path x": (
-        f"{NO_OPTION}--data.json_path for litgpt.data.DataModule; choose the class with --data first"
+    f"{AKL} --data.json_path x": "error: --data.json_path is an option of JSON: give --data JSON before it",
+    f"{AKL} --data.jsn_path x": (
+        f"{NO_OPTION}--data.jsn_path for litgpt.data.DataModule; choose the class with --data first"
     ),
     f"{AKL} --config unknown_key.yaml": f"{NO_OPTION}--train.epoch; did you mean --train.epochs?",
     f"{AKL} --config unknown_group.yaml": f"{NO_OPTION}--trian.epochs; did you mean --train.epochs?",

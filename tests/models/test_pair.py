@@ -160,7 +160,8 @@ def test_runs_that_cannot_be(teacher_dir, student_dir, alice_json, tmp_path):
     refused("precision 16-mixed is not supported", student_dir, teacher_dir, alice_json, out_dir, precision="16-mixed")
     refused("several nodes with several", student_dir, teacher_dir, alice_json, out_dir, hybrid_sharding=True)
     refused("min_lr 0.1 is above", student_dir, teacher_dir, alice_json, out_dir, train={"min_lr": 0.1})
-    refused("--optimizer 'AdamWW' cannot be made", student_dir, teacher_dir, alice_json, out_dir, optimizer="AdamWW")
+    expected = "--optimizer AdamWW cannot be made: torch.optim has no class AdamWW; did you mean AdamW"
+    refused(expected, student_dir, teacher_dir, alice_json, out_dir, optimizer="AdamWW")
     refused("needs a package", student_dir, teacher_dir, alice_json, out_dir, logger_name="litlogger")
     (tmp_path / "file").write_text("")
     refused("cannot be made", student_dir, teacher_dir, alice_json, tmp_path / "file" / "out")

@@ -310,7 +310,6 @@ def test_a_run_that_would_draw_nothing_is_refused(step_batches, teacher_dir):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, "give --data Alpaca --data.mask_prompt true.\n--data Alpaca without mask_prompt"),
         (Alpaca(), "give --data.mask_prompt true.\n--data Alpaca without mask_prompt"),
         (LitData("nowhere"), "give --data StreamingSFT or another module .*\n--data LitData has .* no prompts"),
         (TextFiles(Path("nowhere")), "give --data StreamingSFT or another .*\n--data TextFiles has .* no prompts"),
