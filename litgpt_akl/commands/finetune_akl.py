@@ -1,7 +1,9 @@
 """`litgpt finetune_akl`: its signature is the whole configuration."""
 
+import math
 from functools import partial
 from pathlib import Path
+from textwrap import wrap
 from typing import Literal
 
 import torch
@@ -14,21 +16,22 @@ from litgpt.utils import init_out_dir
 from litgpt_akl.config.args import DistillArgs, LoRAArgs, Options, TeacherArgs
 from litgpt_akl.config.checks import OPTIMIZER, check_options, optimizer_config, without_student
 from litgpt_akl.config.recipe import check_masked, given, recipe_as_yaml
-from litgpt_akl.memory.estimate import MemoryEstimate, make_estimate
-from litgpt_akl.memory.fit import report_memory
+from litgpt_akl.memory.estimate import MemoryEstimate, make_estimate, with_lengths
+from litgpt_akl.memory.fit import COLUMNS, report_memory
+from litgpt_akl.memory.samples import Samples, look_at_samples, why_unknown
 from litgpt_akl.messages import say
 from litgpt_akl.models.export import check_export
 from litgpt_akl.models.gpt import check_quantization
-from litgpt_akl.models.pair import Pair, check_pair, find_models
+from litgpt_akl.models.pair import Models, Pair, check_pair, find_models
 from litgpt_akl.teacher.cache_identity import stored_type
-from litgpt_akl.teacher.cache_size import bytes_of_token, describe_without_data
+from litgpt_akl.teacher.cache_size import bytes_of_token, describe_saving, describe_whole, describe_without_data
 from litgpt_akl.teacher.chunk_file import DTYPES
 from litgpt_akl.training.launch import start
 from litgpt_akl.training.logging import make_loggers, silence_known_noise
 from litgpt_akl.training.main import fill, main
 from litgpt_akl.training.optimizer import check_optimizer, make_optimizer
 from litgpt_akl.training.out_dir import check_places, default_out_dir
-from litgpt_akl.training.run import Run
+from litgpt_akl.training.run import Run, choose_day, total_steps
 
 NOT_IN_RECIPE = ("access_token", "dry_run", "overwrite")
 """Options that a repeated run is not to have."""
@@ -142,8 +145,9 @@ def setup(
         seed: The random seed to use for reproducibility.
         access_token: Optional API token to access models with restrictions.
         dry_run: Whether to check the options, print how much memory the run would take on each device, and end. Nothing
-            is loaded, downloaded or written, and neither the models nor the devices need to be there: the models may be
-            names that LitGPT knows, such as ``Llama-3.1-8B``.
+            is loaded, downloaded or written. Of records on this machine some or all are encoded, to know how long they
+            are. Neither the models nor the devices need to be there: the models may be names that LitGPT knows, such as
+            ``Llama-3.1-8B``.
         device_memory: Memory of a device in GB that a run may take; one that needs more is refused (default: what a GPU
             has; on a CPU what is free, within a container's limit, shared out among the processes). With ``dry_run`` it
             stands for GPUs that are not here.
@@ -173,7 +177,7 @@ def setup(
     models = find_models(options.checkpoint_dir, options.teacher_dir, pair)
     memory = make_estimate(options, models, partial(make_optimizer, options.optimizer, fused=fused))
     if pair is None:
-        tell_memory(options, memory)
+        tell_memory(options, models, memory)
         return
     launch(Run(**vars(options), pair=pair, memory=memory, recipe=recipe))
 
@@ -189,15 +193,39 @@ def find_pair(options: Options) -> Pair:
     return pair
 
 
-def tell_memory(options: Options, memory: MemoryEstimate) -> None:
+def tell_memory(options: Options, models: Models, memory: MemoryEstimate) -> None:
     """Print what a dry run would take of disk and memory; raises UserError if it does not fit."""
-    teacher = options.teacher
-    if teacher.cache_dir is not None:
-        dtype = DTYPES[stored_type(teacher.cache_dtype, memory.teacher_dtype)]
-        size = bytes_of_token(memory.teacher.n_embd, dtype)
-        epochs = None if teacher.cache_mode == "fill" else options.train.epochs
-        say(describe_without_data(teacher.cache_dir, size, *memory.sizes, epochs))
-    report_memory(memory, options.device_memory)
+    samples, unknown = None, why_unknown(options)
+    if unknown is None:
+        samples = look_at_samples(options, models, memory, choose_day((), options.teacher.cache_dir).date)
+        memory = with_lengths(memory, samples.training, samples.validation, options.distill)
+        told = str(samples)
+    else:
+        told = f"Data: each sample is taken for {memory.longest_sample:,} tokens, since {unknown}."
+        told += "" if options.train.max_seq_length else " Say by --train.max_seq_length how long they are at most."
+    _say(told)
+    if options.teacher.cache_dir is not None:
+        _tell_cache(options, memory, samples)
+    report_memory(memory, options.device_memory, in_full=True)
+
+
+def _tell_cache(options: Options, memory: MemoryEstimate, samples: Samples | None) -> None:
+    teacher, fills = options.teacher, options.teacher.cache_mode == "fill"
+    dtype = DTYPES[stored_type(teacher.cache_dtype, memory.teacher_dtype)]
+    size = bytes_of_token(memory.teacher.n_embd, dtype)
+    if samples is None:
+        _say(describe_without_data(teacher.cache_dir, size, *memory.sizes, None if fills else options.train.epochs))
+        return
+    found, per_epoch = samples.training, math.ceil(samples.training.samples / options.train.global_batch_size)
+    epochs = total_steps(options.train, found.samples) / per_epoch
+    tokens = math.ceil(found.response_tokens * (1 if fills else min(1, epochs))) + samples.validation.response_tokens
+    _say(describe_whole(teacher.cache_dir, size, tokens))
+    share = found.response_tokens / max(1, found.tokens)
+    _say(describe_saving(*memory.sizes, share, None if fills else epochs))
+
+
+def _say(text: str) -> None:
+    say("\n".join(part for line in text.splitlines() for part in wrap(line, COLUMNS)))
 
 
 def launch(run: Run) -> None:

@@ -10,6 +10,7 @@ from litgpt_akl.config.checks import FOR_PRETRAINING
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.litdata import open_chunks
 from litgpt_akl.data.litgpt_modules import SFTSettings, open_module
+from litgpt_akl.data.preparation import RowsOf, prepare
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import UserError
@@ -27,6 +28,7 @@ def prepare_datasets(
     teacher_dir: Path | None = None,
     vocab_size: int | None = None,
     prompts_alone: bool = False,
+    rows_of: RowsOf = prepare,
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
     """A data module's training and validation samples, tokenised.
 
@@ -41,6 +43,7 @@ def prepare_datasets(
         teacher_dir: the teacher's, for its chat template if that is chosen.
         vocab_size: ids that the models know (default: all of the tokenizer); records with others are bad.
         prompts_alone: whether training records of a :class:`StreamingSFT` may have no response: a student gives it.
+        rows_of: what makes rows of records that are read from files.
 
     Raises UserError for unreadable data, a bad record, a sample that is too long, or no training samples, with file and
     line where there is one.
@@ -60,7 +63,8 @@ def prepare_datasets(
         return open_chunks(data, train.max_seq_length or context_length, cut_by, vocab_size)
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=train.max_seq_length)
     if isinstance(data, StreamingSFT):
-        return data.prepare(checkpoint_dir, context_length, cut_by, date, teacher_dir, vocab_size, prompts_alone)
+        options = cut_by, date, teacher_dir, vocab_size, prompts_alone, rows_of
+        return data.prepare(checkpoint_dir, context_length, *options)
     style = getattr(data, "prompt_style", None)
     options = train.max_seq_length, context_length, "stop", cut_by, vocab_size
-    return open_module(data, SFTSettings(checkpoint_dir, tokenizer, style, *options))
+    return open_module(data, SFTSettings(checkpoint_dir, tokenizer, style, *options), rows_of)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from litgpt.data import SFTDataset
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Processor
 from torch import Tensor
 
@@ -230,14 +230,14 @@ class Encoder:
 
     def _encode_instruction(self, instruction: Instruction) -> Encoded:
         fields, notes = self._styled.fit(instruction)
-        dataset = SFTDataset([fields], self._tokenizer, self._prompt_style)
         try:
-            sample = dataset[0]
+            # as litgpt.data.SFTDataset does, but for a third text that it encodes to count what nobody asks here
+            prompt = self._tokenizer.encode(self._prompt_style.apply(prompt=fields["instruction"], **fields)).tolist()
+            response = self._tokenizer.encode(fields["output"], bos=False, eos=True).tolist()
         except (AttributeError, KeyError, TypeError) as error:
             raise self._refusal(error) from error
-        begin = sample["labels"].tolist().count(dataset.ignore_index)
-        ids, said = sample["input_ids"].tolist(), len(bare(fields["output"]))
-        return Encoded(ids, [(begin, len(ids))], said, 0, notes)
+        ids, said = prompt + response, len(bare(fields["output"]))
+        return Encoded(ids, [(len(prompt), len(ids))], said, 0, notes)
 
     def _refusal(self, error: Exception) -> ValueError:
         return ValueError(f"the prompt style {type(self._prompt_style).__name__} fails: {error!r}")
@@ -308,10 +308,10 @@ class Encoder:
         check_text(rendering.text, "its text")
         _check_shown(rendering.text, messages)
         encoding = self._processor.encode(rendering.text, add_special_tokens=False)
-        ids, offsets = encoding.ids, encoding.offsets
+        ids = encoding.ids
         assistants = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         kept = [order for order, number in enumerate(assistants) if conversation.trained[number]]
-        spans = [self._find_tokens(rendering.text, ids, offsets, *rendering.spans[order]) for order in kept]
+        spans = [self._find_tokens(rendering.text, ids, encoding, *rendering.spans[order]) for order in kept]
         said, lost = (sum(counts[order] for order in kept) for counts in (rendering.said, rendering.lost))
         return Encoded(ids, spans, said, lost, self._describe_unread(messages), by_template=True)
 
@@ -320,37 +320,34 @@ class Encoder:
         unread = sorted(name for name in names if not self._template.reads(name))
         return tuple(f"the field '{quoted(name, 40)}' of messages is not read" for name in unread)
 
-    def _find_tokens(
-        self, text: str, ids: list[int], offsets: list[tuple[int, int]], begin: int, end: int
-    ) -> tuple[int, int]:
+    def _find_tokens(self, text: str, ids: list[int], encoding: Encoding, begin: int, end: int) -> tuple[int, int]:
         """The tokens of the characters from ``begin`` to ``end`` and of what ends the turn.
 
         A token may reach over an edge by white space: `` Hello`` after a colon is one token. Tokens of no width come
         from byte-level tokenizers: a space, whose place is before their offset.
         """
-        first = bisect_right(offsets, begin, key=_offset_end)
-        if first < len(ids) and offsets[first][0] < begin and not text[offsets[first][0] : begin].isspace():
+        # a few of the offsets are asked for, since a list of all takes as long as a tenth of the tokenizer's work
+        count, characters = len(ids), encoding.token_to_chars
+        first = bisect_right(range(count), begin, key=lambda token: characters(token)[1])
+        if first < count and (start := characters(first)[0]) < begin and not text[start:begin].isspace():
             first += 1
-        last = bisect_right(offsets, end, key=_offset_end)
-        if last < len(ids) and offsets[last][0] < end and text[end : offsets[last][1]].isspace():
+        last = bisect_right(range(count), end, key=lambda token: characters(token)[1])
+        if last < count and characters(last)[0] < end and text[end : characters(last)[1]].isspace():
             last += 1
-        return first, self._find_turn_end(text, ids, offsets, last, end)
+        return first, self._find_turn_end(text, ids, encoding, last, end)
 
-    def _find_turn_end(self, text: str, ids: list[int], offsets: list[tuple[int, int]], last: int, end: int) -> int:
+    def _find_turn_end(self, text: str, ids: list[int], encoding: Encoding, last: int, end: int) -> int:
         """Where a turn ends: after a special token that follows its text directly, or an EOS token after white space.
 
         Llama 2 has a space before its EOS token. Any other special token after white space begins the next turn.
         """
         for number in range(last, len(ids)):
+            begins, ends = encoding.token_to_chars(number)
             if ids[number] in self._special_ids:
-                return number + 1 if offsets[number][0] <= end or ids[number] == self._tokenizer.eos_id else last
-            if text[end : offsets[number][1]].strip():
+                return number + 1 if begins <= end or ids[number] == self._tokenizer.eos_id else last
+            if text[end:ends].strip():
                 break
         return last
-
-
-def _offset_end(offset: tuple[int, int]) -> int:
-    return offset[1]
 
 
 def _without_limits(processor: Processor) -> Processor:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from litgpt_akl.files.reading import COPY_AGAIN
-from litgpt_akl.messages import UserError, reason, without_credentials
+from litgpt_akl.messages import UserError, reason, say, without_credentials
 
 Chunks = Iterator[tuple[bytes, int]]
 """A file's bytes, decompressed, and with each chunk how many of the stored bytes had been read for it."""
@@ -30,6 +31,31 @@ LARGEST_WINDOW = 2**27
 ROWS, ROWS_BYTES = 64, 2**23
 """Rows of a Parquet file that are Python objects at a time, and their bytes if they are about equally large."""
 
+BEGINS = {
+    b"\x1f\x8b": ("gzip", "gzip data", "Give it a name that ends in .gz."),
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstd data", "Give it a name that ends in .zst."),
+    b"PAR1": ("parquet", "Parquet", "Give it a name that ends in .parquet."),
+    b"ARROW1": ("", "an Arrow file", "Write it as Parquet."),
+    b"PK\x03\x04": ("", "a zip archive", "Unpack it."),
+    b"BZh": ("", "bzip2 data", "Unpack it."),
+    b"\xfd7zXZ": ("", "xz data", "Unpack it."),
+    b"\xff\xfe": ("", "UTF-16 text", "Write it as UTF-8."),
+    b"\xfe\xff": ("", "UTF-16 text", "Write it as UTF-8."),
+    b"version https://git-lfs": ("", "a pointer of Git LFS and no data", "Fetch the data with `git lfs pull`."),
+}
+"""What a file is that begins so: as FORMATS says it, for people, and what to do if its name says otherwise."""
+OTHER_FORMATS = {
+    ".csv": "Write it as Parquet: datasets.load_dataset('csv', data_files={!r}, split='train')"
+    ".to_parquet('FILE.parquet').",
+    ".tsv": "Write it as Parquet: datasets.load_dataset('csv', data_files={!r}, sep='\\t', split='train')"
+    ".to_parquet('FILE.parquet').",
+    ".arrow": "Write it as Parquet: datasets.Dataset.from_file({!r}).to_parquet('FILE.parquet').",
+    **dict.fromkeys((".bz2", ".xz", ".zip", ".tar", ".tgz", ".tar.gz"), "Unpack it."),
+    ".txt": "If it has one record in JSON in each line, give it a name that ends in .jsonl.",
+}
+"""What to do with data of other formats, by the end of a file's name."""
+NO_RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+"""Files of Hugging Face's datasets that tell of data."""
 COMPRESSIONS = {"": None, ".gz": "gzip", ".zst": "zstd"}
 FORMATS = {
     f".{name}{suffix}": (form, compression)
@@ -51,8 +77,9 @@ VERSIONS += ("Last-Modified", "LastModified", "last_modified")
 def find_files(path: str) -> list[str]:
     """The data files that ``path`` names, sorted: local ones as absolute paths, others as URLs.
 
-    It is a file, a folder (all data files below it, without hidden ones and links to folders), a glob, or a URL of any
-    of these for which fsspec has a file system. An http folder has no dot in its last part, or ends in "/".
+    It is a file, a folder (all data files below it, without hidden ones), a glob, or a URL of any of these for which
+    fsspec has a file system. An http folder has no dot in its last part, or ends in "/". Of a folder or a glob it is
+    said what is left out: files that are others by another name, and data of other formats.
     Raises UserError if nothing is there, it cannot be read, or no data file is among it.
     """
     with _reporting(path):
@@ -73,35 +100,49 @@ def find_files(path: str) -> list[str]:
     if any(entry.endswith((".arrow", "/dataset_dict.json")) for entry in names) and any(
         entry.endswith("/dataset_info.json") for entry in names
     ):
+        split = "['train']" if any(entry.endswith("/dataset_dict.json") for entry in names) else ""
         raise UserError(
             f"{path} is a dataset by save_to_disk of Hugging Face's datasets, not a folder of records.\n"
-            f"Write each of its splits as Parquet: datasets.load_from_disk({path!r}).to_parquet('FILE.parquet')."
+            f"Write each of its splits as Parquet: datasets.load_from_disk({path!r}){split}.to_parquet('FILE.parquet')."
         )
-    names = [entry for entry in names if _suffix(entry) and "/." not in "/" + entry[len(root) :].lstrip("/")]
+    shown = [entry for entry in names if "/." not in "/" + entry[len(root) :].lstrip("/")]
+    names = [entry for entry in shown if _suffix(entry) and not entry.endswith(NO_RECORDS)]
+    if others := [entry for entry in shown if not _suffix(entry) and _advice(entry)]:
+        say(f"{path}: {len(others):,} files of other formats are not read, such as {others[0]}.", file=sys.stderr)
     if not names:
-        raise UserError(f"{path} has no data file: none ends in {', '.join(FORMATS)}.")
+        advice = _advice(others[0]) if others else "Give a file, a folder, a glob or a URL of such files."
+        raise UserError(f"{path} has no data file: none ends in {', '.join(FORMATS)}.\n{advice}")
     if not isinstance(file_system, LocalFileSystem):
-        names = [file_system.unstrip_protocol(entry) for entry in names]
-    return sorted(names)
+        return sorted(file_system.unstrip_protocol(entry) for entry in names)
+    files: dict[str, str] = {}
+    for entry in sorted(names):
+        files.setdefault(os.path.realpath(entry), entry)
+    if again := sorted(set(names) - set(files.values())):
+        told = f"{len(again):,} files are others by another name, and are read once, such as {again[0]}."
+        say(f"{path}: {told}", file=sys.stderr)
+    return [*files.values()]
 
 
 SPLITS = {
     "training": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
+    "validation": ("validation", "validate", "valid", "val", "dev", "heldout", "holdout"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """Words in the names of files and folders by which Hugging Face's datasets tell splits."""
 
 
 def group_by_split(files: list[str]) -> dict[str, list[str]]:
-    """The files of each split by their names, if they are of more than one; those without a split's name under ""."""
+    """The files of each split by their names; those without a split's name under ""."""
     common = files[0][: len(os.path.commonprefix(files).rpartition("/")[0])] if len(files) > 1 else ""
     groups: dict[str, list[str]] = {}
     for file in files:
-        words = re.split(r"[^a-z]+", file[len(common) :].lower())
+        # trainset, TrainData and held-out are words, too
+        name = re.sub("(?<=[a-z])(?=[A-Z])", " ", file[len(common) :]).lower()
+        name = re.sub("(held|hold)[^a-z/]out", r"\1out", name)
+        words = [re.sub("(set|data|split)s?$", "", word) for word in re.split(r"[^a-z]+", name)]
         split = next((split for split, names in SPLITS.items() if set(names) & set(words)), "")
         groups.setdefault(split, []).append(file)
-    return groups if "training" in groups and len(groups.keys() - {""}) > 1 else {"training": files}
+    return groups
 
 
 def _walk(folder: str) -> list[str]:
@@ -109,9 +150,14 @@ def _walk(folder: str) -> list[str]:
     def fail(error: OSError) -> None:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
 
-    names = []
-    for parent, folders, files in os.walk(folder, onerror=fail):
+    names, known = [], {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders[:]:
+            # links may lead in a circle
+            if (place := os.path.realpath(f"{parent}/{name}")) in known:
+                folders.remove(name)
+            known.add(place)
         names += [f"{parent}/{name}".replace(os.sep, "/") for name in files]
     return names
 
@@ -161,8 +207,28 @@ def file_format(path: str) -> tuple[str, str | None]:
     """``json``, ``jsonl`` or ``parquet``, and the compression; raises UserError for any other suffix."""
     suffix = _suffix(path)
     if suffix is None:
-        raise UserError(f"{path} is of no format that can be read. Its name must end in {', '.join(FORMATS)}.")
+        advice = _advice(path) or "Give a file of one of these formats."
+        raise UserError(
+            f"{path} is of no format that can be read. Its name must end in {', '.join(FORMATS)}.\n{advice}"
+        )
     return FORMATS[suffix]
+
+
+def _advice(path: str) -> str | None:
+    """What to do with data of another format; None if it is not known to be data."""
+    advice = next((advice for end, advice in OTHER_FORMATS.items() if path.lower().endswith(end)), None)
+    return None if advice is None else advice.format(path)
+
+
+def _check_begin(path: str, begin: bytes, form: str | None) -> None:
+    """Raises UserError if a file begins as one of another format than its name says."""
+    found, name, way_out = next((told for start, told in BEGINS.items() if begin.startswith(start)), (form, "", ""))
+    if found != form:
+        raise UserError(f"{path} is {name}, other than its name says.\n{way_out}")
+    if form in ("gzip", "zstd") and begin.lstrip().startswith((b"{", b"[")):
+        raise UserError(
+            f"{path} is no valid {form} data from line 1 on: it is not compressed.\nGive it a name that ends in .jsonl."
+        )
 
 
 def _suffix(path: str) -> str | None:
@@ -170,17 +236,23 @@ def _suffix(path: str) -> str | None:
     return next((suffix for suffix in FORMATS if name.lower().endswith(suffix)), None)
 
 
-def read_chunks(path: str) -> Chunks:
-    """A file's bytes from its start to its end; raises UserError if it cannot be read, or is not as its suffix says."""
+def read_chunks(path: str, start: int = 0) -> Chunks:
+    """A file's bytes to its end, from byte ``start`` on if it is local and not compressed.
+
+    Raises UserError if it cannot be read, or is not as its suffix says.
+    """
     compression = file_format(path)[1]
     with _reporting(path), _open(path, block_size=0 if _is_http(path) else None) as file:
-        chunks = _stored_chunks(file, PACKED_CHUNKS.get(compression, CHUNK))
+        if start:
+            file.seek(start)
+        chunks = _stored_chunks(file, PACKED_CHUNKS.get(compression, CHUNK), start, path, compression)
         yield from _decompress(chunks, path, compression) if compression else chunks
 
 
-def _stored_chunks(file: BinaryIO, size: int) -> Chunks:
-    bytes_read = 0
+def _stored_chunks(file: BinaryIO, size: int, bytes_read: int, path: str, compression: str | None) -> Chunks:
     while chunk := file.read(size):
+        if bytes_read == 0:
+            _check_begin(path, chunk, compression)
         bytes_read += len(chunk)
         yield chunk, bytes_read
 
@@ -209,23 +281,26 @@ def _decompress(chunks: Chunks, path: str, compression: str) -> Chunks:
         raise UserError(f"{path} ends too early: its {compression} data breaks off in line {line}.\n{COPY_AGAIN}")
 
 
-def read_rows(path: str, largest: int) -> Iterator[tuple[dict | None, int, int]]:
+def read_rows(path: str, largest: int, group: int | None = None) -> Iterator[tuple[dict | None, int, int]]:
     """A Parquet file's rows, the bytes of each, and about how many of the file's bytes had been read for it.
 
-    A row of more than ``largest`` bytes is None. Raises UserError if the file does not exist or cannot be read.
+    They are those of one row ``group``, or all. A row of more than ``largest`` bytes is None. Raises UserError if the
+    file does not exist or cannot be read.
     """
     from pyarrow.parquet import ParquetFile  # slow to import, and only some need it
 
     rows = 0
     # by default pyarrow holds a row group's columns whole; it jumps between them, so that reading ahead would be wasted
     with _reporting(path), _open(path, cache_type="none") as stored:
+        _check_begin(path, stored.read(64), "parquet")
         stored_bytes = stored.seek(0, os.SEEK_END)
         file = ParquetFile(stored, pre_buffer=False, buffer_size=2**22)
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         mean = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
         at_once = max(1, min(ROWS, ROWS_BYTES // max(1, mean)))
         # a pool of threads costs more than the rows of a small file
-        for batch in file.iter_batches(batch_size=at_once, use_threads=False):
+        chosen = None if group is None else [group]
+        for batch in file.iter_batches(batch_size=at_once, row_groups=chosen, use_threads=False):
             bytes_read = stored_bytes * (rows + batch.num_rows) // file.metadata.num_rows
             rows += batch.num_rows
             if batch.nbytes <= ROWS_BYTES:
@@ -236,6 +311,20 @@ def read_rows(path: str, largest: int) -> Iterator[tuple[dict | None, int, int]]
             for number in range(batch.num_rows):
                 row = batch.slice(number, 1)
                 yield row.to_pylist()[0] if row.nbytes <= largest else None, row.nbytes, bytes_read
+
+
+def count_rows(path: str) -> list[int]:
+    """Of each row group of a Parquet file; raises UserError as :func:`read_rows` does."""
+    from pyarrow.parquet import ParquetFile
+
+    with _reporting(path), _open(path, cache_type="none") as stored:
+        metadata = ParquetFile(stored).metadata
+        return [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+
+
+def is_local(path: str) -> bool:
+    """Whether what ``path`` names lies on a disk of this machine, or what is mounted as one."""
+    return "://" not in path or path.startswith(("file://", "local://"))
 
 
 def _open(path: str, **options) -> BinaryIO:

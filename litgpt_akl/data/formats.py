@@ -157,6 +157,8 @@ def _open_format(renamed: Mapping[str, Any]) -> str | None:
 
 
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    if not columns:
+        return dict(record)
     taken = {name: record[theirs] for name, theirs in columns.items() if theirs in record}
     theirs = set(columns.values())
     # a name that is given to another field is not this one's any more
@@ -164,15 +166,17 @@ def _renamed(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
 
 
 def _format_of(record: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    whole = [form for form, names in FORMATS.items() if all(is_given(record.get(name)) for name in names)]
-    whole = [form for form in whole if columns.keys() & set(FORMATS[form])] or whole
+    asking = [(form, names) for form, names in FORMATS.items() if names[0] in record]
+    whole = [form for form, names in asking if all(is_given(record.get(name)) for name in names)]
+    if columns:
+        whole = [form for form in whole if columns.keys() & set(FORMATS[form])] or whole
     if len(whole) == 1:
         return whole[0]
     if whole:
         names = " and ".join(f"'{FORMATS[form][-1]}'" for form in whole[:2])
         raise ValueError(f"could be read by {names}: say which with --data.columns, such as {_mapping(whole[0])}")
     # a field that is there and empty tells the format, too; what is wrong with it is said then
-    present = [form for form, names in FORMATS.items() if all(name in record for name in names)]
+    present = [form for form, names in asking if all(name in record for name in names)]
     if present:
         return present[0]
     raise ValueError(_describe_unknown(record, columns))
@@ -250,6 +254,12 @@ def _read_instruction(record: dict[str, Any], ask: str, answer: str) -> Instruct
     for name in ("input", "sys_prompt", "system"):
         if record.get(name) is not None:
             check_text(record[name], f"'{name}'")
+    for name in sorted({"instruction", "output"} - {ask, answer}):
+        if is_given(record.pop(name, None)):
+            raise ValueError(
+                f"has '{name}' beside '{ask}' and '{answer}': say which is meant with --data.columns, such as"
+                f" '{{instruction: {ask}, output: {answer}}}'"
+            )
     system = record.get("system") or None
     keywords = _keywords(record)
     used = {ask, answer, "system", "history", *BESIDE}

@@ -21,7 +21,7 @@ from litgpt_akl.data.accounting import tell_what_is_left_out
 from litgpt_akl.data.dataset import ArrowDataset, InMemoryDataset, TokenizedDataset
 from litgpt_akl.data.encoding import Encoded, StyledInstruction
 from litgpt_akl.data.formats import Instruction
-from litgpt_akl.data.preparation import FileRecords, Settings, prepare
+from litgpt_akl.data.preparation import FileRecords, RowsOf, Settings, prepare
 from litgpt_akl.data.records import Record, place
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.files.directories import default_cache_dir
@@ -160,14 +160,16 @@ class ModuleRecords:
         return f"{self.name}: record {row}"
 
 
-def open_module(data: DataModule, settings: SFTSettings) -> tuple[TokenizedDataset, TokenizedDataset]:
-    """The training and validation samples of a connected data module.
+def open_module(
+    data: DataModule, settings: SFTSettings, rows_of: RowsOf = prepare
+) -> tuple[TokenizedDataset, TokenizedDataset]:
+    """The training and validation samples of a connected data module; ``rows_of`` makes rows of the records of JSON.
 
     Raises UserError for unreadable data, a record without its fields, a response cut off entirely, a sample that is too
     long, or no training samples, with file and line where there is one.
     """
     if type(data) is JSON:
-        splits = _open_json(data, replace(settings, mask_prompt=data.mask_prompt))
+        splits = _open_json(data, replace(settings, mask_prompt=data.mask_prompt), rows_of)
     else:
         splits = [_open(data, split, dataset, settings) for split, dataset in _load(data).items()]
         if all(isinstance(dataset, ArrowDataset) for dataset in splits):
@@ -179,12 +181,12 @@ def open_module(data: DataModule, settings: SFTSettings) -> tuple[TokenizedDatas
     return splits[0], splits[1]
 
 
-def _open_json(data: JSON, settings: SFTSettings) -> list[ArrowDataset]:
+def _open_json(data: JSON, settings: SFTSettings, rows_of: RowsOf) -> list[ArrowDataset]:
     if data.json_path.is_dir():
         files = [data.find_split(split) for split in ("train", "val")]
         if None in files:
             raise UserError(f"{data.json_path} lacks train.json or val.json (or .jsonl). Add them, or give one file.")
-        return [_prepared(_json_records(file), settings)[0] for file in files]
+        return [_prepared(_json_records(file), settings, rows_of=rows_of)[0] for file in files]
     shares = [1.0 - data.val_split_fraction, data.val_split_fraction]
 
     def split(samples: int) -> list[np.ndarray]:
@@ -194,7 +196,7 @@ def _open_json(data: JSON, settings: SFTSettings) -> list[ArrowDataset]:
             raise UserError(f"JSON cannot split its data by --data.val_split_fraction {shares[1]}: {error}") from error
         return [np.array(part.indices, dtype=np.int64) for part in parts]
 
-    return _prepared(_json_records(data.json_path), settings, split)
+    return _prepared(_json_records(data.json_path), settings, split, rows_of)
 
 
 def _json_records(file: Path) -> JSONRecords:
@@ -215,10 +217,11 @@ def _prepared(
     records: JSONRecords | ModuleRecords,
     settings: SFTSettings,
     split: Callable[[int], list[np.ndarray | None]] = lambda samples: [None],
+    rows_of: RowsOf = prepare,
 ) -> list[ArrowDataset]:
     """A dataset of each part of the records, whose numbers ``split`` tells, or None for all."""
     num_proc = available_cores() if sum(records.sizes) > SMALL[records.unit] else 0
-    rows = prepare(records, settings, default_cache_dir(), num_proc)
+    rows = rows_of(records, settings, default_cache_dir(), num_proc)
     tell_what_is_left_out(rows, records.name, records.place, settings.cut_by, may_be_bad=False)
     common = {"mask_prompt": settings.mask_prompt, "settings": settings.fingerprint, "place": records.place}
     return [ArrowDataset(rows, numbers=numbers, **common) for numbers in split(len(rows))]

@@ -6,7 +6,7 @@ import json
 import math
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,7 +35,7 @@ from litgpt_akl.files.manifest import damage, write_manifest
 from litgpt_akl.messages import UserError, progress_bar, reason, say
 from litgpt_akl.models.chat_template import ChatTemplate
 
-FORMAT = 7
+FORMAT = 8
 """Goes into every fingerprint; to be raised when the same records become other rows."""
 Portion = list[tuple[int, Record]]
 """Records, each with the number of its file."""
@@ -60,6 +60,8 @@ COLUMNS = datasets.Features(
         "by_template": datasets.Value("bool"),  # whether a chat template wrote the text, and not a prompt style
     }
 )
+CANONICAL = json.JSONEncoder(sort_keys=True, default=repr)
+"""Makes one text of equal records, by which they are drawn."""
 ROWS = "preparation-train.arrow"
 """Holds all rows of prepared data."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
@@ -224,14 +226,14 @@ class Rows(Dataset):
         except (ValueError, RecursionError, MemoryError) as error:
             told = str(error) if isinstance(error, ValueError) else f"cannot be encoded: {error!r}"
             return {**NOTHING, "error": _printable(told), "dropped": dropped}
-        begins, ends = np.reshape(encoded.spans, (-1, 2)).T
+        begins, ends = encoded.spans[::2], encoded.spans[1::2]
         return {
             "input_ids": np.array(encoded.ids, dtype=np.int32),
             "responses": np.array(encoded.spans, dtype=np.int32),
             "length": len(encoded.ids),
             # no token comes before the first of a sample, so nothing predicts it
-            "response_tokens": int((ends - np.maximum(begins, 1)).sum()),
-            "draw": xxhash.xxh3_64_intdigest(json.dumps(record.value, sort_keys=True, default=repr).encode()) / 2**64,
+            "response_tokens": sum(ends) - sum(max(begin, 1) for begin in begins),
+            "draw": xxhash.xxh3_64_intdigest(CANONICAL.encode(record.value).encode()) / 2**64,
             "error": None,
             "dropped": False,
             "said": encoded.said,
@@ -258,7 +260,7 @@ def _printable(text: str) -> str:
 
 def _write_rows(path: Path, source: Source, settings: Settings, num_proc: int) -> int:
     """Reads all records here, encodes them in other processes, writes the rows in their order; returns how many."""
-    starts, keys = list(accumulate(source.sizes, initial=0)), _portions(source)
+    starts, keys = list(accumulate(source.sizes, initial=0)), portions(source)
     batches, size, count = [], 0, 0
     with (
         progress_bar(total=starts[-1], desc="preparing data", unit=source.unit, unit_scale=True, leave=False) as bar,
@@ -266,11 +268,11 @@ def _write_rows(path: Path, source: Source, settings: Settings, num_proc: int) -
         pa.ipc.new_stream(file, COLUMNS.arrow_schema) as writer,
     ):
         fewer = settings.fewer_processes.format(num_proc)
-        portions = fetch(Rows(settings), map(_pack, keys) if num_proc > 0 else keys, num_proc, fewer)
+        results = fetch(Rows(settings), map(_pack, keys) if num_proc > 0 else keys, num_proc, fewer)
         try:
-            for number, bytes_read, rows in portions:
+            for number, bytes_read, rows in results:
                 if settings.on_error == "stop":
-                    _check(rows, count, source, settings)
+                    check_rows(rows, count, source, settings)
                 count += len(rows)
                 bar.update(starts[number] + bytes_read - bar.n)
                 batches.append(rows)
@@ -279,13 +281,13 @@ def _write_rows(path: Path, source: Source, settings: Settings, num_proc: int) -
                     writer.write_table(pa.Table.from_batches(batches).combine_chunks())
                     batches, size = [], 0
         finally:
-            portions.stop()
+            results.stop()
         writer.write_table(pa.Table.from_batches(batches, COLUMNS.arrow_schema).combine_chunks())
     return count
 
 
-def _portions(source: Source) -> Iterator[Portion]:
-    # a portion goes on from file to file: each costs a message, whatever is in it
+def portions(source: Source) -> Iterator[Portion]:
+    """The records, some together: each portion costs a message, whatever is in it, and may go on from file to file."""
     portion, size = [], 0
     for file, record in source:
         if record.error is None and is_too_deep(record.value):
@@ -316,7 +318,8 @@ def _sendable(record: Record) -> Record:
     return record
 
 
-def _check(rows: pa.RecordBatch, first_row: int, source: Source, settings: Settings) -> None:
+def check_rows(rows: pa.RecordBatch, first_row: int, source: Source, settings: Settings) -> None:
+    """See that no row is bad, of which the first is the ``first_row``-th of all; raises UserError."""
     dropped = rows["dropped"].to_numpy(zero_copy_only=False)
     for bad in np.flatnonzero((rows["length"].to_numpy() == 0) & ~dropped):
         row = rows.slice(bad, 1).to_pylist()[0]
@@ -336,6 +339,13 @@ def _describe_missing(place: str, error: str, source: Source, settings: Settings
     )
 
 
+def folder_of(source: Source, settings: Settings, cache_dir: Path) -> Path:
+    """Where these records are kept once they are prepared by these settings."""
+    return cache_dir / _hash([settings.fingerprint, source.identity])
+
+
+RowsOf = Callable[[Source, Settings, Path, int], datasets.Dataset]
+"""What makes rows of records, as :func:`prepare` does."""
 LARGE = 2**30
 """Bytes of prepared data that take more than a second to read."""
 
@@ -347,7 +357,7 @@ def prepare(source: Source, settings: Settings, cache_dir: Path, num_proc: int) 
     ``num_proc`` 0 this one does. Raises UserError for a bad record, unless they are to be skipped, for files that are
     unreadable or change meanwhile, and for a full disk.
     """
-    folder = cache_dir / _hash([settings.fingerprint, source.identity])
+    folder = folder_of(source, settings, cache_dir)
     check_name(folder.absolute(), "The directory for prepared data", settings.other_cache)
     with explain_failure(folder, settings.other_cache):
         cache_dir.mkdir(parents=True, exist_ok=True)

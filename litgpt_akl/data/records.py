@@ -2,12 +2,15 @@
 
 import codecs
 import json
+import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
+from typing import NamedTuple
 
-from litgpt_akl.data.files import Chunks, file_format, read_chunks, read_rows
+from litgpt_akl.data.files import Chunks, count_rows, file_format, read_chunks, read_rows
 from litgpt_akl.messages import quoted
 
 LARGEST = 32 * 2**20
@@ -18,7 +21,6 @@ TOO_DEEP = f"is nested too deeply: in more than {DEEPEST} levels"
 
 SEVERAL_LINES = "begins a JSON object of several lines: a file has a list of records, or one record in each line"
 
-DECODER = json.JSONDecoder()
 BLANK = re.compile(r"[ \t\r\n]*")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 NAMES = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number", type(None): "null"}
@@ -41,6 +43,28 @@ class Record:
     """
     size: int = 0
     """About how many bytes or characters it has, where it may be large."""
+
+
+class _Decoder(json.JSONDecoder):
+    """Python's own, which notes where it would lose a value: a name that an object has twice."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._make_object)
+        self.repeated: str | None = None
+
+    def _make_object(self, pairs: list[tuple[str, object]]) -> dict[str, object]:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.repeated = next(name for name in names if names.count(name) > 1)
+        return value
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[object, int]:
+        self.repeated = None
+        return super().raw_decode(s, idx)
+
+
+DECODER = _Decoder()
 
 
 def is_too_deep(value: object) -> bool:
@@ -67,14 +91,72 @@ def read(path: str) -> Iterator[Record]:
     """
     form, _ = file_format(path)
     if form == "parquet":
-        for row, (value, size, bytes_read) in enumerate(read_rows(path, LARGEST), start=1):
-            error = _too_long() if value is None else None
-            yield Record(row, None if value is None else _without_nulls(value), error, bytes_read, size)
-    elif form == "jsonl":
-        yield from _read_lines(read_chunks(path))
+        for line, row in enumerate(read_rows(path, LARGEST), start=1):
+            yield _of_row(*row, line)
     else:
+        # a list of records often has the name of a file of lines, and the other way round
         is_list, chunks = _peek(read_chunks(path))
         yield from _read_list(chunks) if is_list else _read_lines(chunks)
+
+
+def _of_row(value: dict | None, size: int, bytes_read: int, line: int) -> Record:
+    error = _too_long() if value is None else None
+    return Record(line, None if value is None else _without_nulls(value), error, bytes_read, size)
+
+
+class Part(NamedTuple):
+    """Some records of a file."""
+
+    records: list[Record]
+    """Their lines and rows are not those of the file."""
+    all: float
+    """How many records the file has, about."""
+
+
+def read_part(path: str, places: int, number: int) -> Part:
+    """So many records at each of some places, evenly spread over a local file; its first ones if it must be read on.
+
+    Only Parquet and uncompressed lines can be read from their middle. Raises UserError as :func:`read` does.
+    """
+    form, compression = file_format(path)
+    if form == "parquet":
+        groups = count_rows(path)
+        each = math.ceil(places / len(groups)) * number if groups else 0
+        chosen = range(0, len(groups), max(1, len(groups) // places))
+        rows = [islice(read_rows(path, LARGEST, group), each) for group in chosen]
+        return Part([_of_row(*row, line) for line, row in enumerate(chain(*rows), start=1)], sum(groups))
+    size = os.stat(path).st_size
+    if compression is None and not _peek(read_chunks(path))[0]:
+        found = []
+        for place in range(places):
+            end = 0
+            for record in islice(_read_lines(_lines_after(path, place * size // places)), number):
+                found.append(record)
+                end += record.size + 1
+                # where the next place begins
+                if end >= size // places:
+                    break
+        # a place within the last line has none behind it
+        records = [record for record in found if record.size > 0] or found
+        return Part(records, size * len(records) / sum(record.size + 1 for record in records))
+    records, counted = [], 0
+    for counted, record in enumerate(read(path), start=1):
+        if counted <= places * number:
+            records.append(record)
+        elif record.bytes_read > records[-1].bytes_read:
+            # what was read for the last of them has no more records
+            return Part(records, (counted - 1) * size / records[-1].bytes_read)
+    return Part(records, counted)
+
+
+def _lines_after(path: str, start: int) -> Chunks:
+    """A file's bytes behind the first line's end from byte ``start`` on; all of them from 0 on."""
+    chunks, is_within = read_chunks(path, start), start == 0
+    for chunk, bytes_read in chunks:
+        if not is_within:
+            _, newline, chunk = chunk.partition(b"\n")
+            is_within = bool(newline)
+        yield chunk, bytes_read
 
 
 def _without_nulls(row: dict) -> dict:
@@ -182,6 +264,8 @@ def _find_fault(value: object, text: str) -> str | None:
         return f"is {NAMES[type(value)]}, not an object"
     if is_too_deep(value):
         return TOO_DEEP
+    if DECODER.repeated is not None:
+        return f"has the field '{quoted(DECODER.repeated, 40)}' twice in one object"
     if SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()

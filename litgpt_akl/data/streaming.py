@@ -18,7 +18,7 @@ from litgpt_akl.data.dataset import ALL, ArrowDataset
 from litgpt_akl.data.encoding import puts_marks
 from litgpt_akl.data.files import find_files, group_by_split
 from litgpt_akl.data.formats import COLUMNS
-from litgpt_akl.data.preparation import FileRecords, Settings, prepare
+from litgpt_akl.data.preparation import FileRecords, RowsOf, Settings, prepare
 from litgpt_akl.data.workers import available_cores
 from litgpt_akl.files.directories import default_cache_dir
 from litgpt_akl.files.reading import explain_damage
@@ -121,6 +121,7 @@ class StreamingSFT(DataModule):
         teacher_dir: Path | None = None,
         vocab_size: int | None = None,
         prompts_alone: bool = False,
+        rows_of: RowsOf = prepare,
     ) -> tuple[ArrowDataset, ArrowDataset]:
         """The training and the validation records; arguments are those of ``prepare_datasets``.
 
@@ -131,12 +132,12 @@ class StreamingSFT(DataModule):
         self.by_template, self.ends = 0, ()
         train_files, validation_files = self.files()
         if validation_files:
-            prepared = [self._prepared(files, settings) for files in (train_files, validation_files)]
+            prepared = [self._prepared(files, settings, rows_of) for files in (train_files, validation_files)]
             train, validation = (self._dataset(*each, settings, ALL, n > 0) for n, each in enumerate(prepared))
             tell_what_occurs_twice(*(rows for rows, _ in prepared))
         else:
             fraction = 0.05 if self.val_split_fraction is None else self.val_split_fraction
-            prepared = self._prepared(train_files, settings)
+            prepared = self._prepared(train_files, settings, rows_of)
             ranges = (fraction, math.inf), (0.0, fraction)
             train, validation = (self._dataset(*prepared, settings, draws, n > 0) for n, draws in enumerate(ranges))
         if prompts_alone and self.by_template > 0:
@@ -206,30 +207,49 @@ class StreamingSFT(DataModule):
         return ChatTemplate.find(checkpoint_dir, date, choice)
 
     def files(self) -> tuple[list[str], list[str]]:
-        """The files to train on and those to validate on, which may be none; no file is both."""
+        """The files to train on and those to validate on, which may be none; no file is both.
+
+        Raises UserError if one would be, or if it cannot be told which are to be trained on.
+        """
         files = find_files(self.path)
-        if self.val_path is not None:
-            held_out = find_files(self.val_path)
-            if both := sorted(set(files) & set(held_out)):
-                raise UserError(
-                    f"{both[0]} is in both --data.path {self.path} and --data.val_path {self.val_path}"
-                    f" ({len(both):,} such files).\nMove it out of one, or name the files of one by a glob."
-                )
-            return files, held_out
+        held_out = [] if self.val_path is None else find_files(self.val_path)
+        places = {os.path.realpath(file) for file in held_out}
+        if both := sorted(file for file in files if file in held_out or os.path.realpath(file) in places):
+            raise UserError(
+                f"{both[0]} is in both --data.path {self.path} and --data.val_path {self.val_path}"
+                f" ({len(both):,} such files).\nMove it out of one, or name the files of one by a glob."
+            )
+        groups = group_by_split(held_out)
+        if len(groups) > 1 and (chosen := groups.get("validation", groups.get("test"))):
+            told = f"{len(chosen):,} files are held out, {len(held_out) - len(chosen):,} of other splits are left out"
+            say(f"{self.val_path}: {told}, such as {next(f for f in held_out if f not in chosen)}.", file=sys.stderr)
+            held_out = chosen
+        training, validation = self._choose_splits(files)
+        return training, held_out if self.val_path is not None else validation
+
+    def _choose_splits(self, files: list[str]) -> tuple[list[str], list[str]]:
+        """Those of the files to train on, and those that are held out by their names."""
         groups = group_by_split(files)
-        if len(groups) == 1:
+        if groups.keys() <= {"training", ""} or len(groups) == 1:
             return files, []
-        held_out = groups.get("validation", []) if self.val_split_fraction is None else []
-        left_out = [file for file in files if file not in groups["training"] and file not in held_out]
-        counts = [f"{len(groups['training']):,} files named train are trained on"]
+        name = "training" if "training" in groups else ""
+        if name not in groups:
+            raise UserError(
+                f"{self.path} has files named {' and '.join(groups)}, and none named train: {files[0]}.\n"
+                "Give the file to train on as --data.path, and one to validate on as --data.val_path."
+            )
+        wants = self.val_split_fraction is None and self.val_path is None
+        held_out = groups.get("validation", []) if wants else []
+        left_out = [file for file in files if file not in groups[name] and file not in held_out]
+        counts = [f"{len(groups[name]):,} files named {'train' if name else 'as no split'} are trained on"]
         counts += [f"{len(held_out):,} named validation are held out"] if held_out else []
         counts += [f"{len(left_out):,} more are left out, such as {left_out[0]}"] if left_out else []
         say(f"{self.path}: {', '.join(counts)}.", file=sys.stderr)
-        return groups["training"], held_out
+        return groups[name], held_out
 
-    def _prepared(self, files: list[str], settings: Settings) -> tuple[datasets.Dataset, FileRecords]:
+    def _prepared(self, files: list[str], settings: Settings, rows_of: RowsOf) -> tuple[datasets.Dataset, FileRecords]:
         records = FileRecords(files)
-        rows = prepare(records, settings, self.cache_dir or default_cache_dir(), self.num_proc or available_cores())
+        rows = rows_of(records, settings, self.cache_dir or default_cache_dir(), self.num_proc or available_cores())
         if len(rows) == 0:
             raise UserError(f"There are no records in {', '.join(files[:3])}. Give a file that has some.")
         name = (

@@ -8,7 +8,7 @@ parameters, where a search for ways out compares up to a hundred runs.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -16,7 +16,8 @@ import torch
 from litgpt.config import Config
 from torch import Tensor, nn
 
-from litgpt_akl.config.args import Options
+from litgpt_akl.config.args import DistillArgs, Options
+from litgpt_akl.data.preview import Lengths
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.generation import BATCH
@@ -83,6 +84,14 @@ class MemoryEstimate:
     """Whether all of it is there, its LM head only, or it fills a cache and there is no student."""
     on_policy_prompts: int = 0
     """From which the student writes together in a process."""
+    prompt_length: int | None = None
+    """Tokens of the longest of these; None for ``sequence_length``."""
+    answered_length: int | None = None
+    """Tokens of the longest with its response; None for ``sequence_length``."""
+    validation_length: int = 0
+    """Tokens of the longest sample that is validated; 0 without any."""
+    is_assumed: bool = True
+    """Whether nothing is known of the samples: each is taken for as long as it may be."""
 
     @property
     def processes(self) -> int:
@@ -94,11 +103,29 @@ class MemoryEstimate:
         return self.devices if self.hybrid_sharding else self.processes
 
     @property
+    def longest_sample(self) -> int:
+        """Tokens that a sample may have, before it is known how many the longest has."""
+        return min(self.sequence_length, self.micro_batch_tokens or self.sequence_length)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Samples of the largest micro-batch, and tokens of each with padding."""
+        return self.shape_of(self.sequence_length)
+
+    def shape_of(self, longest: int) -> tuple[int, int]:
+        """The same of samples of which the longest has so many tokens."""
+        most = self.micro_batch_tokens
+        if most is None:
+            return min(self.micro_batch_size, self.global_batch_size), longest
+        samples = max(1, min(most // longest, self.global_batch_size))
+        # of one more, which are shorter, there may be more tokens
+        more = min(samples + 1, self.global_batch_size)
+        return max((samples, longest), (more, min(longest, most // more)), key=math.prod)
+
+    @property
     def samples(self) -> int:
-        """In a micro-batch of the longest ones."""
-        if self.micro_batch_tokens is not None:
-            return max(1, min(self.micro_batch_tokens // self.sequence_length, self.global_batch_size))
-        return min(self.micro_batch_size, self.global_batch_size)
+        """In the largest micro-batch."""
+        return self.shape[0]
 
     @property
     def sizes(self) -> tuple[ModelSize, ModelSize]:
@@ -128,7 +155,7 @@ class _Step:
             teacher = teacher._replace(whole=teacher.head, root=teacher.head, block=0)
         self.dtype = torch.bfloat16 if estimate.precision == "bf16-true" else torch.float32
         self.width, self.teacher_width = self.dtype.itemsize, estimate.teacher_dtype.itemsize
-        shape, mixed = (estimate.samples, estimate.sequence_length), estimate.precision == "bf16-mixed"
+        shape, mixed = estimate.shape, estimate.precision == "bf16-mixed"
         self.tokens = math.prod(shape)
         self.hidden = self.tokens * estimate.student.n_embd * self.width
         self.teacher_hidden = self.tokens * estimate.teacher.n_embd * self.teacher_width
@@ -190,16 +217,38 @@ class _Step:
                 working = self.student.two_largest * self.width / self.estimate.shards
             states = self.always[OPTIMIZER] + working * (not self.estimate.optimizer_is_fused)
             yield "optimizer's step", {GRADIENTS: self.gradients, OPTIMIZER: states}
+            if self.estimate.validation_length > self.estimate.sequence_length:
+                yield "validation", self._validation()
+
+    def _validation(self) -> dict[str, float]:
+        """Either model's last block reads the longest recorded samples; no gradients are there."""
+        estimate = self.estimate
+        shape = estimate.shape_of(estimate.validation_length)
+        models = (estimate.student, self.dtype), (estimate.teacher, estimate.teacher_dtype)
+        running = max(b.no_grad for model, dtype in models for b in measure_blocks(model, *shape, dtype, False))
+        widths = estimate.student.n_embd * self.width, estimate.teacher.n_embd * self.teacher_width
+        gathered = self.teacher_root + _gathered(self.root, self.block)
+        return {
+            GRADIENTS: 0,
+            GATHERED: gathered,
+            COPIES: self.copies_of_block,
+            ACTIVATIONS: running + 2 * math.prod(shape) * sum(widths),
+        }
 
     def _on_policy_samples(self) -> dict[str, float]:
-        """The last block reads the prompts, which may be nearly as long as samples; no gradients are there yet."""
-        config, prompts, length = self.estimate.student, self.estimate.on_policy_prompts, self.estimate.sequence_length
+        """The last block reads the prompts; no gradients are there yet."""
+        estimate, config = self.estimate, self.estimate.student
+        prompts, longest = estimate.on_policy_prompts, estimate.sequence_length
+        lengths = estimate.prompt_length, estimate.answered_length
+        prompt, answered = (longest if length is None else min(length, longest) for length in lengths)
+        if estimate.micro_batch_tokens is not None:
+            prompts = max(1, min(prompts, estimate.micro_batch_tokens // prompt))
         keys_and_values = 2 * config.n_query_groups * config.head_size * config.n_layer
-        held = prompts * length * (keys_and_values + config.n_embd) * self.width
+        held = prompts * (answered * keys_and_values + prompt * config.n_embd) * self.width
         return {
             GRADIENTS: 0,
             GATHERED: _gathered(self.root, self.block),
-            ACTIVATIONS: held + max(b.no_grad for b in measure_blocks(config, prompts, length, self.dtype, False)),
+            ACTIVATIONS: held + max(b.no_grad for b in measure_blocks(config, prompts, prompt, self.dtype, False)),
             # logits, probabilities, and what is drawn from them
             LOSS: 4 * prompts * self.estimate.vocab_size * FLOAT32,
         }
@@ -328,6 +377,22 @@ def make_estimate(
         teacher_role="fill" if teacher.cache_mode == "fill" else reads,
         on_policy_prompts=prompts * (distill.on_policy > 0),
     )
+
+
+def with_lengths(
+    estimate: MemoryEstimate, training: Lengths, validation: Lengths, distill: DistillArgs
+) -> MemoryEstimate:
+    """The estimate, made with samples as long as they may be, of a run whose samples have these lengths."""
+    longest, changes, most = training.longest, {}, min(training.samples, estimate.global_batch_size)
+    if estimate.teacher_role == "fill":
+        longest = max(longest, validation.longest)
+    elif distill.on_policy > 0:
+        answered = min(estimate.longest_sample, training.longest_prompt + distill.on_policy_tokens)
+        longest = max(answered, training.longest_recorded if distill.on_policy == 1 else longest)
+        prompts = min(estimate.on_policy_prompts, math.ceil(most / estimate.processes))
+        changes = {"on_policy_prompts": prompts, "prompt_length": training.longest_prompt, "answered_length": answered}
+    changes |= {"sequence_length": longest, "validation_length": validation.longest}
+    return replace(estimate, global_batch_size=most, is_assumed=False, **changes)
 
 
 def try_optimizer(make: Callable[[nn.Module], torch.optim.Optimizer], dtype: torch.dtype) -> tuple[float, bool]:

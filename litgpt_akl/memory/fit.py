@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 from itertools import islice
+from textwrap import wrap
 
 import torch
 
@@ -11,6 +12,10 @@ from litgpt_akl.data.workers import available_memory
 from litgpt_akl.memory.estimate import GB, MemoryEstimate
 from litgpt_akl.messages import UserError
 
+LITTLE = 0.7
+"""Of a device's memory, of which only a line is said."""
+COLUMNS = 80
+"""Of a terminal."""
 MOST_DEVICES = 64
 """That are tried; a node has up to eight, which are the most that many machines have."""
 
@@ -25,12 +30,23 @@ def device_bytes(device_memory: float | None, cuda: bool, processes: int) -> flo
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def report_memory(estimate: MemoryEstimate, device_memory: float | None) -> None:
-    """Print a run's table; raises UserError if it takes more than ``device_memory``, in GB, or what a device has."""
+def report_memory(estimate: MemoryEstimate, device_memory: float | None, in_full: bool = False) -> None:
+    """Print what a run takes of each device: a line if that is little, else a table, which ``in_full`` asks for.
+
+    Raises UserError if it takes more than ``device_memory``, in GB, or what a device has.
+    """
     limit = device_bytes(device_memory, estimate.device == "cuda", estimate.devices)
-    print(describe_memory(estimate, limit), flush=True)
+    is_little = limit is not None and estimate.peak.total < LITTLE * limit
+    print((describe_memory if in_full or not is_little else summarize_memory)(estimate, limit), flush=True)
     if limit is not None:
         check_fit(estimate, limit, OPTIONS)
+
+
+def summarize_memory(estimate: MemoryEstimate, limit: float) -> str:
+    """One line on a device's memory at its peak; ``limit`` are the bytes of a device."""
+    samples, length = estimate.shape
+    needed = f"{_in_gb(estimate.peak.total)} of {_in_gb(limit)} GB a device"
+    return f"Memory: {needed} at the longest micro-batch ({samples} x {length:,} tokens)."
 
 
 def describe_memory(estimate: MemoryEstimate, limit: float | None) -> str:
@@ -52,11 +68,11 @@ def describe_memory(estimate: MemoryEstimate, limit: float | None) -> str:
     together = "" if limit is None else f" of {_in_gb(limit)}"
     others = f" At other moments: {', '.join(others)}." if others else ""
     sharded = f", sharded over {estimate.shards}" if estimate.shards > 1 else ""
-    return (
-        f"Predicted memory of {device} in GB, at its peak, the {peak.name}:\n{rows}{together}\n"
-        f"Most of it: {' and '.join(most)}.{others}\n"
-        f"For {student}{teacher}; micro-batches of {estimate.samples} x {estimate.sequence_length:,} tokens{sharded}."
-    )
+    samples, length = estimate.shape
+    title = f"Predicted memory of {device} in GB, at its peak, the {peak.name}:"
+    end = f"Most of it: {' and '.join(most)}.{others}"
+    shape = f"For {student}{teacher}; the longest micro-batch is of {samples} x {length:,} tokens{sharded}."
+    return "\n".join([*wrap(title, COLUMNS), f"{rows}{together}", *wrap(end, COLUMNS), *wrap(shape, COLUMNS)])
 
 
 def _in_gb(size: float, beside: float | None = None) -> str:
@@ -124,7 +140,8 @@ def _changes(estimate: MemoryEstimate, options: Collection[str]) -> list[list[tu
     most = max(devices, default=estimate.devices)
     nodes = [n for k in range(1, 7) if (n := estimate.num_nodes << k) * most < 2 * MOST_DEVICES]
     by_number, more_nodes = estimate.micro_batch_tokens is None, cuda and not estimate.hybrid_sharding
-    return [
+    shorter = change(True, "--train.max_seq_length {}", sequence_length=_halves(estimate.sequence_length, 128))
+    kinds = [
         change(by_number, "--train.micro_batch_size {}", micro_batch_size=_halves(estimate.samples)),
         change(can_checkpoint, "--activation_checkpointing true", activation_checkpointing=[True]),
         change(estimate.hybrid_sharding, "--hybrid_sharding false", hybrid_sharding=[False]),
@@ -133,8 +150,9 @@ def _changes(estimate: MemoryEstimate, options: Collection[str]) -> list[list[tu
         change(cuda and holds_teacher and not on_one, "--teacher.cpu_offload true", cpu_offload=[True]),
         change(cuda, "--devices {}", devices=devices)
         + change(more_nodes, "--devices {} --num_nodes {}", devices=[most] * len(nodes), num_nodes=nodes),
-        change(True, "--train.max_seq_length {}", sequence_length=_halves(estimate.sequence_length, 128)),
     ]
+    # samples are cut or lost, unless the length is only assumed
+    return [shorter, *kinds] if estimate.is_assumed else [*kinds, shorter]
 
 
 def _halves(number: int, lowest: int = 1) -> list[int]:

@@ -1,9 +1,11 @@
 """A checkpoint's own chat template, which makes a text of messages, and where in it the assistant speaks."""
 
 import json
+import re
 import secrets
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from operator import add
 from os.path import commonprefix
 from pathlib import Path
@@ -30,6 +32,10 @@ DEFAULT = "default"
 CLOCK = "strftime_now"
 """The function by which a template writes the date, in Transformers."""
 WAY_OUT = "Take the file from the model's publisher again, or remove the template to use LitGPT's prompt style."
+LAYOUTS, LONGEST_LAYOUT = 256, 2**14
+"""Layouts that are kept, and the characters of one, so that they take no more than 4 MB."""
+NUMBERED = re.compile(STAND_IN + r"\((\d+)\)")
+"""A stand-in of one of a conversation's messages."""
 LONGEST_OPENING = 64
 """Characters of a mark such as ``<think>`` that a template writes itself unless a message begins with it."""
 
@@ -57,7 +63,9 @@ class ChatTemplate:
 
     A template is a program: it may trim a message, cut reasoning out of it, or treat the last one otherwise, so a
     message cannot be searched for in the text. Instead the conversation is rendered again with a stand-in for the
-    message: what comes before and after the stand-in encloses the message itself, too.
+    message: what comes before and after the stand-in encloses the message itself, too. Most texts are what the template
+    writes around stand-ins for all messages, which is remembered by their roles, and the messages in their places: then
+    nothing is rendered again.
     """
 
     def __init__(self, source: str, variables: dict[str, str], date: str | None = None) -> None:
@@ -88,6 +96,9 @@ class ChatTemplate:
         self.path: Path | None = None
         """The file that it is from, if it was found in one."""
         self._template = within_budget(lambda: environment.from_string(parsed, globals=names))
+        # every rendering copies these names, which takes long of a chain of mappings
+        self._template.globals = dict(self._template.globals)
+        self._layout = lru_cache(LAYOUTS)(self._lay_out)
 
     def __reduce__(self) -> tuple:
         return ChatTemplate, (self.source, self._variables, self.date)
@@ -157,11 +168,17 @@ class ChatTemplate:
         """
         text = self._render(messages, keywords := keywords or {})
         numbers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = self._find_unchanged(text, messages, numbers, keywords)
-        spans = spans or [self._find_message(text, messages, number, keywords) for number in numbers]
+        spans = self._find_by_layout(text, messages, numbers, keywords)
+        is_unchanged = spans is not None
+        if spans is None:
+            spans = self._find_unchanged(text, messages, numbers, keywords)
+            spans = spans or [self._find_message(text, messages, number, keywords) for number in numbers]
         spans = [(self._without_lead(text, begin), end) for begin, end in spans]
         said = [said_in(messages[number]) for number in numbers]
-        lost = [_count_lost(parts, text[begin:end]) for parts, (begin, end) in zip(said, spans, strict=True)]
+        lost = [
+            0 if is_unchanged else _count_lost(parts, text[begin:end])
+            for parts, (begin, end) in zip(said, spans, strict=True)
+        ]
         return Rendering(text, spans, [sum(map(len, parts)) for parts in said], lost)
 
     def generation_prompt(self, messages: list[dict], keywords: dict[str, Any] | None = None) -> str:
@@ -182,7 +199,7 @@ class ChatTemplate:
         if not self.reads("add_generation_prompt"):
             return ""
         switches = {name: value for name, value in keywords.items() if isinstance(value, (str, int, float, bool))}
-        key = json.dumps(switches, sort_keys=True)
+        key = _key(switches)
         if key not in self._openings:
             try:
                 without, full = (self._render([ASKED], switches, adds) for adds in (False, True))
@@ -214,6 +231,39 @@ class ChatTemplate:
     def with_source(self, source: str) -> "ChatTemplate":
         """Another template of the same model, which writes the same date."""
         return ChatTemplate(source, self._variables, self.date)
+
+    def _lay_out(self, roles: tuple[str, ...], switches: str) -> list[str] | None:
+        """What the template writes before, between and after messages of these roles, in their order.
+
+        None if it leaves one out, shows one twice or in another order, refuses the conversation, or writes too much.
+        """
+        spoken = [{"role": role, "content": f"{STAND_IN}({number})"} for number, role in enumerate(roles)]
+        try:
+            text = self._render(spoken, json.loads(switches))
+        except ValueError:
+            return None
+        pieces = NUMBERED.split(text) if len(text) <= LONGEST_LAYOUT else []
+        return pieces[::2] if pieces[1::2] == list(map(str, range(len(roles)))) else None
+
+    def _find_by_layout(
+        self, text: str, messages: list[dict], numbers: list[int], keywords: dict[str, Any]
+    ) -> list[tuple[int, int]] | None:
+        """All messages by no rendering; None if the text is not that of the layout with the messages in it."""
+        opening = self._opening(keywords)
+        is_plain = all(isinstance(value, (str, int, float, bool)) for value in keywords.values())
+        if opening is None or not is_plain or any(len(message) != 2 for message in messages):
+            return None
+        pieces = self._layout(tuple(message["role"] for message in messages), _key(keywords))
+        if pieces is None:
+            return None
+        *pieces, last = pieces
+        contents = (message["content"] for message in messages)
+        parts = [part for pair in zip(pieces, contents, strict=True) for part in pair]
+        if text != "".join(parts) + last:
+            return None
+        ends = list(accumulate(map(len, parts)))
+        spans = [(ends[2 * number], ends[2 * number + 1]) for number in numbers]
+        return spans if all(text.endswith(opening, 0, begin) for begin, _ in spans) else None
 
     def _find_unchanged(
         self, text: str, messages: list[dict], numbers: list[int], keywords: dict[str, Any]
@@ -270,6 +320,10 @@ class _GenerationTag(Extension):
         line = next(parser.stream).lineno
         # Transformers makes a macro of it, so a variable that is set inside is not known outside
         return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _key(switches: dict[str, Any]) -> str:
+    return json.dumps(switches, sort_keys=True) if switches else "{}"
 
 
 def _stand_in(message: dict) -> dict:

@@ -1,5 +1,6 @@
 """How much time and memory a template may take: it is a program, and comes with a model that anybody may have made."""
 
+import os
 import signal
 import sys
 import threading
@@ -9,7 +10,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import jinja2.filters
-from jinja2.runtime import Context
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 if sys.platform == "linux":
@@ -24,6 +25,9 @@ MEMORY = 2**30
 """Bytes beyond what the process has."""
 BITS = 2**16
 """Of a whole number."""
+OF_DICT = frozenset(dir(dict))
+OF_LOOP = frozenset({"first", "last", "index", "index0", "revindex", "revindex0", "length"})
+"""Numbers and truth values."""
 
 Result = TypeVar("Result")
 
@@ -47,6 +51,14 @@ class BudgetedEnvironment(ImmutableSandboxedEnvironment):
             bits = left.bit_length()
             _check_bits(bits * right if operator == "**" else bits + right.bit_length())
         return super().call_binop(context, operator, left, right)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """The sandbox's, which takes long to find that a field of a message, or a number of a loop, is no danger."""
+        if type(obj) is dict and attribute in obj and attribute not in OF_DICT:
+            return obj[attribute]
+        if type(obj) is LoopContext and attribute in OF_LOOP:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
 
 def _round(value: float, precision: int = 0, method: str = "common") -> float:
@@ -87,7 +99,8 @@ class _Budget:
             # RLIMIT_AS counts the stack as well, and a stack that cannot grow ends the process
             self._limits = resource.getrlimit(resource.RLIMIT_DATA)
             others = [limit for limit in self._limits if limit != resource.RLIM_INFINITY]
-            resource.setrlimit(resource.RLIMIT_DATA, (min(_size() + MEMORY, *others, sys.maxsize), self._limits[1]))
+            most = min(_statistics.size() + MEMORY, *others, sys.maxsize)
+            resource.setrlimit(resource.RLIMIT_DATA, (most, self._limits[1]))
         if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
             if not self._is_installed:
                 self._before, self._is_installed = signal.signal(signal.SIGALRM, self._end), True
@@ -116,10 +129,26 @@ class _Budget:
             self._before(number, frame)
 
 
-def _size() -> int:
-    """Bytes of memory of its own that this process has asked for; psutil says the same in three times the time."""
-    with open("/proc/self/statm", "rb") as statistics:
-        return int(statistics.read().split()[5]) * resource.getpagesize()
+class _Statistics:
+    """What the system says of this process's memory: one file, opened once, which takes a seventh of the time."""
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+
+    def size(self) -> int:
+        """Bytes of memory of its own that this process has asked for."""
+        if self._file is None:
+            self._file = os.open("/proc/self/statm", os.O_RDONLY)
+        return int(os.pread(self._file, 256, 0).split()[5]) * resource.getpagesize()
+
+    def close(self) -> None:
+        """In a forked process the open file still tells of the process that opened it."""
+        if self._file is not None:
+            os.close(self._file)
+        self._file = None
 
 
+_statistics = _Statistics()
+if resource is not None:
+    os.register_at_fork(after_in_child=_statistics.close)
 _budget = _Budget()

@@ -5,7 +5,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from litgpt.config import Config
 from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
@@ -67,9 +66,11 @@ class OneBosTokenizer(Tokenizer):
             bos = True
         ids = super().encode(string, device, bos)
         if eos:
-            while len(ids) and ids[-1] == self.eos_id:
-                ids = ids[:-1]
-            ids = torch.cat((ids, ids.new_tensor([self.eos_id])))
+            # a tensor's elements take long to compare one by one
+            tokens = ids.tolist()
+            while tokens and tokens[-1] == self.eos_id:
+                del tokens[-1]
+            ids = ids.new_tensor([*tokens, self.eos_id])
         return ids[:max_length] if max_length > 0 else ids
 
 

@@ -50,6 +50,14 @@ def describe_space(directory: str, bytes_of_token: int, tokens: int, to_write: i
     return f"{text}, {readable(to_write)} to be written ({readable(free_bytes(Path(directory)))} are free)."
 
 
+def describe_whole(directory: str, bytes_of_token: int, tokens: int) -> str:
+    """A line for people, on all that a cache will hold; whether some of it is there is not known."""
+    return (
+        f"Teacher cache {directory}: {readable(bytes_of_token * tokens)} in all,"
+        f" {bytes_of_token:,} bytes for each of {tokens:,} response tokens."
+    )
+
+
 def describe_saving(student: ModelSize, teacher: ModelSize, share: float, epochs: float | None) -> str:
     """When a cache pays off, if a ``share`` of all tokens are response tokens; ``epochs`` are None if unknown."""
     saving = f"an epoch that reads it costs about {cached_cost(student, teacher, share):.2f} of one with the teacher"

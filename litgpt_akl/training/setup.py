@@ -20,6 +20,7 @@ from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.files.changed_files import WAY_OUT
 from litgpt_akl.files.manifest import FINAL, RECIPE, damage
 from litgpt_akl.memory.fit import report_memory
+from litgpt_akl.memory.samples import with_samples
 from litgpt_akl.messages import UserError, say
 from litgpt_akl.models import gpt
 from litgpt_akl.models.chat_template import ChatTemplate
@@ -80,14 +81,12 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
     if asked and not fills and not run.overwrite:
         if fabric.broadcast(fabric.is_global_zero and is_finished(run, asked, splits[0])):
             return None
-    longest = splits[0].longest
     # a run that fills a cache has no student
     if run.distill.on_policy > 0 and not fills:
-        longest = max(longest, run.longest_sample)
         options = {"longest": run.longest_sample, "steps": total_steps(run.train, len(splits[0]))}
         options["steps_per_epoch"] = run.step_sampler(splits[0]).steps_per_epoch
         fabric.print(check_prompts(splits[0], pair.student_config, run.distill, **options))
-    run.memory = replace(run.memory, sequence_length=longest)
+    run.memory = with_samples(run.memory, splits, run.distill)
     caches = Caches() if run.teacher.cache_dir is None else _open_cache(fabric, run, splits)
     if fabric.is_global_zero:
         report_memory(run.memory, run.device_memory)

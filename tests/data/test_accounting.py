@@ -1,6 +1,7 @@
 """What is not trained on, or otherwise than it stands in the data, is counted and said; each way out helps."""
 
 import json
+import re
 import shutil
 
 import datasets
@@ -177,6 +178,10 @@ def test_a_saved_dataset_is_told_from_a_folder_of_records(tmp_path, teacher_dir)
     with pytest.raises(UserError, match=r"is a dataset by save_to_disk.*\n.*to_parquet"):
         splits(tmp_path / "saved", teacher_dir, **options)
     datasets.load_from_disk(str(tmp_path / "saved")).to_parquet(str(tmp_path / "saved.parquet"))
+    datasets.DatasetDict({"train": dataset}).save_to_disk(str(tmp_path / "splits"))
+    with pytest.raises(UserError, match=r"load_from_disk\(.*splits'\)\['train'\].to_parquet"):
+        splits(tmp_path / "splits", teacher_dir, **options)
+    datasets.load_from_disk(str(tmp_path / "splits"))["train"].to_parquet(str(tmp_path / "train.parquet"))
     assert len(splits(tmp_path / "saved.parquet", teacher_dir, **options)[0]) == 5
 
 
@@ -205,6 +210,67 @@ def test_the_splits_of_a_folder_are_kept_apart(tmp_path, teacher_dir, capsys):
     write(tmp_path / "plain" / "other.jsonl", records(20, 20))
     train, validation = splits(tmp_path / "plain", teacher_dir, cache_dir=tmp_path / "cache")
     assert len(train) + len(validation) == 40
+
+
+@pytest.mark.parametrize(
+    ("names", "training", "held_out", "told"),
+    [
+        ("data.jsonl val.jsonl", "data.jsonl", "val.jsonl", "1 files named as no split are trained on, 1 named valid"),
+        ("alpaca.jsonl alpaca_test.jsonl", "alpaca.jsonl", "", "1 more are left out, such as"),
+        ("trainset.jsonl devset.jsonl testset.jsonl", "trainset.jsonl", "devset.jsonl", "1 more are left out"),
+        ("TrainData.jsonl ValidationData.jsonl", "TrainData.jsonl", "ValidationData.jsonl", "1 named validation"),
+        ("train/a.jsonl held-out/a.jsonl", "train/a.jsonl", "held-out/a.jsonl", "1 named validation"),
+        ("train.jsonl holdout.jsonl", "train.jsonl", "holdout.jsonl", "1 named validation"),
+        ("train_sft.jsonl train_gen.jsonl test_sft.jsonl", "train_gen.jsonl train_sft.jsonl", "", "1 more are"),
+        ("en/train.jsonl de/train.jsonl en/dev.jsonl", "de/train.jsonl en/train.jsonl", "en/dev.jsonl", "2 files"),
+        ("train.jsonl dataset_infos.json dataset_info.json", "train.jsonl", "", ""),
+        ("a.jsonl test.csv b.txt README.md", "a.jsonl", "", "2 files of other formats are not read, such as .*b.txt"),
+        ("test.jsonl", "test.jsonl", "", ""),
+        ("train_val/a.jsonl train_val/b.jsonl", "train_val/a.jsonl train_val/b.jsonl", "", ""),
+    ],
+)
+def test_splits_are_told_by_the_names_that_people_give(tmp_path, capsys, names, training, held_out, told):
+    for name in names.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    expected = [[str(tmp_path / name) for name in each.split()] for each in (training, held_out)]
+    assert StreamingSFT(str(tmp_path)).files() == (*expected,)
+    said = capsys.readouterr().err
+    assert re.search(told, said) and bool(said) == bool(told)
+
+
+def test_what_is_held_out_is_never_trained_on(tmp_path, capsys):
+    for name in ("train", "validation", "test"):
+        for folder in ("one", "two"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{name}.jsonl").write_text("")
+    one, two = tmp_path / "one", tmp_path / "two"
+    expected = [str(one / "train.jsonl")], [str(two / "validation.jsonl")]
+    assert StreamingSFT(str(one), val_path=str(two)).files() == expected
+    told = capsys.readouterr().err
+    assert "1 files named train are trained on, 2 more are left out" in told
+    assert "1 files are held out, 2 of other splits are left out, such as" in told
+    (two / "validation.jsonl").unlink()
+    assert StreamingSFT(str(one), val_path=str(two)).files()[1] == [str(two / "test.jsonl")]
+    (tmp_path / "link.jsonl").symlink_to(one / "train.jsonl")
+    with pytest.raises(UserError, match=r"is in both --data.path .* and --data.val_path .*\(1 such files\)"):
+        StreamingSFT(str(one / "train.jsonl"), val_path=str(tmp_path / "link.jsonl")).files()
+    (one / "train.jsonl").unlink()
+    with pytest.raises(UserError, match=r"named test and validation, and none named train: .*\nGive the file"):
+        StreamingSFT(str(one)).files()
+    StreamingSFT(str(one / "test.jsonl"), val_path=str(one / "validation.jsonl")).files()
+
+
+def test_a_file_of_two_names_is_read_once(tmp_path, capsys):
+    folder = tmp_path / "data"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.jsonl").write_text("")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jsonl").write_text("")
+    for link, target in (("b.jsonl", "a.jsonl"), ("deep/up", ".."), ("more", "../elsewhere")):
+        (folder / link).symlink_to(target)
+    assert StreamingSFT(str(folder)).files()[0] == [str(folder / "a.jsonl"), str(folder / "more" / "b.jsonl")]
+    assert "1 files are others by another name, and are read once, such as" in capsys.readouterr().err
 
 
 def test_validation_records_that_are_trained_on_are_counted(tmp_path, teacher_dir, capsys):

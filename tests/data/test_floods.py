@@ -183,8 +183,8 @@ def test_a_large_row_of_parquet_is_a_bad_record(tmp_path):
 def test_portions_are_cut_by_size_as_well_as_by_number(tmp_path):
     texts = [json.dumps(GOOD | {"other": "x" * (2**18 * (n % 5))}) for n in range(700)]
     source = preparation.FileRecords([str(write(tmp_path / "large.jsonl", texts))])
-    portions = [[record.size for _, record in portion] for portion in preparation._portions(source)]
+    portions = [[record.size for _, record in portion] for portion in preparation.portions(source)]
     assert sum(map(len, portions)) == 700 and max(map(len, portions)) <= preparation.PORTION
     assert max(sum(sizes[:-1]) for sizes in portions) < preparation.PORTION_SIZE
     small = preparation.FileRecords([str(write(tmp_path / "small.jsonl", [json.dumps(GOOD)] * 600))])
-    assert [len(portion) for portion in preparation._portions(small)] == [256, 256, 88]
+    assert [len(portion) for portion in preparation.portions(small)] == [256, 256, 88]

@@ -44,6 +44,7 @@ def test_chats_of_every_tool_are_the_same(record):
         ({"instruction": "Who?", "output": "Alice."}, {}),
         ({"prompt": "Who?", "completion": "Alice."}, {}),
         ({"question": "Who?", "answer": "Alice.", "history": [], "system": ""}, {}),
+        ({"prompt": "Who?", "completion": "Alice.", "instruction": None, "output": ""}, {}),
         ({"frage": "Who?", "antwort": "Alice."}, {"instruction": "frage", "output": "antwort"}),
         ({"output": "Who?", "instruction": "Alice."}, {"instruction": "output", "output": "instruction"}),
         ({"messages": TALK, "q": "Who?", "output": "Alice."}, {"instruction": "q"}),
@@ -115,6 +116,7 @@ def test_calls_of_tools_need_no_text():
             "could be read by 'messages' and 'output': say",
         ),
         ({"prompt": "a", "completion": 3}, {}, "'completion' is a number, not text"),
+        ({"prompt": "a", "completion": "b", "output": "c"}, {}, "has 'output' beside 'prompt' and 'completion': say"),
         ({"question": "a"}, {}, "has no field 'answer'"),
         ({"messages": TALK, "functions": [TOOL]}, {}, "has 'functions', which is not read; give --data.columns"),
         ({"messages": TALK, "tools": "look"}, {}, "'tools' is text that is not JSON"),
@@ -179,6 +181,7 @@ def test_a_record_of_no_known_format_is_told_what_to_do(record, columns, reason)
         ({"chat": TALK}, {"messages": "chat"}),
         ({"messages": TALK, "instruction": "a", "output": "b"}, {"messages": "messages"}),
         ({"messages": TALK, "functions": [TOOL]}, {"tools": "functions"}),
+        ({"prompt": "a", "completion": "b", "instruction": "c"}, {"instruction": "prompt", "output": "completion"}),
         ({"question": "a", "answer": "b", "system_prompt": "c"}, {"system": "system_prompt"}),
         ({"messages": TALK, "system_message": "c"}, {"system": "system_message"}),
         (

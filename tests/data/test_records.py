@@ -19,6 +19,7 @@ from datetime import time as time_of_day
 from decimal import Decimal
 from pathlib import Path
 
+import datasets
 import fsspec
 import pyarrow
 import pyarrow.parquet
@@ -71,14 +72,66 @@ def identify_one(path: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "list.json", "A.JSONL"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.json", "list.json", "list.jsonl", "A.JSONL"])
 def test_formats_and_compressions_give_the_same_records(tmp_path: Path, name: str, suffix: str) -> None:
-    data = json.dumps(RECORDS, indent=2).encode() if name == "list.json" else to_lines(RECORDS)
+    data = json.dumps(RECORDS, indent=2).encode() if name.startswith("list.") else to_lines(RECORDS)
     path = tmp_path / (name + suffix)
     # a compressed file may be several that were joined
     path.write_bytes(b"".join(COMPRESS.get(suffix, bytes)(part) for part in (data[:99], data[99:200], data[200:])))
     assert find_files(str(path)) == [str(path)]
     assert values_of(str(path)) == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "told"),
+    [
+        ("a.jsonl", gzip.compress(b"{}"), r"is gzip data, other than its name says.\nGive it a name that ends in .gz"),
+        ("a.json", b"PAR1..", r"is Parquet, other than .*\nGive it a name that ends in .parquet"),
+        ("a.jsonl", "{}".encode("utf-16"), r"is UTF-16 text, other than .*\nWrite it as UTF-8"),
+        ("a.jsonl.gz", b'{"a": 1}', r"from line 1 on: it is not compressed.\nGive it a name that ends in"),
+        ("a.jsonl.gz", b"PK\x03\x04..", r"is a zip archive, other than .*\nUnpack it"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1", r"is a pointer of Git LFS .*\nFetch the data"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1", r"is a pointer of Git LFS .*\nFetch the data"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says(tmp_path, name, begin, told):
+    (tmp_path / name).write_bytes(begin)
+    with pytest.raises(UserError, match=told):
+        values_of(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("a.csv", lambda path: datasets.load_dataset("csv", data_files=path, split="train")),
+        ("a.tsv", lambda path: datasets.load_dataset("csv", data_files=path, sep="\t", split="train")),
+        ("a.arrow", datasets.Dataset.from_file),
+        ("a.txt", None),
+        ("a.jsonl.xz", None),
+    ],
+)
+def test_data_of_another_format_can_be_made_fit(tmp_path, name, advice):
+    rows, path = [{"a": "x, y", "b": 'z "q"'}, {"a": "1 2", "b": "line\nline"}], tmp_path / name
+    if name == "a.arrow":
+        datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+        path = next((tmp_path / "saved").glob("*.arrow"))
+    else:
+        datasets.Dataset.from_list(rows).to_csv(path, sep="," if name == "a.csv" else "\t", index=False)
+    way_out = "to_parquet" if advice else "Unpack it" if name.endswith("xz") else "JSON in each"
+    with pytest.raises(UserError, match=rf"is of no format .*\n.*{way_out}"):
+        find_files(str(path))
+    if advice is not None:
+        advice(str(path)).to_parquet(str(tmp_path / "FILE.parquet"))
+        assert values_of(str(tmp_path / "FILE.parquet")) == rows
+
+
+def test_a_field_that_an_object_has_twice_is_no_record(tmp_path):
+    twice, deep = '{"a": 1, "b": 2, "a": 3}', '{"m": [{"r": 1, "r": 1}]}'
+    for name, text in (("a.jsonl", f'{twice}\n{{"a": 1}}\n{deep}\n'), ("a.json", f'[{twice},\n{{"a": 1}},\n{deep}]')):
+        found = outcomes_of(str(write(tmp_path / name, text.encode())))
+        assert [line for line, _ in found] == [1, 2, 3] and found[1][1] == {"a": 1}
+        assert found[0][1] == "has the field 'a' twice in one object"
+        assert found[2][1] == "has the field 'r' twice in one object"
 
 
 @pytest.fixture

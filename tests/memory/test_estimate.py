@@ -17,7 +17,7 @@ from litgpt.model import GPT
 
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.memory.estimate import GB, GRADIENTS, LOSS, OPTIMIZER, PARTS, STUDENT, TEACHER, try_optimizer
-from litgpt_akl.memory.fit import check_fit, describe_memory, ways_out, ways_out_together
+from litgpt_akl.memory.fit import check_fit, describe_memory, report_memory, ways_out, ways_out_together
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.pair import find_models
 from litgpt_akl.training.optimizer import make_optimizer
@@ -195,7 +195,7 @@ def test_the_table_adds_up():
     sizes = {row[1]: float(row[2]) for row in rows if row}
     assert sizes.pop("together") == pytest.approx(sum(sizes.values()), abs=0.5)
     assert set(sizes) <= set(PARTS)
-    assert max(map(len, lines)) <= 260
+    assert max(map(len, lines)) <= 80
 
 
 def test_models_need_not_be_there(student_dir, teacher_dir):
@@ -209,12 +209,30 @@ def test_models_need_not_be_there(student_dir, teacher_dir):
             find_models(Path(path), Path("Llama-3.1-70B"))
 
 
-def test_a_run_prints_its_table_and_is_refused_before_weights_are_read(
+def test_what_is_little_is_said_in_a_line_and_what_is_not_in_a_table(capsys):
+    need = ON_GPUS.peak.total / GB
+    for memory, in_full, is_line in ((need / 0.69, False, True), (need / 0.71, False, False), (200.0, True, False)):
+        report_memory(ON_GPUS, memory, in_full)
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        assert (len(lines) == 1) == is_line
+        assert ("Predicted memory of each of 8 GPUs" in lines[0]) != is_line
+        assert lines[0].startswith("Memory: ") == is_line
+        assert re.search(r"\b2 x 512\s+tokens", "\n".join(lines))
+    with pytest.raises(UserError, match="This run needs"):
+        report_memory(ON_GPUS, need - 0.1)
+    assert "Predicted memory" in capsys.readouterr().out
+
+
+def test_a_run_says_what_it_takes_and_is_refused_before_weights_are_read(
     student_dir, teacher_dir, alice_json, tmp_path, capsys
 ):
     distil(student_dir, teacher_dir, alice_json, tmp_path / "run", train={"max_steps": 1})
     printed = capsys.readouterr().out
-    assert printed.index("Predicted memory of the process") < printed.index("Student:")
+    assert re.search(
+        r"^Memory: 0\.0\d\d of .* GB a device at the longest micro-batch \(4 x \d+ tokens\)\.$", printed, re.M
+    )
+    assert printed.index("Memory: ") < printed.index("Student:")
     student = tmp_path / "student"
     shutil.copytree(student_dir, student)
     (student / "lit_model.pth").write_bytes(b"cut off")

@@ -126,6 +126,34 @@ def test_the_spans_are_of_the_text(tmp_path):
             assert [rendered[begin:end] for begin, end in spans] == expected
 
 
+MOODY = "{% for m in messages %}{{ 'Q: ' if '?' in m.content else 'A: ' }}{{ m.content }}{{ loop.last }}{% endfor %}"
+
+
+@pytest.mark.parametrize("source", [*(case.source for case in CASES.values()), MOODY])
+def test_what_is_remembered_by_roles_changes_no_span(monkeypatch, source):
+    template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
+    conversations = [*CONVERSATIONS.values(), *CONVERSATIONS.values()]
+    keywords = [{}] * len(CONVERSATIONS) + [{"enable_thinking": False}] * len(CONVERSATIONS)
+    found = list(map(template.render, conversations, keywords))
+    monkeypatch.setattr(ChatTemplate, "_find_by_layout", lambda *_: None)
+    assert found == list(map(template.render, conversations, keywords))
+
+
+def test_a_conversation_of_known_roles_is_rendered_once(monkeypatch):
+    template = ChatTemplate(CASES["chatml"].source, {})
+    template.render(talk("Who?", "Alice."))
+    rendered, render = [], template._render
+
+    def count(messages, *options) -> str:
+        rendered.append(messages)
+        return render(messages, *options)
+
+    monkeypatch.setattr(template, "_render", count)
+    for messages in (talk("Why?", "Because."), talk("How?", "So.")):
+        template.render(messages)
+        assert rendered.pop() == messages and not rendered
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_a_generation_block_encloses_the_same_tokens(tmp_path, kind):
     directory = write_tokenizer(tmp_path, train_tokenizer(kind), CASES["generation"])

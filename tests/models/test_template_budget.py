@@ -1,9 +1,11 @@
 """Chat templates that do not end or fill the memory are errors of the record; all others are what they were."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import jinja2
@@ -96,6 +98,11 @@ ORDINARY = {
     "{{ 'ab' * 3 }} {{ [1] * 2 }} {{ true * 2 }} {{ 'a'|center(5) }}|": "ababab [1, 1] 2   a  |",
     "{{ 2.567|round(1) }} {{ 42|round }} {{ 2.1|round(method='ceil') }} {{ 1234|round(-2) }}": "2.6 42 3.0 1200",
     "{% for m in messages %}{{ m.role ~ ': ' ~ m.content + '\n' }}{% endfor %}": "user: Hello\nassistant: World\n",
+    "{% for m in messages %}{{ loop.index }}{{ loop.first }}{{ loop.last }}{{ loop.revindex0 }}{{ loop.length }} "
+    "{{ (loop.nextitem or m).role }} {% endfor %}": "1TrueFalse12 assistant 2FalseTrue02 assistant ",
+    "{{ messages[0].items()|list|length }} {{ messages[0].get('role') }} {{ messages[0].other }}|": "2 user |",
+    "{{ messages[0].clear is defined }} {{ messages[0].__class__ is defined }} {{ {'a': 1}.a }}": "False False 1",
+    "{{ {'items': 1}.items()|list }} {{ {'first': 1}.first }}": "[('items', 1)] 1",
 }
 
 
@@ -145,3 +152,15 @@ def test_a_process_that_has_grown_has_the_room_that_a_small_one_has():
     # as after the models were read: a stack that may not grow ends the process by SIGSEGV
     ended = subprocess.run([sys.executable, "-c", GROWN], capture_output=True, text=True, timeout=120)
     assert (ended.returncode, ended.stdout) == (0, f"{template_budget.MEMORY // 2}\n"), ended.stderr
+
+
+def test_a_forked_process_is_measured_itself(small):
+    within_budget(list)
+    process = os.fork()
+    if process == 0:
+        # by its parent's memory this one has no room left
+        room = bytearray(2**29)
+        with suppress(BaseException):
+            os._exit(len(within_budget(lambda: bytearray(2**27))) + len(room) != 2**27 + 2**29)
+        os._exit(2)
+    assert os.waitpid(process, 0)[1] == 0
