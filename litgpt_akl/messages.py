@@ -4,6 +4,8 @@ import os
 import re
 import sys
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -13,6 +15,10 @@ CONTROL = re.compile(
     "\U000e0000-\U000e007f\ud800-\udfff]"
 )
 """What controls a terminal or a writing direction, or has no look; halves of characters. Not newline, tab, joiners."""
+WIDTH = 80
+"""Columns of a terminal that are used at most."""
+INDENT = 11
+"""Columns of a label, and of what follows below it."""
 LENGTH = 300
 """Characters of a value within a message."""
 
@@ -98,6 +104,21 @@ def quoted(text: object, length: int = LENGTH) -> str:
 def say(text: object, file: TextIO | None = None) -> None:
     """Print a message; ``file`` is the standard output if it is not told."""
     print(shown(text), file=sys.stdout if file is None else file, flush=True)
+
+
+def entry(label: str, text: object) -> None:
+    """Print a text with a label, above the progress lines that there are.
+
+    On a terminal its lines are broken, so that each stands right of the label; in a file they are found by a search.
+    """
+    lines = shown(text).split("\n")
+    if sys.stdout.isatty():
+        # a terminal that does not tell how wide it is counts as one of the usual width
+        width = min(WIDTH, get_terminal_size((WIDTH, 24)).columns) - INDENT
+        lines = [part for line in lines for part in wrap(line, width, break_long_words=False, break_on_hyphens=False)]
+    text = f"\n{'':{INDENT}}".join(lines)
+    tqdm.write(f"{label:<{INDENT}}{text}", file=sys.stdout)
+    sys.stdout.flush()
 
 
 def progress_bar(*args, **options) -> tqdm:

@@ -214,12 +214,13 @@ def _tell_cache(options: Options, memory: MemoryEstimate, samples: Samples | Non
     dtype = DTYPES[stored_type(teacher.cache_dtype, memory.teacher_dtype)]
     size = bytes_of_token(memory.teacher.n_embd, dtype)
     if samples is None:
-        _say(describe_without_data(teacher.cache_dir, size, *memory.sizes, None if fills else options.train.epochs))
+        options = size, memory.cached_head, *memory.sizes, None if fills else options.train.epochs
+        _say(describe_without_data(teacher.cache_dir, *options))
         return
     found, per_epoch = samples.training, math.ceil(samples.training.samples / options.train.global_batch_size)
     epochs = total_steps(options.train, found.samples) / per_epoch
     tokens = math.ceil(found.response_tokens * (1 if fills else min(1, epochs))) + samples.validation.response_tokens
-    _say(describe_whole(teacher.cache_dir, size, tokens))
+    _say(describe_whole(teacher.cache_dir, size, tokens, memory.cached_head))
     share = found.response_tokens / max(1, found.tokens)
     _say(describe_saving(*memory.sizes, share, None if fills else epochs))
 

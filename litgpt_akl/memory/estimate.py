@@ -132,6 +132,11 @@ class MemoryEstimate:
         """Of student and teacher."""
         return measure_size(self.student, self.student_tied), measure_size(self.teacher, self.teacher_tied)
 
+    @property
+    def cached_head(self) -> int:
+        """Bytes of the teacher's LM head in a cache; a LoRA student has its base's in memory anyway."""
+        return 0 if self.shares_base else self.sizes[1].head * self.teacher_dtype.itemsize
+
     @cached_property
     def moments(self) -> list[Moment]:
         """What a device holds at the moments of a step, in their order."""

@@ -10,7 +10,7 @@ import torch
 from litgpt_akl.config.args import OPTIONS
 from litgpt_akl.data.workers import available_memory
 from litgpt_akl.memory.estimate import GB, MemoryEstimate
-from litgpt_akl.messages import UserError
+from litgpt_akl.messages import UserError, entry
 
 LITTLE = 0.7
 """Of a device's memory, of which only a line is said."""
@@ -37,7 +37,10 @@ def report_memory(estimate: MemoryEstimate, device_memory: float | None, in_full
     """
     limit = device_bytes(device_memory, estimate.device == "cuda", estimate.devices)
     is_little = limit is not None and estimate.peak.total < LITTLE * limit
-    print((describe_memory if in_full or not is_little else summarize_memory)(estimate, limit), flush=True)
+    if is_little and not in_full:
+        entry("Memory", summarize_memory(estimate, limit))
+    else:
+        print(describe_memory(estimate, limit), flush=True)
     if limit is not None:
         check_fit(estimate, limit, OPTIONS)
 
@@ -46,7 +49,7 @@ def summarize_memory(estimate: MemoryEstimate, limit: float) -> str:
     """One line on a device's memory at its peak; ``limit`` are the bytes of a device."""
     samples, length = estimate.shape
     needed = f"{_in_gb(estimate.peak.total)} of {_in_gb(limit)} GB a device"
-    return f"Memory: {needed} at the longest micro-batch ({samples} x {length:,} tokens)."
+    return f"{needed} at the longest micro-batch ({samples} x {length:,} tokens)"
 
 
 def describe_memory(estimate: MemoryEstimate, limit: float | None) -> str:

@@ -84,7 +84,7 @@ def trained_format(learnt: Learnt, tokenizer: Tokenizer) -> tuple[PromptFormat, 
         found = style_like(learnt._replace(template=template), tokenizer)
         source = None if learnt.is_own and template.source == learnt.template.source else template.source
         return PromptFormat(found or style, source, learnt.stop), _notes_on(found, template, learnt, tokenizer)
-    if style is None or (template is not None and _same_ids(style, template, tokenizer)):
+    if style is None or (template is not None and same_ids(style, template, tokenizer)):
         return PromptFormat(style, None, learnt.stop), []
     source = template_like(style, tokenizer)
     notes = []
@@ -148,7 +148,7 @@ def _notes_on(found: PromptStyle | None, template: ChatTemplate, learnt: Learnt,
     return notes
 
 
-def _same_ids(style: PromptStyle, template: ChatTemplate, tokenizer: Tokenizer) -> bool:
+def same_ids(style: PromptStyle, template: ChatTemplate, tokenizer: Tokenizer) -> bool:
     """Whether LitGPT makes of a style's prompt the ids of a template's text; ours has BOS only where it writes it."""
     with suppress(ValueError, AttributeError, KeyError, TypeError):
         for text in PROBES:
@@ -168,7 +168,7 @@ def style_like(learnt: Learnt, tokenizer: Tokenizer) -> PromptStyle | None:
     """
     kinds = [kind() for kind in dict.fromkeys(prompt_styles.values())]
     for style in (learnt.style, *kinds, TemplateStyle(*learnt.template.identity, ends=learnt.stop)):
-        if style is not None and _same_ids(style, learnt.template, tokenizer):
+        if style is not None and same_ids(style, learnt.template, tokenizer):
             with suppress(ValueError):
                 if {(id,) for id in learnt.ends} <= {*map(tuple, style.stop_tokens(tokenizer))}:
                     return style

@@ -244,6 +244,13 @@ def write_head(directory: str, tensors: dict[str, Tensor]) -> None:
         write_file(Path(directory) / f"{HEAD}{xxhash.xxh3_128_hexdigest(data)}.safetensors", data)
 
 
+def head_bytes(directory: str) -> int:
+    """What LM heads take in a cache; 0 if there is none yet."""
+    system, root = fsspec.core.url_to_fs(directory)
+    files = system.ls(root, detail=True)
+    return sum(file["size"] for file in files if Path(file["name"]).name.startswith(HEAD))
+
+
 def read_head(directory: str) -> dict[str, Tensor] | None:
     """What :func:`write_head` kept; None if there is nothing, or nothing that is whole."""
     system, root = fsspec.core.url_to_fs(directory)

@@ -41,21 +41,26 @@ def check_space(directory: str, needed: int) -> None:
         )
 
 
-def describe_space(directory: str, bytes_of_token: int, tokens: int, to_write: int) -> str:
-    """A line for people, on the response ``tokens`` that a run needs of a cache, and the bytes of those it lacks."""
-    text = f"Teacher cache {directory}: {bytes_of_token:,} bytes a response token,"
-    text += f" {readable(bytes_of_token * tokens)} for {tokens:,} of them"
+def describe_space(directory: str, bytes_of_token: int, tokens: int, head: int, to_write: int) -> str:
+    """A line for people, on the response ``tokens`` and the LM head, in bytes, that a run needs of a cache; and on the
+    bytes that it lacks of both."""
+    text = f"{directory}: {readable(bytes_of_token * tokens + head)}, {bytes_of_token:,} bytes a response token for"
+    text += f" {tokens:,} of them{_and_head(head)}"
     if to_write == 0:
         return f"{text}, all there: the teacher's body is not needed."
     return f"{text}, {readable(to_write)} to be written ({readable(free_bytes(Path(directory)))} are free)."
 
 
-def describe_whole(directory: str, bytes_of_token: int, tokens: int) -> str:
-    """A line for people, on all that a cache will hold; whether some of it is there is not known."""
+def describe_whole(directory: str, bytes_of_token: int, tokens: int, head: int) -> str:
+    """A line for people, on all that a cache will hold, with an LM head of so many bytes; what is there is unknown."""
     return (
-        f"Teacher cache {directory}: {readable(bytes_of_token * tokens)} in all,"
-        f" {bytes_of_token:,} bytes for each of {tokens:,} response tokens."
+        f"Teacher cache {directory}: {readable(bytes_of_token * tokens + head)} in all,"
+        f" {bytes_of_token:,} bytes for each of {tokens:,} response tokens{_and_head(head)}."
     )
+
+
+def _and_head(head: int) -> str:
+    return f", and {readable(head)} for the teacher's LM head" if head else ""
 
 
 def describe_saving(student: ModelSize, teacher: ModelSize, share: float, epochs: float | None) -> str:
@@ -68,12 +73,12 @@ def describe_saving(student: ModelSize, teacher: ModelSize, share: float, epochs
 
 
 def describe_without_data(
-    directory: str, bytes_of_token: int, student: ModelSize, teacher: ModelSize, epochs: float | None
+    directory: str, bytes_of_token: int, head: int, student: ModelSize, teacher: ModelSize, epochs: float | None
 ) -> str:
-    """What can be said of a cache before there are data."""
+    """What can be said of a cache before there are data; ``head`` are the bytes of the teacher's LM head."""
     return (
         f"Teacher cache {directory}: {bytes_of_token:,} bytes a response token,"
-        f" {readable(bytes_of_token * 10**6)} for a million of them.\n"
+        f" {readable(bytes_of_token * 10**6)} for a million of them{_and_head(head)}.\n"
         f"{describe_saving(student, teacher, 1.0, epochs)} All tokens are taken for response tokens here."
     )
 

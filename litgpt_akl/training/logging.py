@@ -1,8 +1,10 @@
 """What a run shows: a progress line, the logger's metrics, and which noise of other libraries is kept away."""
 
 import dataclasses
+import math
 import os
 import re
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -55,8 +57,11 @@ class Progress:
 
     def __init__(self, fabric: L.Fabric, total_steps: int, first_step: int) -> None:
         self.fabric = fabric
-        options = {"desc": "distilling", "unit": "step", "dynamic_ncols": True, "disable": not fabric.is_global_zero}
-        self.bar = progress_bar(total=total_steps, initial=first_step, **options)
+        self._first, self._total, self._begun = first_step, total_steps, time.perf_counter()
+        options = {"bar_format": "{desc}", "dynamic_ncols": True, "disable": not fabric.is_global_zero}
+        # a file has lines of its own, in which nothing is renewed
+        self.bar = progress_bar(total=total_steps, initial=first_step, **options) if sys.stderr.isatty() else None
+        self._line_written = -math.inf
         self._start_counting()
 
     def _start_counting(self) -> None:
@@ -71,7 +76,6 @@ class Progress:
 
     def step(self, step_batch: StepBatch) -> None:
         """One optimizer step was taken."""
-        self.bar.update()
         self._tokens += step_batch.tokens
         self._padded += step_batch.padded_tokens
         self._response_tokens += step_batch.response_tokens
@@ -98,19 +102,25 @@ class Progress:
             metrics["memory_reserved_gb"] = torch.cuda.max_memory_reserved(device) / 1e9
         else:
             metrics["memory_gb"] = psutil.Process().memory_info().rss / 1e9
-        on_policy_samples, written = state["on_policy_samples"], ""
+        on_policy_samples = state["on_policy_samples"]
         if on_policy_samples is not None:
             metrics["own_answers_time"] = on_policy_samples.seconds / seconds
             on_policy_samples.seconds = 0.0
-            written = f" on-policy samples {metrics['own_answers_time']:.0%} of the time,"
         self._start_counting()
         self.fabric.log_dict(metrics, step=state["step_count"])
-        self.bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, divergence {metrics['divergence']:.3f}, h {metrics['h']:.2f},"
-            f" {metrics['tokens_per_second']:,.0f} tokens/s,{written} lr {metrics['learning_rate']:.1e},"
-            f" {metrics['memory_gb']:.1f} GB",
-            refresh=False,
-        )
+        self._show(metrics)
+
+    def _show(self, metrics: dict[str, float]) -> None:
+        """Renew the line of a terminal, or add one to a file, of the first step, of the last and every ten seconds."""
+        now, step = time.perf_counter(), metrics["step"]
+        left = (now - self._begun) / (step - self._first) * (self._total - step)
+        line = progress_line(metrics, self._total, left)
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+            self.bar.set_description_str(line, refresh=step == self._total)
+        elif now - self._line_written >= LINE_SECONDS or step == self._total:
+            self._line_written = now
+            self.write(line)
 
     def write(self, text: str) -> None:
         """Print a line above the progress line."""
@@ -118,7 +128,29 @@ class Progress:
             tell(text)
 
     def close(self) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
+
+
+LINE_SECONDS = 10.0
+"""From one line in a file to the next."""
+
+
+def progress_line(metrics: dict[str, float], total: int, seconds_left: float) -> str:
+    """A step in columns of one width, fewer than 80 together; ``seconds_left`` are those of the run."""
+    step, (minutes, seconds) = metrics["step"], divmod(math.ceil(seconds_left), 60)
+    left = f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
+    cells = [
+        f"step {step:>{len(str(total))}}/{total} {step / total:4.0%}",
+        f"loss {metrics['loss']:6.3f}",
+        f"{metrics['tokens_per_second']:7,.0f} tok/s",
+        f"{metrics['memory_gb']:5.1f} GB",
+        f"left {left:>7}",
+    ]
+    if "own_answers_time" in metrics:
+        # on a GPU as on a CPU memory is what changes least
+        cells[3] = f"{metrics['own_answers_time']:4.0%} on-policy"
+    return "  ".join(cells)
 
 
 def silence_known_noise() -> None:

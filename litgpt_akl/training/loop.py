@@ -14,13 +14,14 @@ from litgpt_akl.data.steps import StepBatch
 from litgpt_akl.files.changed_files import check_mapped_files
 from litgpt_akl.files.directories import write_file
 from litgpt_akl.files.manifest import FINAL
-from litgpt_akl.messages import UserError, reason
+from litgpt_akl.messages import UserError, entry, reason
 from litgpt_akl.models.gpt import distillation_loss
 from litgpt_akl.models.parallel import all_reduce_max_each, gather_full
 from litgpt_akl.training.checkpoint import save_student, save_training_state
 from litgpt_akl.training.logging import Progress, flushed_metrics
 from litgpt_akl.training.reporting import report
 from litgpt_akl.training.run import Run
+from litgpt_akl.training.teacher_accuracy import doubt_teacher
 from litgpt_akl.training.validation import Sums
 
 NONFINITE_LIMIT = 3
@@ -54,6 +55,9 @@ def fit(fabric: L.Fabric, run: Run, state: dict) -> None:
             step = state["step_count"]
             if step == steps:
                 save_final(run, state)
+            if fabric.is_global_zero and run.distill.on_policy == 0:
+                # what the student writes no teacher needs to know
+                doubt_teacher(run, state, result.means["teacher_cross_entropy"])
             if step % train.log_interval == 0 or step == steps:
                 progress.log(state, {"loss": result.loss, **result.means, "gradient_norm": result.gradient_norm})
             _validate_if_due(fabric, run, state, progress)
@@ -82,7 +86,7 @@ def _step_batches(fabric: L.Fabric, run: Run, state: dict) -> Iterator[Iterator[
     finally:
         fetched.stop()
     if own is not None:
-        fabric.print(f"On-policy: the student has answered {own.count:,} prompts")
+        fabric.print(f"On-policy: the student has answered {own.count:,} prompts itself")
 
 
 @dataclass
@@ -194,7 +198,8 @@ def _save_if_due(fabric: L.Fabric, run: Run, state: dict, progress: Progress, du
         metrics = None if log is None else state["metrics_marker"].mark(log, run.out_dir)
         options = {"keep_last": run.keep_last, "timed": not by_interval and not stopping, **run.beside_weights(state)}
         save_training_state(directory, state, metrics=metrics, **options)
-        progress.write(f"Step {step}: saved {directory}")
+        if fabric.is_global_zero:
+            entry(f"Step {step:>4}", f"saved {directory}")
     state["saved_at"] = time.perf_counter()
 
 

@@ -16,12 +16,13 @@ from litgpt_akl.report.runs import forget
 from litgpt_akl.teacher.cache import Caches, TeacherCache
 from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.launch import StopSignals, ending_together, is_loss_of_another, leave_if_stopped
-from litgpt_akl.training.logging import continue_metrics
+from litgpt_akl.training.logging import continue_metrics, flushed_metrics
 from litgpt_akl.training.loop import fit, save_final
 from litgpt_akl.training.out_dir import out_dir_locked
-from litgpt_akl.training.reporting import announce, refresh_page, report
+from litgpt_akl.training.reporting import refresh_page, report
 from litgpt_akl.training.run import Run, Splits
 from litgpt_akl.training.setup import make_state, make_teacher, open_inputs
+from litgpt_akl.training.summary import close
 from litgpt_akl.training.teacher_accuracy import report_accuracy
 
 WAY_ON = "The same command with --resume auto goes on from the last checkpoint."
@@ -45,7 +46,8 @@ def main(fabric: L.Fabric, run: Run) -> None:
 def train(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> None:
     """Train from the start or from a checkpoint, and save, export and report."""
     state = make_state(fabric, run, splits, caches)
-    announce(fabric, run, state)
+    if run.resume is not None:
+        fabric.print(f"Resuming from {run.resume}, step {state['step_count']}")
     report_accuracy(fabric, run, state["teacher"].model, splits[0], caches)
     if fabric.is_global_zero:
         with explain_failure(run.out_dir):
@@ -70,9 +72,8 @@ def train(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> None:
         leave_if_stopped(fabric, stop, f"The student is in {run.out_dir / FINAL}, and whole.")
     # in every process the student is there when this returns
     wait_for_all()
-    fabric.print(f"The student is in {run.out_dir / FINAL}: litgpt chat {run.out_dir / FINAL}")
-    if run.export_hf:
-        fabric.print(f"For Transformers, vLLM and llama.cpp it is in {run.out_dir / FINAL_HF}")
+    if fabric.is_global_zero:
+        close(run, flushed_metrics(fabric))
 
 
 def _report_on_student(fabric: L.Fabric, run: Run, state: dict, failures: list[str]) -> None:

@@ -1,67 +1,39 @@
-"""What a run says while it goes on: its announcement, validations, an example, and the page."""
+"""What a run says while it goes on: validations, examples of what both models say, and the page."""
 
 import math
 import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import takewhile
+from os.path import commonprefix
+from typing import NamedTuple
 
 import lightning as L
 import torch
 from litgpt.args import EvalArgs
 from litgpt.data import DataModule
 from litgpt.tokenizer import Tokenizer
-from litgpt.utils import num_parameters, select_sft_generate_example
+from litgpt.utils import select_sft_generate_example
 from torch import Tensor
 
 from litgpt_akl.data.dataset import ArrowDataset, TokenizedDataset
 from litgpt_akl.files.manifest import PAGE
-from litgpt_akl.messages import reason, tell
+from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
+from litgpt_akl.messages import CONTROL, entry, reason, tell
 from litgpt_akl.models.generation import generate, longest_prompt, without_end
-from litgpt_akl.models.vocabulary import describe_padding
+from litgpt_akl.models.lora import without_adapters
 from litgpt_akl.teacher.teacher import HeadOnly
 from litgpt_akl.training.examples import keep_examples
 from litgpt_akl.training.logging import flushed_metrics
 from litgpt_akl.training.run import Run
-from litgpt_akl.training.sample_text import describe_sample, tell_what_is_learnt
+from litgpt_akl.training.teacher_accuracy import doubt_teacher
 from litgpt_akl.training.validation import validate
 
+SHOWN = 300
+"""Characters of an example that is printed."""
 PAGE_SECONDS = 10.0
 """Before the page is drawn again while a run goes on; it takes a second."""
-
-
-def announce(fabric: L.Fabric, run: Run, state: dict) -> None:
-    """A few lines that say what is about to happen."""
-    for role, model in (("student", state["student"]), ("teacher", state["teacher"].model)):
-        kept = "its LM head" if isinstance(model, HeadOnly) else f"{model.config.n_layer} layers"
-        parameters = num_parameters(model) / 1e6
-        fabric.print(f"{role.capitalize()}: {run.pair.directories[role]}, {kept}, {parameters:,.1f} M parameters")
-    if padding := describe_padding(run.pair.student_config, state["student"].config.padded_vocab_size):
-        fabric.print(f"{padding} The student is trained and written without them.")
-    if run.lora.r is not None:
-        trained, shares = num_parameters(state["student"], requires_grad=True) / 1e6, run.memory.shares_base
-        fabric.print(
-            f"LoRA: rank {run.lora.r} on {', '.join(run.lora.targets)}, {trained:,.2f} M parameters are trained"
-            f"{'; the teacher is the base, held in memory once' if shares else ''}"
-        )
-    validation = state["validation_dataset"]
-    for name, dataset in (("Training", state["dataset"]), ("Validation", validation)):
-        fabric.print(f"{name}: {len(dataset):,} samples, {dataset.tokens:,} tokens")
-    if fabric.is_global_zero:
-        state["sample"] = describe_sample(run.data, state["dataset"], run.pair.tokenizer, run.stop)
-        tell_what_is_learnt(state["sample"])
-    if len(validation) == 0:
-        fabric.print("There are no validation samples: validation is off.")
-    kind = fabric.device.type
-    fused = "compiled by torch.compile" if state["loss"].compiles_on(kind) else "eager"
-    fabric.print(
-        f"Loss: {run.distill.divergence}, kd_ratio {run.distill.kd_ratio}, {run.pair.vocab_size:,} ids,"
-        f" {state['loss'].tokens_per_block(run.pair.vocab_size, kind)} tokens a block, element-wise part {fused}"
-    )
-    if run.distill.kd_ratio == 0:
-        fabric.print("With kd_ratio 0 the loss is cross-entropy alone: the divergence is measured, and teaches nothing")
-    if run.resume is not None:
-        fabric.print(f"Resuming from {run.resume}, step {state['step_count']}")
 
 
 def report(
@@ -69,7 +41,7 @@ def report(
 ) -> None:
     """Validate, log, print, keep examples of what both models say, and refresh the page, unless it is new.
 
-    With ``with_example`` also the student's response to a prompt is printed. What cannot be written is added to
+    With ``with_example`` also responses to a prompt are printed. What cannot be written is added to
     ``failures`` in process 0, or else told; they are given at the end of a run, when the page is refreshed in any case.
     """
     complain = tell if failures is None else failures.append
@@ -80,53 +52,90 @@ def report(
             return
         fabric.log_dict(metrics, step=state["step_count"])
         if fabric.is_global_zero:
-            tell(f"Step {state['step_count']}: {describe(metrics)}")
+            tell_validation(state["step_count"], metrics)
+            doubt_teacher(run, state, metrics["val_teacher_cross_entropy"])
         if with_example and run.eval.max_new_tokens is not None:
-            print_example(fabric, run, state)
+            tell_example(fabric, run, state)
         keep_examples(fabric, run, state, complain)
     if failures is not None or time.monotonic() - state["page_drawn"] >= PAGE_SECONDS:
         refresh_page(fabric, run, state, complain)
 
 
-def describe(metrics: dict[str, float]) -> str:
-    """One line for people."""
-    closed = metrics["val_gap_closed"]
-    return (
-        f"cross-entropy {metrics['val_cross_entropy']:.3f} (teacher {metrics['val_teacher_cross_entropy']:.3f},"
-        f" gap closed {'n/a' if math.isnan(closed) else f'{closed:.0%}'}), perplexity {metrics['val_ppl']:.2f},"
-        f" divergence {metrics['val_divergence']:.3f}, forward KL {metrics['val_forward_kl']:.3f},"
-        f" reverse KL {metrics['val_reverse_kl']:.3f}, agreement {metrics['val_agreement']:.1%}"
-    )
+def tell_validation(step: int, metrics: dict[str, float]) -> None:
+    """Two lines for people, in columns of one width."""
+    kinds = {"forward KL": "forward_kl", "reverse KL": "reverse_kl", "divergence": "divergence"}
+    distances = "  ".join(f"{name} {metrics[f'val_{key}']:6.3f}" for name, key in kinds.items())
+    others = f"cross-entropy {metrics['val_cross_entropy']:6.3f}  agreement {metrics['val_agreement']:6.1%}"
+    if math.isfinite(closed := metrics["val_gap_closed"]):
+        others += f"  gap closed {closed:5.0%}"
+    entry(f"Step {step:>4}", f"{distances}\n{others}")
 
 
-def print_example(fabric: L.Fabric, run: Run, state: dict) -> None:
-    """Print the prompt that was asked for and the student's response to it, if the student can read the prompt.
+def tell_example(fabric: L.Fabric, run: Run, state: dict) -> None:
+    """Print the prompt that was asked for, with the recorded response and both models' most probable ones.
 
-    All processes must ask together; the step seeds what is drawn.
+    Nothing is printed if a model cannot read it. The teacher is asked once, and not if its LM head alone is loaded. All
+    processes must ask together.
     """
-    student, tokenizer = state["student"], run.pair.tokenizer
-    prompt = example_prompt(run.data, state["validation_dataset"], tokenizer, run.eval)
-    if prompt is None or len(prompt) > longest_prompt(student.config):
+    student, teacher, dataset = state["student"], state["teacher"].model, state["validation_dataset"]
+    decode = run.pair.tokenizer.decode
+    example = find_example(run.data, dataset, run.pair.tokenizer, run.eval)
+    if example is None or len(example.prompt) > min(longest_prompt(model.config) for model in (student, teacher)):
         return
-    options = {"max_new_tokens": run.eval.max_new_tokens, "stop": run.stop}
-    options |= {"vocab_size": run.pair.vocab_size, "seeds": [(state["step_count"],)], "temperature": 0.8}
-    # every process draws the same: a sharded model only runs in all of them together
-    (response,) = generate(fabric, student, [prompt], **options)
+    options = {"max_new_tokens": run.eval.max_new_tokens, "stop": run.stop, "vocab_size": run.pair.vocab_size}
+    prompt, answers = tuple(example.prompt.tolist()), state["teacher_answers"]
+    if prompt not in answers and not isinstance(teacher, HeadOnly):
+        with without_adapters(teacher):
+            # every process asks the same: a sharded model only runs in all of them together
+            answers[prompt] = generate(fabric, teacher, [example.prompt], **options)[0]
+    (answer,) = generate(fabric, student, [example.prompt], **options)
     if fabric.is_global_zero:
-        tell(f"{tokenizer.decode(torch.tensor([*prompt.tolist(), *without_end(response, options['stop'])]))}\n")
+        entry("  Prompt", plain_text(without_frame(decode(example.prompt), *map(decode, example.other))))
+        for label, ids in (("Recorded", example.response), ("Teacher", answers.get(prompt)), ("Student", answer)):
+            if ids is not None:
+                text = plain_text(decode(torch.tensor(without_end(ids, run.stop), dtype=torch.int64)))
+                entry(f"  {label}", text or "(nothing)")
 
 
-def example_prompt(data: DataModule, dataset: TokenizedDataset, tokenizer: Tokenizer, eval: EvalArgs) -> Tensor | None:
-    """The ids of the prompt that ``eval.evaluate_example`` means; None if the data module shows none of its prompts."""
+def plain_text(text: str) -> str:
+    """One line of at most ``SHOWN`` characters of what a model reads or writes, without what controls a terminal."""
+    text = " ".join(CONTROL.sub("", text).split())
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} [...] {text[-SHOWN // 2 :]}"
+
+
+def without_frame(text: str, *others: str) -> str:
+    """A prompt without the lines at its begin and its end that other prompts have, too: those that a form writes."""
+    if not others or text in others:
+        return text
+    before, after = commonprefix([text, *others]), commonprefix([each[::-1] for each in (text, *others)])
+    # a line that only begins alike is not the form's
+    inner = text[before.rfind("\n") + 1 : len(text) - after.rfind("\n") - 1]
+    return inner if inner.strip() else text
+
+
+class Example(NamedTuple):
+    """A prompt, ``[time]``, with the ids of the recorded response, if it is known, and another prompt, if there is."""
+
+    prompt: Tensor
+    response: list[int] | None = None
+    other: tuple[Tensor, ...] = ()
+
+
+def find_example(data: DataModule, dataset: TokenizedDataset, tokenizer: Tokenizer, eval: EvalArgs) -> Example | None:
+    """That which ``eval.evaluate_example`` means; None if the data module shows none of its prompts."""
     wish = str(eval.evaluate_example)
     if isinstance(dataset, ArrowDataset):
         number = random.randrange(len(dataset)) if wish == "random" else int(wish) if wish.isdigit() else 0
-        return dataset.prompt(min(number, len(dataset) - 1))
+        number = min(number, len(dataset) - 1)
+        prompt, (sample,) = dataset.prompt(number), dataset.read([number])
+        labels = sample["labels"][len(prompt) :].tolist()
+        response = list(takewhile(lambda label: label != IGNORE_INDEX, labels))
+        return Example(prompt, response, (dataset.prompt((number + 1) % len(dataset)),) if len(dataset) > 1 else ())
     if not hasattr(data, "test_dataset"):
         return None
     # the command line hands a number over as text
     eval = replace(eval, evaluate_example=int(wish) if wish.isdigit() else wish)
-    return tokenizer.encode(data.prompt_style.apply(select_sft_generate_example(eval, data)))
+    return Example(tokenizer.encode(data.prompt_style.apply(select_sft_generate_example(eval, data))))
 
 
 def refresh_page(fabric: L.Fabric, run: Run, state: dict, complain: Callable[[str], None]) -> None:

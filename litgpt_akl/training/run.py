@@ -77,6 +77,8 @@ class Run(Options):
     """How the student is asked; known once the data is read."""
     stop: list[list[int]] = field(default_factory=list)
     """What ends a response, wherever one is generated; known once the data is read."""
+    sample: dict[str, Any] | None = None
+    """The first training sample, as it is shown; in process 0, once the data is read."""
 
     @property
     def micro_batch(self) -> tuple[int, int | None]:

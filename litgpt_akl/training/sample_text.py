@@ -1,6 +1,5 @@
 """What a model is trained on, as a person reads it: one sample with its labels marked, and what made it."""
 
-from textwrap import indent
 from typing import Any
 
 from litgpt.tokenizer import Tokenizer
@@ -8,22 +7,22 @@ from torch import Tensor
 
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
-from litgpt_akl.messages import tell
 from litgpt_akl.models.tokenizer import token_map
 
 OPEN, CLOSE = "⟦", "⟧"
 """What marks that which counts in the loss."""
+END_OF_LINE = "↵ "
 LONGEST = 1200
-"""Characters of a text that is shown."""
+"""Characters of a text that is kept."""
+SHOWN = 480
+"""Of those, on a terminal."""
 
 
-def tell_what_is_learnt(sample: dict[str, Any]) -> None:
-    """Print what :func:`describe_sample` gives."""
-    tell(f"Texts: {sample['texts']}")
-    tell(f"Labels: {sample['labels']}")
-    tell(f"The first, what is learnt in {OPEN}{CLOSE} ({sample['place']}):")
-    text = "".join(f"{OPEN}{part}{CLOSE}" if counts else part for counts, part in sample["parts"])
-    tell(indent(text, "  ", lambda line: True))
+def first_sample(sample: dict[str, Any]) -> str:
+    """A paragraph of what :func:`describe_sample` gives, with what is learnt and the ends of lines marked."""
+    parts = _cut(sample["parts"], SHOWN)
+    text = "".join(f"{OPEN}{part}{CLOSE}" if counts else part for counts, part in parts)
+    return f"{sample['place']}; what is learnt stands in {OPEN}{CLOSE}:\n{text.replace(chr(10), END_OF_LINE)}"
 
 
 def describe_sample(
@@ -72,10 +71,12 @@ def marked_parts(sample: dict[str, Tensor], tokenizer: Tokenizer) -> list[tuple[
             parts.append((counts, []))
         parts[-1][1].append(id)
     texts = [(counts, _decode(tokenizer, ids)) for counts, ids in parts]
-    left_out = sum(len(text) for _, text in texts) - LONGEST
-    if left_out <= 0:
-        return texts
-    return _without_middle(texts, LONGEST // 2, LONGEST // 2 + left_out)
+    return _cut(texts, LONGEST)
+
+
+def _cut(parts: list[tuple[bool, str]], longest: int) -> list[tuple[bool, str]]:
+    left_out = sum(len(text) for _, text in parts) - longest
+    return parts if left_out <= 0 else _without_middle(parts, longest // 2, longest // 2 + left_out)
 
 
 def _without_middle(parts: list[tuple[bool, str]], begin: int, end: int) -> list[tuple[bool, str]]:

@@ -19,9 +19,8 @@ from litgpt_akl.data.dataset import turn_ends
 from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.files.changed_files import WAY_OUT
 from litgpt_akl.files.manifest import FINAL, RECIPE, damage
-from litgpt_akl.memory.fit import report_memory
 from litgpt_akl.memory.samples import with_samples
-from litgpt_akl.messages import UserError, say
+from litgpt_akl.messages import UserError
 from litgpt_akl.models import gpt
 from litgpt_akl.models.chat_template import ChatTemplate
 from litgpt_akl.models.generation import stop_sequences
@@ -30,7 +29,7 @@ from litgpt_akl.models.parallel import all_reduce_max_each, load_weights, return
 from litgpt_akl.models.prompt_format import READ_BY_TRANSFORMERS, Learnt, PromptFormat, trained_format
 from litgpt_akl.models.vocabulary import config_without_padding, count_ids, without_padding
 from litgpt_akl.models.weights import open_weights
-from litgpt_akl.teacher.cache import Caches, open_caches, read_head, write_head
+from litgpt_akl.teacher.cache import Caches, head_bytes, open_caches, read_head, write_head
 from litgpt_akl.teacher.cache_identity import make_identity, needed_samples, read_identity
 from litgpt_akl.teacher.cache_size import check_space, describe_saving, describe_space, response_tokens
 from litgpt_akl.teacher.teacher import HeadOnly, Teacher
@@ -40,6 +39,8 @@ from litgpt_akl.training.on_policy import OnPolicySamples, check_prompts
 from litgpt_akl.training.optimizer import make_optimizer, make_scheduler
 from litgpt_akl.training.out_dir import changes_since, identity, is_finished, open_out_dir
 from litgpt_akl.training.run import Run, Splits, choose_day, total_steps, warmup_steps
+from litgpt_akl.training.sample_text import describe_sample
+from litgpt_akl.training.summary import announce
 
 
 def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
@@ -68,28 +69,31 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
         known = {"date": day.date, "teacher_dir": pair.teacher_dir, "vocab_size": pair.vocab_size}
         known["prompts_alone"] = run.distill.on_policy == 1 and not fills
         splits = prepare_datasets(run.data, pair.tokenizer, run.train, *options, **known)
-    if getattr(run.data, "date", None):
-        fabric.print(day)
     ends = turn_ends(splits[0], pair.tokenizer.special_ids)
     ends += [id for id in getattr(run.data, "ends", ()) if id in pair.tokenizer.special_ids and id not in ends]
     run.stop = stop_sequences(pair.tokenizer, run.prompt_style, ends)
     run.prompt_format, notes = _find_format(run, ends)
-    for told in (*pair.notes, *notes):
-        fabric.print(told)
+    dated = str(day) if getattr(run.data, "date", None) else ""
     # its tokenizer and its chat template were read
     pair.check_unchanged("student")
     if asked and not fills and not run.overwrite:
         if fabric.broadcast(fabric.is_global_zero and is_finished(run, asked, splits[0])):
+            if dated:
+                fabric.print(dated)
             return None
+    told = {"notes": [*pair.notes, *notes], "day": dated, "on_policy": "", "cache": ""}
     # a run that fills a cache has no student
     if run.distill.on_policy > 0 and not fills:
         options = {"longest": run.longest_sample, "steps": total_steps(run.train, len(splits[0]))}
         options["steps_per_epoch"] = run.step_sampler(splits[0]).steps_per_epoch
-        fabric.print(check_prompts(splits[0], pair.student_config, run.distill, **options))
+        told["on_policy"] = check_prompts(splits[0], pair.student_config, run.distill, **options)
     run.memory = with_samples(run.memory, splits, run.distill)
-    caches = Caches() if run.teacher.cache_dir is None else _open_cache(fabric, run, splits)
+    caches = Caches()
+    if run.teacher.cache_dir is not None:
+        caches, told["cache"] = _open_cache(fabric, run, splits)
     if fabric.is_global_zero:
-        report_memory(run.memory, run.device_memory)
+        run.sample = describe_sample(run.data, splits[0], pair.tokenizer, run.stop)
+        announce(run, splits, **told)
     # no other process goes on if that is too much
     fabric.barrier()
     fabric.seed_everything(run.seed, verbose=False)
@@ -114,8 +118,11 @@ def _find_format(run: Run, ends: list[int]) -> tuple[PromptFormat, list[str]]:
     return trained_format(learnt, tokenizer)
 
 
-def _open_cache(fabric: L.Fabric, run: Run, splits: Splits) -> Caches:
-    """A run's cache; whether it has all that the run needs decides whether the teacher will be loaded."""
+def _open_cache(fabric: L.Fabric, run: Run, splits: Splits) -> tuple[Caches, str]:
+    """A run's cache, and in process 0 what it holds and takes, in words.
+
+    Whether it has all that the run needs decides whether the teacher will be loaded.
+    """
     directory, mode, dtype = run.teacher.cache_dir, run.teacher.cache_mode, run.teacher.dtype(fabric.device.type)
     recorded = (read_identity(directory) or {}).get("teacher_weights")
     # the first process on each machine, since not every directory is shared
@@ -144,25 +151,26 @@ def _open_cache(fabric: L.Fabric, run: Run, splits: Splits) -> Caches:
     # no cache has what the student is about to write
     if not any(counts) and (run.distill.on_policy == 0 or mode == "fill"):
         run.memory = replace(run.memory, teacher_role="cached")
-    if fabric.is_global_zero:
-        _report_cache(run, splits, caches, needed, absent)
-    return caches
+    return caches, _describe_cache(run, splits, caches, needed, absent) if fabric.is_global_zero else ""
 
 
-def _report_cache(
+def _describe_cache(
     run: Run, splits: Splits, caches: Caches, needed: Sequence[np.ndarray], absent: Sequence[np.ndarray]
-) -> None:
-    """Print what a cache holds and will take; raises UserError if there is no room for that."""
+) -> str:
+    """What a cache holds and will take, in words; raises UserError if there is no room for that."""
     tokens, missing = (sum(map(response_tokens, splits, numbers)) for numbers in (needed, absent))
-    size = caches.training.bytes_of_token
-    to_write = missing * size // run.teacher.part()[1]
+    size, stored = caches.training.bytes_of_token, head_bytes(caches.directory)
+    head = run.memory.cached_head and (stored or run.memory.cached_head)
+    to_write = missing * size // run.teacher.part()[1] + (0 if stored or not caches.writable else head)
     if to_write:
         check_space(caches.directory, to_write)
-    say(describe_space(caches.directory, size, tokens, to_write))
-    if to_write:
-        epochs = total_steps(run.train, len(splits[0])) / run.step_sampler(splits[0]).steps_per_epoch
-        share = splits[0].all_response_tokens / splits[0].tokens
-        say(describe_saving(*run.memory.sizes, share, None if run.teacher.cache_mode == "fill" else epochs))
+    text = describe_space(caches.directory, size, tokens, head, to_write)
+    if missing == 0:
+        return text
+    epochs = total_steps(run.train, len(splits[0])) / run.step_sampler(splits[0]).steps_per_epoch
+    share = splits[0].all_response_tokens / splits[0].tokens
+    saving = describe_saving(*run.memory.sizes, share, None if run.teacher.cache_mode == "fill" else epochs)
+    return f"{text} {saving}"
 
 
 def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> dict[str, Any]:
@@ -197,8 +205,10 @@ def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> di
         "steps": steps,
         # how far the run has come
         **dict.fromkeys(("step_count", "epoch", "tokens", "nonfinite_in_a_row"), 0),
-        **{"last_validation": -1, "saved_student": -1, "has_examples": False, "sample": None},
-        **{"told_of_page": set(), "page_drawn": time.monotonic(), "metrics_marker": MetricsMarker()},
+        **{"last_validation": -1, "saved_student": -1, "metrics_marker": MetricsMarker()},
+        # what was shown and said
+        **{"has_examples": False, "sample": run.sample, "teacher_answers": {}, "teacher_is_doubted": False},
+        **{"told_of_page": set(), "page_drawn": time.monotonic()},
     }
     if run.lora.r is not None and weights is not None:
         weights = with_new_adapters(student, weights, run.seed)

@@ -1,7 +1,8 @@
-"""What a teacher loses when it is held, or cached, in fewer bits."""
+"""What a teacher loses when it is held, or cached, in fewer bits; and whether it knows anything of the data."""
 
 import json
 import math
+import shlex
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from litgpt_akl.data.dataset import TokenizedDataset, digest
 from litgpt_akl.data.steps import MicroBatch, in_order
 from litgpt_akl.files.directories import write_file
 from litgpt_akl.loss.divergences import compare
-from litgpt_akl.messages import reason, say
+from litgpt_akl.messages import entry, reason, say
 from litgpt_akl.models.gpt import Head, build_model, finish, hidden_states
 from litgpt_akl.models.parallel import broadcast_object, rank, reshard
 from litgpt_akl.models.weights import fingerprint, open_weights
@@ -75,6 +76,20 @@ def report_accuracy(fabric: L.Fabric, run: Run, teacher: nn.Module, dataset: Tok
                 _keep(path, kind, of, lost)
         if lost is not None:
             fabric.print(words.format(kind, lost))
+
+
+def doubt_teacher(run: Run, state: dict, cross_entropy: float) -> None:
+    """Warn once if a teacher's cross-entropy of recorded responses, nats a token, is above that of a uniform guess."""
+    uniform = math.log(run.pair.vocab_size)
+    if state["teacher_is_doubted"] or not cross_entropy > uniform:
+        return
+    state["teacher_is_doubted"] = True
+    entry(
+        "Warning",
+        f"the teacher's cross-entropy of these responses is {cross_entropy:.2f} nats a token, that of a uniform guess"
+        f" {uniform:.2f}. See whether it is asked in its own form and answers well: litgpt chat"
+        f" {shlex.quote(str(run.pair.teacher_dir))}. It can write the responses itself: litgpt generate_responses.",
+    )
 
 
 def _depends_on(

@@ -217,7 +217,7 @@ def test_what_is_little_is_said_in_a_line_and_what_is_not_in_a_table(capsys):
         assert max(map(len, lines)) <= 80
         assert (len(lines) == 1) == is_line
         assert ("Predicted memory of each of 8 GPUs" in lines[0]) != is_line
-        assert lines[0].startswith("Memory: ") == is_line
+        assert lines[0].startswith("Memory ") == is_line
         assert re.search(r"\b2 x 512\s+tokens", "\n".join(lines))
     with pytest.raises(UserError, match="This run needs"):
         report_memory(ON_GPUS, need - 0.1)
@@ -230,9 +230,9 @@ def test_a_run_says_what_it_takes_and_is_refused_before_weights_are_read(
     distil(student_dir, teacher_dir, alice_json, tmp_path / "run", train={"max_steps": 1})
     printed = capsys.readouterr().out
     assert re.search(
-        r"^Memory: 0\.0\d\d of .* GB a device at the longest micro-batch \(4 x \d+ tokens\)\.$", printed, re.M
+        r"^Memory +0\.0\d\d of .* GB a device at the longest micro-batch \(4 x \d+ tokens\)$", printed, re.M
     )
-    assert printed.index("Memory: ") < printed.index("Student:")
+    assert printed.index("\nMemory") < printed.index("\nStep    0")
     student = tmp_path / "student"
     shutil.copytree(student_dir, student)
     (student / "lit_model.pth").write_bytes(b"cut off")

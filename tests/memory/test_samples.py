@@ -20,6 +20,7 @@ from litgpt_akl.data.preview import Lengths
 from litgpt_akl.data.steps import StepSampler, cut
 from litgpt_akl.memory.estimate import with_lengths
 from litgpt_akl.messages import UserError
+from litgpt_akl.teacher.cache_size import readable
 
 SMALL = make_estimate(
     model(1, 64, 128), model(1, 64, 128), sequence_length=512, micro_batch_size=3, global_batch_size=9
@@ -142,7 +143,8 @@ def test_what_of_a_run_a_dry_run_knows(dry_run, tmp_path):
         sizes[name] = float(re.search(r"together (\d+\.\d+)", printed)[1])
         if "teacher" in options:
             tokens = int(re.search(r"in all, 512 bytes for each of ([\d,]+) response tokens", printed)[1])
-            assert re.search(rf"Teacher cache cache: {tokens * 512 / 1e3:.1f} KB in all", printed)
+            # with the LM head, of 1,024 ids and 128 numbers each
+            assert f"Teacher cache cache: {readable(tokens * 512 + 1024 * 128 * 4)} in all" in printed
     assert sizes["on-policy"] < sizes["plain"] and sizes["fill"] < sizes["read"] < sizes["plain"] == sizes["cached"]
 
 

@@ -92,7 +92,7 @@ def test_both_readers_ask_as_training_did(tmp_path, pair, template, choice, rows
         expected = Tokenizer(directories[0]).encode(Alpaca().apply(question)).tolist()
     assert by_litgpt == by_transformers == expected
     told = capsys.readouterr().out
-    assert "Texts: " in told and "Labels: " in told and "⟦" in told
+    assert "of the tokens are learnt" in told and "⟦" in told
     ends = json.loads((exported / "generation_config.json").read_text())["eos_token_id"]
     end = 1021 if rows is CHATS else Tokenizer(directories[0]).eos_id
     assert end in (ends if isinstance(ends, list) else [ends])

@@ -181,6 +181,12 @@ def test_narrow_hidden_states_cost_what_is_said(student_dir, teacher_dir, lone, 
     run(student_dir, lone, short, tmp_path / "found", cache, mode="read", **options)
     losses = [[row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in ("live", "found")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[0] != losses[1]
-    bytes_of_token = {"bf16": 256, "fp8": 132}[dtype]
-    assert f"{bytes_of_token} bytes a response token" in capsys.readouterr().out
+    bytes_of_token, said = {"bf16": 256, "fp8": 132}[dtype], capsys.readouterr().out
+    assert f"{bytes_of_token} bytes a response token" in said
+    # with the LM head, of half a megabyte
+    told, taken = (
+        re.search(rf"{cache}: (\d+\.\d) ([KM])B", said),
+        sum(path.stat().st_size for path in cache.rglob("*.*")),
+    )
+    assert float(told[1]) * {"K": 1e3, "M": 1e6}[told[2]] == pytest.approx(taken, rel=0.15)
     assert sum(path.stat().st_size for path in chunks(cache)) == pytest.approx(2505 * bytes_of_token, rel=0.02)

@@ -200,7 +200,7 @@ def test_a_resumed_run_ends_as_an_undisturbed_one(student_dir, alice_json, tmp_p
 
 def record_draws(out_dir: Path, processes: int, student: Path, data: Path, **changes) -> None:
     """Writes what each process of a run draws: its masks of dropout, examples, and what it would draw next."""
-    masks, examples, example_prompt = [], [], reporting.example_prompt
+    masks, examples, find_example = [], [], reporting.find_example
 
     def keep_mask(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         # the memory is predicted by a step without numbers
@@ -208,11 +208,12 @@ def record_draws(out_dir: Path, processes: int, student: Path, data: Path, **cha
         if real and isinstance(module, torch.nn.Dropout) and module.training and torch.is_grad_enabled():
             masks.append(output == 0)
 
-    def keep_example(*arguments) -> torch.Tensor | None:
-        examples.append(example_prompt(*arguments))
-        return examples[-1]
+    def keep_example(*arguments) -> reporting.Example:
+        found = find_example(*arguments)
+        examples.append(found.prompt)
+        return found
 
-    reporting.example_prompt = keep_example
+    reporting.find_example = keep_example
     torch.nn.modules.module.register_module_forward_hook(keep_mask)
     steps = {"global_batch_size": 6, "micro_batch_size": 1, "max_steps": 4, "save_interval": 2}
     options = {"train": steps, "eval": {"interval": 1, "max_new_tokens": 4, "evaluate_example": "random"}}

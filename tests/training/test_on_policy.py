@@ -352,7 +352,7 @@ def test_a_run_says_what_it_answers(student_dir, teacher_dir, alice_json, tmp_pa
     printed = capsys.readouterr().out
     words = f"it can answer {fitting:,} of {len(dataset):,}: {len(dataset) - fitting:,} prompts are longer"
     assert printed.count(words) == 1
-    assert printed.index("it can answer") < printed.index("Student:")
+    assert printed.index("it can answer") < printed.index("Step    0")
     plan = StepSampler(len(dataset), 7, seed=1337, lengths=dataset.lengths)
     answered = sum(int((lengths[plan.step(0, step)] <= step_batch).sum()) for step in range(2))
     assert f"the student has answered {answered} prompts" in printed
@@ -404,7 +404,7 @@ def test_prompts_need_no_response(student_dir, teacher_dir, alice_records, tmp_p
     # half of the others would be held out; what has no response never is
     outcome("held_out", 1.0, False, val_split_fraction=0.5)
     told = capfd.readouterr().out
-    assert "Training: 8 samples" in told and "Validation: 0 samples" in told
+    assert " 8 records of " in told and " 0 more held out" in told
     for share in (0.0, 0.5):
         with pytest.raises(UserError, match="refused.jsonl, line 1: has no "):
             outcome("refused", share, False)
