@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -191,6 +191,8 @@ class Encoder:
         for name, theirs in (self._columns or {}).items():
             if theirs not in record:
                 notes += (f"there is no field '{quoted(theirs, 40)}', which --data.columns names for '{name}'",)
+        if self._max_length is not None and len(encoded.ids) > self._max_length:
+            notes += (f"cut off after {self._max_length:,} tokens",)
         ids, spans = self._cut(encoded.ids, encoded.spans)
         return encoded._replace(ids=ids, spans=spans, notes=notes)
 
@@ -301,7 +303,9 @@ class Encoder:
         messages, template = conversation.messages, self._template
         for name in conversation.keywords:
             if not template.reads(name):
-                raise ValueError(f"has '{name}', which the chat template does not read")
+                raise ValueError(
+                    f"has '{name}', which the chat template does not read; --data.chat_template chooses another"
+                )
         if any(is_given(message.get("tool_calls")) for message in messages) and not template.reads("tool_calls"):
             raise ValueError("has 'tool_calls', which the chat template does not read")
         rendering = template.render(messages, {**self._keywords, **conversation.keywords})
@@ -313,7 +317,21 @@ class Encoder:
         kept = [order for order, number in enumerate(assistants) if conversation.trained[number]]
         spans = [self._find_tokens(rendering.text, ids, encoding, *rendering.spans[order]) for order in kept]
         said, lost = (sum(counts[order] for order in kept) for counts in (rendering.said, rendering.lost))
-        return Encoded(ids, spans, said, lost, self._describe_unread(messages), by_template=True)
+        learnt = [messages[assistants[order]] for order in kept]
+        notes = (*self._describe_unread(messages), *self._describe_ends(learnt, ids, spans))
+        notes += _describe_arguments(messages, rendering.text)
+        return Encoded(ids, spans, said, lost, notes, by_template=True)
+
+    def _describe_ends(self, learnt: list[dict], ids: list[int], spans: list[tuple[int, int]]) -> Iterator[str]:
+        """Notes on responses that do not end once, of messages that are learnt."""
+        ends = [ids[end - 1] if ids[end - 1] in self._special_ids else None for _, end in spans]
+        if None in ends:
+            yield "the chat template writes no special token that ends a response: it is not learnt to stop there"
+        for message, end in zip(learnt, ends, strict=True):
+            token = None if end is None else self._processor.id_to_token(end)
+            if token is not None and message["content"] != token and message["content"].rstrip().endswith(token):
+                yield f"a response has {token} at its end, and the chat template writes another one"
+                return
 
     def _describe_unread(self, messages: list[dict]) -> tuple[str, ...]:
         names = {name for message in messages for name in message} - {"role", "content", *ALSO_SAID}
@@ -374,6 +392,17 @@ def _check_shown(text: str, messages: list[dict]) -> None:
             raise ValueError(
                 f"the chat template leaves out message {number} of the role '{quoted(message['role'], 40)}'"
             )
+
+
+def _describe_arguments(messages: list[dict], text: str) -> tuple[str, ...]:
+    """A note on arguments of tools that are JSON as text, if the template quotes them as one: most want an object."""
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call) if isinstance(call, dict) else None
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(arguments, str) and json.dumps(arguments, ensure_ascii=False) in text:
+                return ("arguments of tools are text, which the chat template writes in quotes: give objects",)
+    return ()
 
 
 def _check_order(turns: list[dict], first: int) -> None:

@@ -35,7 +35,7 @@ from litgpt_akl.files.manifest import damage, write_manifest
 from litgpt_akl.messages import UserError, progress_bar, reason, say
 from litgpt_akl.models.chat_template import ChatTemplate
 
-FORMAT = 8
+FORMAT = 9
 """Goes into every fingerprint; to be raised when the same records become other rows."""
 Portion = list[tuple[int, Record]]
 """Records, each with the number of its file."""

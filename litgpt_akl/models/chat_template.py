@@ -383,17 +383,22 @@ def named_templates(checkpoint_dir: Path) -> dict[str, tuple[Path, str]]:
     Raises:
         UserError: a file with a template is empty or damaged.
     """
-    found = _templates_in_config(checkpoint_dir)
+    in_config = _templates_in_config(checkpoint_dir)
+    found = dict(in_config)
     for path in sorted((checkpoint_dir / "additional_chat_templates").glob("*.jinja")):
         found[path.stem] = path, _read_jinja(path)
-    for each in default_templates(checkpoint_dir):
+    for each in _default_templates(checkpoint_dir, in_config):
         found[DEFAULT] = each
     return found
 
 
 def default_templates(checkpoint_dir: Path) -> list[tuple[Path, str]]:
     """File and text of each template that is taken without being chosen, the one that counts last; raises as above."""
-    found = [*filter(None, [_templates_in_config(checkpoint_dir).get(DEFAULT)])]
+    return _default_templates(checkpoint_dir, _templates_in_config(checkpoint_dir))
+
+
+def _default_templates(checkpoint_dir: Path, in_config: dict[str, tuple[Path, str]]) -> list[tuple[Path, str]]:
+    found = [*filter(None, [in_config.get(DEFAULT)])]
     if (path := checkpoint_dir / "chat_template.json").is_file():
         template = _read_json(path).get("chat_template")
         with explain_damage(path, "a file with a chat template"):
@@ -409,7 +414,9 @@ def _templates_in_config(checkpoint_dir: Path) -> dict[str, tuple[Path, str]]:
     path = checkpoint_dir / "tokenizer_config.json"
     entry = _read_json(path).get("chat_template")
     with explain_damage(path, "a file with chat templates"):
-        templates = {each["name"]: each["template"] for each in entry} if isinstance(entry, list) else {DEFAULT: entry}
+        templates = {each["name"]: each["template"] for each in entry} if isinstance(entry, list) else entry
+        # Transformers takes an object, too
+        templates = templates if isinstance(templates, dict) else {DEFAULT: entry}
         if not all(isinstance(template, (str, type(None))) for template in templates.values()):
             raise TypeError(f"chat_template is {entry!r}")
     return {name: (path, template) for name, template in templates.items() if template}

@@ -11,6 +11,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.utils import fix_and_load_json
 from tokenizers import processors
 
+from litgpt_akl.files.reading import explain_damage
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.chat_template import ChatTemplate
 from litgpt_akl.models.template_style import TemplateStyle
@@ -27,15 +28,24 @@ class OneBosTokenizer(Tokenizer):
     """
 
     def __init__(self, checkpoint_dir: Path) -> None:
+        # what LitGPT reads beside the tokenizer has its own faults
+        ends_beside = generation_ends(checkpoint_dir)
         try:
             super().__init__(checkpoint_dir)
+        except ValueError as error:
+            if "not found in the collection" not in str(error):
+                raise
+            raise UserError(
+                f"{checkpoint_dir / 'tokenizer_config.json'} names an EOS or BOS token that tokenizer.json lacks: {error}"
+                "\nCorrect the one that is wrong, or take the files from the model's publisher again."
+            ) from error
         except (KeyError, TypeError):
             # LitGPT asks last for a tokenizer_class, by which it only decodes single tokens otherwise
             if getattr(self, "apply_decoding_fix", ...) is not None:
                 raise
         ends = as_list(self.eos_id)
         self.eos_id = ends[0] if ends else None
-        self.end_ids = tuple(dict.fromkeys((*ends, *generation_ends(checkpoint_dir))))
+        self.end_ids = tuple(dict.fromkeys((*ends, *ends_beside)))
         """Each of which ends a text: tokenizer_config.json's EOS token first, then those of generation_config.json."""
         if self.backend == "huggingface":
             self.processor.no_truncation()
@@ -90,15 +100,23 @@ def as_list(entry: int | list[int] | None) -> list[int]:
 def read_generation_config(checkpoint_dir: Path) -> dict[str, Any]:
     """The entries of a generation_config.json, none if there is no such file."""
     path = checkpoint_dir / "generation_config.json"
-    # some publishers' have commas too many, which LitGPT forgives
-    return fix_and_load_json(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return _read_forgiving(path) if path.is_file() else {}
+
+
+def _read_forgiving(path: Path) -> dict[str, Any]:
+    with explain_damage(path, "a file with entries in JSON"):
+        # some publishers' have commas too many, which LitGPT forgives
+        entries = fix_and_load_json(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, dict):
+            raise TypeError(f"it is a {type(entries).__name__}")
+    return entries
 
 
 def generation_ends(checkpoint_dir: Path) -> list[int]:
     """The ids at which Transformers stops: those of generation_config.json, or of config.json if there is none."""
     for name in ("generation_config.json", "config.json"):
         if (path := checkpoint_dir / name).is_file():
-            return as_list(fix_and_load_json(path.read_text(encoding="utf-8")).get("eos_token_id"))
+            return as_list(_read_forgiving(path).get("eos_token_id"))
     return []
 
 

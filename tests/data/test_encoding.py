@@ -1,9 +1,13 @@
 """Records become token ids and the spans of their responses."""
 
+import json
+
 import pytest
 from helpers.encoding_cases import (
     CASES,
+    CHATML,
     CONVERSATIONS,
+    LLAMA_2,
     TOKENIZERS,
     Case,
     decode,
@@ -238,6 +242,48 @@ def test_chats_without_a_template_can_be_refused(teacher_dir):
     with pytest.raises(UserError, match="There is no template."):
         refusing.encode(record)
     assert puts_marks(ChatML()) and puts_marks(Alpaca()) and not puts_marks(Default())
+
+
+ENDLESS = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+NEXT_ENDS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "answers", "note"),
+    [
+        (ENDLESS, ["two", "four"], "the chat template writes no special token that ends a response"),
+        (NEXT_ENDS, ["two", "four"], "the chat template writes no special token that ends a response"),
+        (CHATML, ["two", "four<|im_end|>"], "a response has <|im_end|> at its end, and the chat template writes"),
+        (CHATML, ["two <|im_end|>\n", "four"], "a response has <|im_end|> at its end, and the chat template writes"),
+        (CHATML, ["two", "four"], None),
+        (CHATML, ["two <|im_end|> or", "four"], None),
+        (LLAMA_2, ["two", "four"], None),
+    ],
+)
+def test_a_response_that_does_not_end_once_is_told(chat_dir, source, answers, note):
+    messages = talk("one", answers[0], "three", answers[1])
+    notes = encoder(chat_dir(Case(source, ""))).encode({"messages": messages}).notes
+    assert len(notes) == (note is not None) and all(each.startswith(note) for each in notes)
+    prompt = encoder(chat_dir(Case(CHATML, "")), prompts_alone=True).encode({"messages": messages[:1]})
+    assert prompt.notes == ()
+
+
+def test_arguments_that_a_template_quotes_are_told(chat_dir):
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls %}"
+    source += "{{ c.function.arguments WRITTEN }}{% endfor %}<|im_end|>\n{% endfor %}"
+    arguments = {"in": "the gärden"}
+    for written, given, told in (("| tojson", json.dumps(arguments), 1), ("| tojson", arguments, 0), ("", "{}", 0)):
+        call = {"type": "function", "function": {"name": "look", "arguments": given}}
+        messages = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+        notes = encoder(chat_dir(Case(source.replace("WRITTEN", written), ""))).encode({"messages": messages}).notes
+        assert [note.startswith("arguments of tools are text") for note in notes] == [True] * told
+
+
+def test_a_record_that_is_cut_off_is_told(chat_dir):
+    record = {"messages": talk("one", "two " * 30)}
+    whole = encoder(chat_dir("chatml")).encode(record)
+    for length, notes in ((len(whole.ids), ()), (len(whole.ids) - 1, (f"cut off after {len(whole.ids) - 1} tokens",))):
+        assert encoder(chat_dir("chatml"), max_length=length).encode(record).notes == notes
 
 
 @pytest.mark.parametrize("template", [True, False])

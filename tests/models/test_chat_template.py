@@ -45,6 +45,7 @@ def test_where_a_template_is_found(tmp_path):
     assert text(config(tmp_path, "one " + ALL)) == "one ?!"
     named = [{"name": name, "template": f"{name} {ALL}"} for name in ("tool_use", "default", "rag")]
     assert text(config(tmp_path, named)) == "default ?!"
+    assert text(config(tmp_path, {"default": "object " + ALL, "rag": "rag"})) == "object ?!"
     write_json(tmp_path / "chat_template.json", {"chat_template": "json " + ALL})
     assert text(config(tmp_path, named)) == "json ?!"
     (tmp_path / "chat_template.jinja").write_text("größer\n" + ALL + "\n", encoding="utf-8")

@@ -51,7 +51,11 @@ REFUSED = {
     "one of several ends": ("generation_config.json", {"eos_token_id": [1001, -1]}, "eos_token_id -1, and the tok"),
     "a truth value": ("generation_config.json", {"eos_token_id": True}, "eos_token_id True, and the tokenizer's ids"),
     "the model's end": ("config.json", {"eos_token_id": 99999}, "config.json has the eos_token_id 99999, and the"),
-    "no EOS token": ("tokenizer_config.json", {"eos_token": "<nope>"}, "token '<nope>' not found"),
+    "no EOS token": (
+        "tokenizer_config.json",
+        {"eos_token": "<nope>"},
+        "token that tokenizer.json lacks: token '<nope>' not found",
+    ),
     "no BOS token": ("tokenizer_config.json", {"bos_token": "<nope>"}, "token '<nope>' not found"),
     "a token under another id": (
         "tokenizer_config.json",
@@ -200,6 +204,14 @@ INDEX_CASES = {
 def unlist(directory: Path, name: str) -> None:
     places = json.loads((directory / hf_weights.INDEX).read_text())["weight_map"]
     edit(directory, hf_weights.INDEX, weight_map={key: place for key, place in places.items() if key != name})
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_a_file_without_entries_is_named(model, name):
+    (model / "generation_config.json").unlink()
+    (model / name).write_text("[]")
+    with pytest.raises(UserError, match=rf"{name} \(2 bytes\) cannot be read as .*it is a list"):
+        read_tokenizer(model)
 
 
 @pytest.mark.parametrize("case", INDEX_CASES)
