@@ -35,9 +35,9 @@ class OneBosTokenizer(Tokenizer):
         except ValueError as error:
             if "not found in the collection" not in str(error):
                 raise
+            path = checkpoint_dir / "tokenizer_config.json"
             raise UserError(
-                f"{checkpoint_dir / 'tokenizer_config.json'} names an EOS or BOS token that tokenizer.json lacks: {error}"
-                "\nCorrect the one that is wrong, or take the files from the model's publisher again."
+                f"{path} names an EOS or BOS token that tokenizer.json lacks: {error}\nCorrect the one that is wrong, or take the files from the model's publisher again."
             ) from error
         except (KeyError, TypeError):
             # LitGPT asks last for a tokenizer_class, by which it only decodes single tokens otherwise
