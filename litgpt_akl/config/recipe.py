@@ -52,7 +52,7 @@ def recipe_as_yaml(arguments: dict[str, Any]) -> str:
 
 def check_masked(arguments: dict[str, Any]) -> None:
     """See that no argument is what a recipe has in place of a credential; raises UserError."""
-    for name, value in _flatten(plain(arguments)).items():
+    for name, value in flatten(plain(arguments)).items():
         if is_masked(value):
             option = name.replace(".init_args", "")
             raise UserError(
@@ -74,7 +74,7 @@ def differences(saved: str, current: str) -> list[str]:
 def _options(recipe: str) -> dict[str, Any]:
     """The options of a recipe under their names of today."""
     recipe, found = with_new_names(yaml.safe_load(recipe))
-    options = _flatten(recipe)
+    options = flatten(recipe)
     # an option that two divergences had is null in older recipes, where it is not the own one's
     return {**DEFAULTS, **options} if found else options
 
@@ -83,14 +83,14 @@ def given(recipe: str, function: Callable) -> dict[str, Any]:
     """The arguments in a recipe that differ from those that ``function`` has by default."""
     parameters = inspect.signature(function).parameters.values()
     usual = {of.name: None if of.default is of.empty else of.default for of in parameters}
-    usual, found = (_flatten(yaml.safe_load(text)) for text in (recipe_as_yaml(usual), recipe))
+    usual, found = (flatten(yaml.safe_load(text)) for text in (recipe_as_yaml(usual), recipe))
     return {name: value for name, value in found.items() if usual.get(name) != value}
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix.removesuffix("."): value}
-    return {name: item for key in value for name, item in _flatten(value[key], f"{prefix}{key}.").items()}
+    return {name: item for key in value for name, item in flatten(value[key], f"{prefix}{key}.").items()}
 
 
 def plain(value: Any) -> Any:

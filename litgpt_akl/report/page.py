@@ -1,6 +1,8 @@
 """The page itself: one HTML file with all that it needs in it."""
 
 import json
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -8,29 +10,28 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from bokeh.core.serialization import Serializer
 from bokeh.document import Document
 from bokeh.plotting import figure
 from bokeh.resources import INLINE
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
+from litgpt_akl.config.recipe import flatten
 from litgpt_akl.files.directories import write_file
-from litgpt_akl.report.figures import COLOURS, Drawing, Key, draw_distribution, draw_panels, printable
-from litgpt_akl.report.history import History, finite
+from litgpt_akl.messages import CONTROL, masked
+from litgpt_akl.report.comparison import comparison
+from litgpt_akl.report.figures import COLOURS, draw_panels
+from litgpt_akl.report.history import History
+from litgpt_akl.report.summary import cards, last_step, verdict
 
-VALUES = (
-    ("loss", "Loss", "nats per token", "{:.3f}"),
-    ("divergence", "Divergence", "nats per token", "{:.3f}"),
-    ("cross_entropy", "Cross-entropy", "nats per token", "{:.3f}"),
-    ("teacher_cross_entropy", "Teacher's cross-entropy", "nats per token", "{:.3f}"),
-    ("ppl", "Perplexity", "", "{:,.2f}"),
-    ("forward_kl", "Forward KL", "nats per token", "{:.3f}"),
-    ("reverse_kl", "Reverse KL", "nats per token", "{:.3f}"),
-    ("agreement", "Agreement on the top token", "", "{:.1%}"),
-    ("gap_closed", "Gap closed", "", "{:.1%}"),
-)
-"""Rows of the table of validations: name in the log, name on the page, unit, how it is written."""
+VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
+LIGHTEST, HEATS = 0.05, 8
+"""A token's KL in nats from which it is marked, and the shades of marks; each stands for twice as much."""
+BARS = 10
+"""Tokens of a distribution that are shown, and the recorded one."""
+PATIENCE = 600.0
+"""Seconds without a new page after which one that reloads itself gives up, if validations are not rarer still."""
 
 
 @dataclass
@@ -39,41 +40,71 @@ class Shown:
 
     history: History
     examples: dict[str, Any] | None = None
-    """What :mod:`litgpt_akl.training.reporting` has kept."""
+    """What :mod:`litgpt_akl.training.examples` has kept."""
 
 
-def write_page(path: Path, runs: Sequence[Shown]) -> None:
+def printable(text: str) -> str:
+    """The same text without credentials; what controls a writing direction or a terminal as replacement signs."""
+    return masked(CONTROL.sub("\ufffd", text.replace("\r\n", "\n")))
+
+
+def one_line(text: str, length: int) -> str:
+    """A token's text, at most ``length`` characters, with its white space visible."""
+    text = "".join(VISIBLE.get(character, character) for character in printable(text))
+    return text if len(text) <= length else f"{text[: length - 1]}\u2026"
+
+
+def write_page(path: Path, runs: Sequence[Shown], goes_on: bool = False) -> None:
     """Write the page of a run, or of several over each other; it appears whole or not at all.
+
+    While a run ``goes_on`` its page reloads itself.
 
     Raises:
         OSError: the disk does not take it.
     """
-    write_file(path, make_page(runs).encode("utf-8"))
+    write_file(path, make_page(runs, goes_on).encode("utf-8"))
 
 
-def make_page(runs: Sequence[Shown]) -> str:
+def make_page(runs: Sequence[Shown], goes_on: bool = False) -> str:
     """The page's HTML, with the plotting library and all data inside."""
-    histories = [run.history for run in runs]
+    began, histories = time.perf_counter(), [run.history for run in runs]
     environment = Environment(loader=PackageLoader("litgpt_akl", "report"), autoescape=True, trim_blocks=True)
-    environment.filters["printable"] = printable
-    panels, distributions = draw_panels(histories), draw_distributions(runs)
-    figures = [_item(drawing.figure, number) for number, drawing in enumerate((*panels, *distributions))]
+    # whatever text is put in; what is markup already has been through this
+    environment.finalize = lambda item: printable(item) if type(item) is str else item
+    tips: list[Any] = []
+    drawings, answers = draw_panels(histories), _answers(runs, tips)
+    figures = [_item(drawing.figure, number) for number, drawing in enumerate(drawings)]
+    alone = len(runs) == 1
     return environment.get_template("page.html").render(
-        title=", ".join(history.name for history in histories),
-        facts=[_facts(history) for history in histories],
+        **_heading(runs),
+        alone=alone,
+        verdict=verdict(histories[0]) if alone else None,
+        cards=cards(histories[0]) if alone else [],
+        comparison=None if alone else comparison(histories),
+        goes_on=goes_on,
+        patience=_patience(histories[0]),
+        refreshed=datetime.now().astimezone(),
         names=[history.name for history in histories],
         colours=COLOURS,
-        refreshed=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
-        table=_table(histories),
-        panels=panels,
-        distributions=distributions,
-        answers=_answers(runs),
+        drawings=drawings,
+        distributions=distributions(runs),
+        answers=answers,
+        heats=[LIGHTEST * 2**heat for heat in range(HEATS)],
         samples=_samples(runs),
-        notes=_notes(runs),
-        # within a script only these end it, or its JSON
-        figures=[json.dumps(item).replace("<", "\\u003c") for item in figures],
-        bokeh=INLINE.js_raw[0],
+        notes=sorted(
+            {run.examples["latest"]["note"] for run in runs if run.examples and run.examples["latest"]["note"]}
+        ),
+        settings=[_settings(run) for run in runs],
+        figures=_as_script(figures),
+        tips=_as_script(tips),
+        bokeh=Markup(INLINE.js_raw[0]),
+        seconds=time.perf_counter() - began,
     )
+
+
+def _as_script(data: Any) -> Markup:
+    """JSON within a script, which nothing but a < can end."""
+    return Markup(CONTROL.sub("\ufffd", json.dumps(data, ensure_ascii=False)).replace("<", "\\u003c"))
 
 
 def _item(plot: figure, number: int) -> dict[str, Any]:
@@ -87,99 +118,172 @@ def _item(plot: figure, number: int) -> dict[str, Any]:
     return {"target_id": f"figure-{number}", "root_id": plot.id, "doc": document, "version": version}
 
 
-def _facts(history: History) -> dict[str, str]:
-    """What a run is, from its recipe and how far it has come."""
+def _patience(history: History) -> float:
+    seconds = history.training.get("seconds_per_step", ())
+    interval = (history.recipe.get("eval") or {}).get("interval")
+    if len(seconds) == 0 or not isinstance(interval, int) or not math.isfinite(seconds[-1]):
+        return PATIENCE
+    return max(PATIENCE, 3 * interval * float(seconds[-1]))
+
+
+def _heading(runs: Sequence[Shown]) -> dict[str, Any]:
+    """Student, teacher, data, day and how far it has come."""
+    history, examples = runs[0].history, runs[0].examples
     recipe = history.recipe
-    distill, train, data = (recipe.get(name) or {} for name in ("distill", "train", "data"))
+    data = recipe.get("data") or {}
     source = data.get("init_args") or {}
-    path = next((source[name] for name in ("json_path", "path", "data_path", "download_dir") if source.get(name)), "")
-    steps = np.concatenate([history.training["step"], history.validation["step"]])
-    facts = {
-        "Student": recipe.get("checkpoint_dir"),
-        "Teacher": recipe.get("teacher_checkpoint_dir") or recipe.get("checkpoint_dir"),
-        "Objective": _objective(distill),
-        "Data": f"{str(data.get('class_path', '')).rpartition('.')[2]} {path}",
-        "Steps": f"{int(steps.max()):,}, {train.get('global_batch_size')} records each" if len(steps) else None,
+    paths = (source.get(name) for name in ("json_path", "path", "data_path", "download_dir"))
+    planned = ((examples or {}).get("latest", {}).get("run") or {}).get("steps")
+    teacher = recipe.get("teacher_checkpoint_dir") or recipe.get("checkpoint_dir")
+    facts = [
+        _name(next(filter(None, paths), None) or str(data.get("class_path") or "").rpartition(".")[2]),
+        _objective(recipe.get("distill") or {}) if recipe else None,
+        f"step {last_step(history):,}" + (f" of {planned:,}" if planned else ""),
+        f"{history.logged:%-d %B %Y}" if history.logged else None,
+    ]
+    if len(runs) > 1:
+        return {"student": f"{len(runs)} runs", "teacher": None, "facts": [run.history.name for run in runs]}
+    return {
+        "student": _name(recipe.get("checkpoint_dir")) or history.name,
+        "teacher": _name(teacher),
+        "facts": [fact for fact in facts if fact],
     }
-    (tokens,) = finite(history.training.get("tokens", np.empty(0)))
-    if len(tokens):
-        facts["Tokens"] = f"{int(tokens[-1]):,}"
-    return {name: str(value) for name, value in facts.items() if value} if recipe else {}
+
+
+def _name(path: Any) -> str:
+    """A path's last part."""
+    return Path(str(path)).name or str(path) if path else ""
 
 
 def _objective(distill: dict[str, Any]) -> str:
     share = distill.get("kd_ratio", 0.5)
     parts = {str(distill.get("divergence")): share, "cross-entropy": 1 - share}
-    terms = (f"{weight:.3g} {name}" if weight < 1 else name for name, weight in parts.items() if weight > 0)
-    return f"{' + '.join(terms)} (--distill.kd_ratio {share:g})"
+    return " + ".join(f"{weight:.3g} {name}" if weight < 1 else name for name, weight in parts.items() if weight > 0)
 
 
-def _table(histories: Sequence[History]) -> dict[str, Any] | None:
-    """Validations: of one run its first and its last, of several the last of each."""
-    columns = [(history, -1) for history in histories if len(history.validation["step"])]
-    if len(histories) == 1 and columns and len(histories[0].validation["step"]) > 1:
-        columns = [(histories[0], 0), *columns]
-    if not columns:
-        return None
-    steps = [f"step {int(history.validation['step'][place]):,}" for history, place in columns]
-    names = [step if len(histories) == 1 else f"{h.name}, {step}" for (h, _), step in zip(columns, steps, strict=True)]
-    rows = []
-    for name, title, unit, written in VALUES:
-        values = [history.validation.get(name, np.full(1, np.nan))[place] for history, place in columns]
-        if np.isfinite(values).any():
-            cells = [written.format(value) if np.isfinite(value) else "-" for value in values]
-            rows.append((title, unit, cells))
-    return {"columns": names, "rows": rows}
+def _settings(run: Shown) -> dict[str, Any]:
+    """Sizes, device and versions, and all options by their groups."""
+    latest = run.examples["latest"] if run.examples else {}
+    groups: dict[str, dict[str, str]] = {}
+    for name, given in flatten(run.history.recipe).items() if run.history.recipe else ():
+        group, _, rest = name.replace(".init_args", "").rpartition(".") if "." in name else ("", "", name)
+        groups.setdefault(group, {})[rest] = "-" if given is None else str(given)
+    facts = (latest.get("run") or {}).get("facts", {})
+    return {"name": run.history.name, "facts": {name: str(fact) for name, fact in facts.items()}, "groups": groups}
 
 
-def _snapshots(runs: Sequence[Shown]) -> list[tuple[Key, dict[str, Any]]]:
-    """Moments with examples, and their keys: of one run its first and its latest, of several the latest of each.
-
-    Colours are those of the other figures: of several runs each has its own.
-    """
+def _snapshots(runs: Sequence[Shown]) -> list[tuple[str, str, int, dict[str, Any]]]:
+    """Moments with examples, with label, colour and run of each: of one run its first and latest, else the latest."""
     if len(runs) > 1:
-        keys = [Key(run.history.name, colour, marker=True) for run, colour in zip(runs, cycle(COLOURS))]
-        return [(key, run.examples["latest"]) for key, run in zip(keys, runs, strict=True) if run.examples]
+        keys = [(run.history.name, colour, n) for n, (run, colour) in enumerate(zip(runs, cycle(COLOURS)))]
+        return [(*key, run.examples["latest"]) for key, run in zip(keys, runs, strict=True) if run.examples]
     if not runs[0].examples:
         return []
     first, latest = (runs[0].examples[when] for when in ("first", "latest"))
-    snapshots = [(Key(f"student, step {latest['step']:,}", COLOURS[0], marker=True), latest)]
+    snapshots = [(f"student now, step {latest['step']:,}", COLOURS[0], 0, latest)]
     if first["step"] < latest["step"]:
-        snapshots.insert(0, (Key(f"student, step {first['step']:,}", COLOURS[2], "dotted", marker=True), first))
+        snapshots.insert(0, (f"student before, step {first['step']:,}", COLOURS[2], 0, first))
     return snapshots
 
 
-def draw_distributions(runs: Sequence[Shown]) -> list[Drawing]:
-    """A drawing for each position of the last snapshot, with those that have the same position."""
-    snapshots = _snapshots(runs)
-    if not snapshots:
-        return []
-    of_all = [(key, of) for key, snapshot in snapshots for of in snapshot["positions"]]
-    drawings = []
-    for position in snapshots[-1][1]["positions"]:
+def distributions(runs: Sequence[Shown]) -> list[dict[str, Any]]:
+    """The last snapshot's positions: the teacher's most probable tokens, and what it and each student give them."""
+    snapshots, shown = _snapshots(runs), []
+    for position in snapshots[-1][3]["positions"] if snapshots else ():
         what = position["context"], position["tokens"]
+        of_all = [(key, of) for *key, snapshot in snapshots for of in snapshot["positions"]]
         same = [(key, of) for key, of in of_all if (of["context"], of["tokens"]) == what]
-        drawings.append(draw_distribution(position, same, COLOURS[1] if len(runs) == 1 else COLOURS[-1]))
-    return drawings
+        teacher = ["teacher", COLOURS[1] if len(runs) == 1 else "var(--faint)", None]
+        # earlier versions did not keep which token was recorded, only what it says
+        rank = position.get("next_rank")
+        if rank is None and position["next"] in position["tokens"]:
+            rank = position["tokens"].index(position["next"])
+        rows = []
+        for place, token in enumerate(position["tokens"]):
+            if place < BARS or place == rank:
+                rows.append((place, token, [position["p"][place], *(of["q"][place] for _, of in same)]))
+        if rank is not None and rank >= len(position["tokens"]):
+            rows.append((rank, position["next"], [position["next_p"], *(of.get("next_q", math.nan) for _, of in same)]))
+        highest = max(max(values) for *_, values in rows) or 1.0
+        shown.append(
+            {
+                "context": position["context"].replace("\n", " \u21b5 "),
+                "next": one_line(position["next"], 40),
+                "keys": [teacher, *(key for key, _ in same)],
+                "rows": [
+                    {
+                        "token": one_line(token, 16),
+                        "is_recorded": place == rank,
+                        "is_in_head": place < position["head"],
+                        "rank": place + 1,
+                        "values": values,
+                        "widths": [100 * max(0.0, min(each / highest, 1.0)) if each == each else 0 for each in values],
+                    }
+                    for place, token, values in rows
+                ],
+                "about": _about(position, same),
+            }
+        )
+    return shown
 
 
-def _answers(runs: Sequence[Shown]) -> list[dict[str, Any]]:
-    """Prompts of the last snapshot, each with the answers that there are to it, the teacher's first."""
-    snapshots = _snapshots(runs)
-    if not snapshots:
-        return []
-    shown = []
-    for answer in snapshots[-1][1]["answers"]:
-        texts = [("teacher", answer.get("teacher"))]
-        texts += [
-            (key.label, other.get("student"))
-            for key, snapshot in snapshots
+def _about(position: dict[str, Any], students: Sequence[tuple[Sequence[Any], dict[str, Any]]]) -> str:
+    tokens = "1 token" if position["head"] == 1 else f"{position['head']:,} tokens"
+    gaps = (f"{key[0]}: head gap {of['head_gap']:.3f}, tail gap {of['tail_gap']:.3f}" for key, of in students)
+    return f"Head (shaded): {tokens} with {position['head_mass']:.1%} of the teacher's mass. {'; '.join(gaps)}."
+
+
+def _answers(runs: Sequence[Shown], tips: list[Any]) -> list[dict[str, Any]]:
+    """Prompts of the last snapshot, each with the texts that there are to it; what tokens tell goes to ``tips``."""
+    snapshots, shown = _snapshots(runs), []
+    for answer in snapshots[-1][3]["answers"] if snapshots else ():
+        same = [
+            (key, other)
+            for *key, snapshot in snapshots
             for other in snapshot["answers"]
             if other["prompt"] == answer["prompt"]
         ]
-        texts = [(name, "".join(token[0] for token in text["tokens"]) + text["rest"]) for name, text in texts if text]
-        shown.append({"prompt": answer["prompt"], "answers": texts})
+        texts = [_text(name, run, other["student"], tips) for (name, _, run), other in same if other.get("student")]
+        for role, name in (("teacher", "teacher"), ("recorded", "recorded")):
+            if answer.get(role):
+                before = same[0][1].get(role) if len(runs) == 1 and len(same) > 1 else None
+                texts.append(_text(name, None, answer[role], tips, before))
+        shown.append(
+            {"prompt": answer["prompt"], "texts": texts, "lacks": [] if answer.get("recorded") else ["recorded"]}
+        )
     return shown
+
+
+def _text(
+    name: str, run: int | None, text: dict[str, Any], tips: list[Any], before: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A text as the page shows it: its tokens with the shade of their KL, what follows them, and the mean KL."""
+    whole = "".join(token[0] for token in text["tokens"]) + text["rest"]
+    kl = _mean_kl(text)
+    found = {"name": name, "run": run, "kl": kl, "before": None, "tokens": [], "rest": text["rest"]}
+    if before is not None and [token[0] for token in before["tokens"]] == [token[0] for token in text["tokens"]]:
+        found["before"] = _mean_kl(before)
+    if masked(whole) != whole:
+        # the parts of a credential do not look like one
+        return {**found, "rest": whole}
+    for piece, value, *likely in text["tokens"]:
+        heat = 0 if not value >= LIGHTEST else min(1 + int(math.log2(value / LIGHTEST)), HEATS)
+        if not piece.strip():
+            # what cannot be seen is no less of a token
+            piece = "".join(VISIBLE.get(character, character) for character in piece) + "\n" * piece.count("\n")
+        found["tokens"].append((piece or "\u00b7", heat))
+        tips.append([_finite(value), *([[one_line(t, 24), _finite(p)] for t, p in of] for of in likely)])
+    found["length"] = len(text["tokens"])
+    return found
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _mean_kl(text: dict[str, Any]) -> float | None:
+    values = [token[1] for token in text["tokens"]]
+    return _finite(sum(values) / len(values)) if values else None
 
 
 def _samples(runs: Sequence[Shown]) -> list[dict[str, Any]]:
@@ -195,7 +299,3 @@ def _samples(runs: Sequence[Shown]) -> list[dict[str, Any]]:
         else:
             same["names"].append(run.history.name)
     return shown
-
-
-def _notes(runs: Sequence[Shown]) -> list[str]:
-    return sorted({run.examples["latest"]["note"] for run in runs if run.examples and run.examples["latest"]["note"]})

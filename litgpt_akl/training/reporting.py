@@ -58,7 +58,7 @@ def report(
             tell_example(fabric, run, state)
         keep_examples(fabric, run, state, complain)
     if failures is not None or time.monotonic() - state["page_drawn"] >= PAGE_SECONDS:
-        refresh_page(fabric, run, state, complain)
+        refresh_page(fabric, run, state, complain, goes_on=failures is None)
 
 
 def tell_validation(step: int, metrics: dict[str, float]) -> None:
@@ -138,10 +138,13 @@ def find_example(data: DataModule, dataset: TokenizedDataset, tokenizer: Tokeniz
     return Example(tokenizer.encode(data.prompt_style.apply(select_sft_generate_example(eval, data))))
 
 
-def refresh_page(fabric: L.Fabric, run: Run, state: dict, complain: Callable[[str], None]) -> None:
+def refresh_page(
+    fabric: L.Fabric, run: Run, state: dict, complain: Callable[[str], None], goes_on: bool = False
+) -> None:
     """Write ``out_dir/report.html`` anew in process 0, if anything was logged; if it cannot be, the run goes on.
 
-    Each file that cannot be shown is told once; ``complain`` is told if there is no new page.
+    Each file that cannot be shown is told once; ``complain`` is told if there is no new page. While the run ``goes_on``
+    the page reloads itself.
     """
     metrics = flushed_metrics(fabric) if fabric.is_global_zero else None
     if metrics is None or not metrics.is_file():
@@ -157,7 +160,7 @@ def refresh_page(fabric: L.Fabric, run: Run, state: dict, complain: Callable[[st
             tell(text)
 
     try:
-        write_page(run.out_dir / PAGE, [read_run(run.out_dir, tell_once)])
+        write_page(run.out_dir / PAGE, [read_run(run.out_dir, tell_once)], goes_on)
     except Exception as error:
         # whatever it is, a page is not worth a run
         complain(f"{run.out_dir / PAGE} was not refreshed ({type(error).__name__}: {reason(error)})")

@@ -20,7 +20,8 @@ FLAGS = (
     *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--proxy-server=127.0.0.1:9"),
 )
 WIDE, PHONE = (1400, 900), (390, 844)
-FIGURES = 18
+FIGURES, FOLDED = 12, 5
+"""Of all figures, so many are in a fold."""
 SEEN = """
 const figures = [...document.querySelectorAll('.figure')].filter((f) => f.getBoundingClientRect().top < innerHeight);
 return figures.length > 1 && figures.every((f) => f.dataset.drawn) && Bokeh.documents.every((d) => d.is_idle);
@@ -78,7 +79,8 @@ def until(browser, condition: str) -> None:
 
 
 def scroll_through(browser) -> None:
-    """As a reader does, until every figure has been on the screen."""
+    """As a reader does who opens all, until every figure has been on the screen."""
+    browser.execute_script("for (const fold of document.querySelectorAll('details')) fold.open = true")
     for number in range(FIGURES):
         browser.execute_script(f"document.getElementById('figure-{number}')?.scrollIntoView()")
         until(browser, f"const f = document.getElementById('figure-{number}'); return !f || f.dataset.drawn")
@@ -123,7 +125,7 @@ def test_every_figure_is_drawn_and_nothing_is_complained_of(browser, pages, size
     assert browser.execute_script("return document.querySelectorAll('.figure').length") == FIGURES
     assert complaints(browser) == []
     assert too_wide(browser) == [] and browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
-    for number in (0, 4, 9, 12, FIGURES - 1):
+    for number in (0, 4, FIGURES - 1):
         image = pixels(browser, number)
         ground = nearest(image, GROUNDS[scheme])
         line = nearest(image, (0, 0x72, 0xB2))
@@ -162,7 +164,9 @@ def test_text_is_shown_as_it_is(browser, pages):
     texts = browser.execute_script(
         "return [...document.querySelectorAll('.example pre, dd')].map((e) => e.textContent)"
     )
-    assert sum(shown in text for text in texts) == 9  # data, prompt, three answers, and the sample with what it is of
+    # a prompt, four texts of each of three prompts, the sample with what it is of, and among the settings the data's
+    # path and a version
+    assert sum(shown in text for text in texts) == 1 + 4 * 3 + 4 + 2
     assert browser.execute_script("return document.querySelectorAll('main b, .card b, .card i').length") == 0
     assert complaints(browser) == []
 
@@ -175,5 +179,130 @@ def test_several_runs_are_laid_over_each_other(browser, pages):
     image = pixels(browser, 0)
     for colour in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0), (0, 0x91, 0x70)):
         assert nearest(image, colour).sum() > 30
-    names = browser.execute_script("return [...document.querySelectorAll('h3')].slice(0, 3).map((e) => e.textContent)")
+    names = browser.execute_script("return [...document.querySelectorAll('td label')].map((e) => e.textContent)")
     assert names == ["<i>run</i> 0", "<i>run</i> 1", "<i>run</i> 2"]
+
+
+def test_a_run_that_is_not_ticked_is_hidden(browser, pages):
+    show(browser, pages["three"], WIDE, "light")
+    until(browser, SEEN)
+    seen = """
+        const lines = figures.map((f) => f.model.renderers.filter((r) => r.tags[0] === 1).map((r) => r.visible)).flat();
+        const marked = [...document.querySelectorAll('[data-run="1"]')].map((e) => e.checkVisibility());
+        return [new Set(lines).size, lines[0], marked.some((m) => m), marked.length > 3];
+    """
+    assert browser.execute_script(seen) == [1, True, True, True]
+    assert nearest(pixels(browser, 0), (0xD5, 0x5E, 0)).sum() > 30
+    browser.execute_script("document.querySelectorAll('input.run')[1].click()")
+    assert browser.execute_script(seen) == [1, False, False, True]
+    time.sleep(0.3)
+    assert nearest(pixels(browser, 0), (0xD5, 0x5E, 0)).sum() < 5
+    # nor is it in a figure that is drawn later
+    scroll_through(browser)
+    assert browser.execute_script(seen) == [1, False, False, True] and complaints(browser) == []
+    browser.execute_script("document.querySelectorAll('input.run')[1].click()")
+    assert browser.execute_script(seen) == [1, True, True, True]
+
+
+TIP = "const tip = document.getElementById('tip'); return tip.hidden ? null : tip.innerText"
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+def test_a_token_tells_what_both_models_hold_most_probable(browser, pages, size):
+    show(browser, pages["one"], size, "light")
+    assert browser.execute_script(TIP) is None
+    for place in (0, 1, 44):
+        browser.execute_script(
+            "const span = document.querySelectorAll('.answer .heat i')[arguments[0]];"
+            "span.scrollIntoView({block: 'center'}); span.click()",
+            place,
+        )
+        told = browser.execute_script(TIP)
+        assert "KL " in told and "50.0%" in told and "teacher" in told and too_wide(browser) == []
+        visible = "const b = tip.getBoundingClientRect(); return b.left >= 0 && b.top >= 0 && b.bottom <= innerHeight"
+        assert browser.execute_script(visible)
+    browser.execute_script("document.querySelector('h1').click()")
+    assert browser.execute_script(TIP) is None and complaints(browser) == []
+
+
+def test_a_page_follows_its_run_until_it_is_finished(browser, tmp_path):
+    """It comes anew by itself, where its reader was, with the folds that were open, and then stops."""
+    shown, path = Shown(made_up("run", 50), made_up_examples()), tmp_path / "report.html"
+    path.write_text(make_page([shown], goes_on=True).replace("EVERY = 15", "EVERY = 0.5"))
+    show(browser, path, WIDE, "light")
+    browser.execute_script("document.getElementById('more-curves').open = true; scrollTo(0, 1500)")
+    path.write_text(make_page([shown], goes_on=True).replace("EVERY = 15", "EVERY = 0.5") + "<i id='second'></i>")
+    until(browser, "return document.getElementById('second') !== null")
+    until(browser, "return Math.abs(scrollY - 1500) < 60 && document.getElementById('more-curves').open")
+    path.write_text(make_page([shown]) + "<i id='third'></i>")
+    until(browser, "return document.getElementById('third') !== null")
+    assert browser.execute_script("window.stays = true; return document.querySelector('.live')") is None
+    time.sleep(1)
+    assert browser.execute_script("return window.stays") and complaints(browser) == []
+
+
+def test_a_page_is_not_followed_by_who_does_not_want_to_or_without_news(browser, tmp_path):
+    shown, path = Shown(made_up("run", 50), made_up_examples()), tmp_path / "report.html"
+    page = make_page([shown], goes_on=True).replace("EVERY = 15", "EVERY = 0.2")
+    for change, act in (
+        (page, "document.getElementById('follow').click()"),
+        (page.replace("patience: 600", "patience: -1"), ""),
+        (page, "document.querySelector('.answer .heat i').click()"),
+    ):
+        path.write_text(change)
+        show(browser, path, WIDE, "light")
+        browser.execute_script(f"sessionStorage.clear(); window.stays = true; {act}")
+        time.sleep(0.8)
+        assert browser.execute_script("return window.stays"), act
+    assert "Last news less than a minute ago" in browser.execute_script("return document.body.innerText")
+
+
+CONTRAST = """
+const numbers = (colour) => colour.match(/[\\d.]+/g).map(Number);
+const over = (top, ground) => { const a = top[3] ?? 1; return [0, 1, 2].map((n) => a * top[n] + (1 - a) * ground[n]); };
+const luminance = (colour) => {
+  const linear = colour.map((part) => part / 255).map((p) => p <= 0.04045 ? p / 12.92 : ((p + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+};
+const ground = (element) => {
+  const own = numbers(getComputedStyle(element).backgroundColor);
+  if (element === document.documentElement) return over(own, [255, 255, 255]);
+  return (own[3] ?? 1) === 1 ? own.slice(0, 3) : over(own, ground(element.parentElement));
+};
+const found = {};
+for (const element of document.querySelectorAll("body *")) {
+  const hasText = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
+  if (!hasText || !element.checkVisibility() || element.closest("script, .bk-Figure")) continue;
+  const [high, low] = [ground(element), over(numbers(getComputedStyle(element).color), ground(element))]
+    .map(luminance).sort((a, b) => b - a);
+  const ratio = (high + 0.05) / (low + 0.05);
+  if (ratio < 4.5) found[`${element.tagName} ${element.className} ${element.dataset.k ?? ""}`] = ratio;
+}
+return [found, document.querySelectorAll("[data-k]").length];
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("name", ["one", "three"])
+def test_every_text_stands_out_from_what_is_behind_it(browser, pages, name, scheme):
+    show(browser, pages[name], WIDE, scheme)
+    browser.execute_script("for (const fold of document.querySelectorAll('details')) fold.open = true")
+    browser.execute_script("document.querySelector('.answer .heat i').click()")
+    low, marked = browser.execute_script(CONTRAST)
+    assert low == {} and marked > 100
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_prints_on_white_with_all_figures_and_settings(browser, pages, scheme):
+    show(browser, pages["one"], WIDE, scheme)
+    until(browser, f"return document.querySelectorAll('.figure[data-drawn]').length === {FIGURES - FOLDED}")
+    browser.execute_script(
+        "addEventListener('beforeprint', () => { window.printed = document.documentElement.outerHTML })"
+    )
+    page = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {})["data"])
+    assert page.startswith(b"%PDF") and 3 < page.count(b"/Type /Page\n") < 30
+    printed = browser.execute_script("return window.printed")
+    assert "data-printed" in printed and 'id="settings-0" class="card" open' in printed
+    # and the screen is as it was
+    after = "return [document.documentElement.dataset.printed, document.getElementById('settings-0').open]"
+    assert browser.execute_script(after) == [None, False] and complaints(browser) == []

@@ -25,10 +25,12 @@ import litgpt_akl.training.reporting
 from litgpt_akl.commands.report_akl import report_akl
 from litgpt_akl.config.args import TeacherArgs
 from litgpt_akl.messages import UserError
-from litgpt_akl.report.figures import COLOURS, NOISY, draw_panels, one_line, printable
+from litgpt_akl.report.comparison import comparison, difference
+from litgpt_akl.report.figures import COLOURS, NOISY, draw_panels
 from litgpt_akl.report.history import POINTS, History, read_history, running_mean, thin, unique_names
-from litgpt_akl.report.page import Shown, draw_distributions, make_page
+from litgpt_akl.report.page import BARS, Shown, distributions, make_page, one_line, printable
 from litgpt_akl.report.runs import read_examples, read_run, take_examples, write_examples
+from litgpt_akl.report.summary import cards, verdict
 from litgpt_akl.training.examples import ALTERNATIVES, COMPARED, TOKENS
 from litgpt_akl.training.logging import make_loggers
 
@@ -74,7 +76,7 @@ def test_the_log_is_read_whatever_is_in_it(tmp_path):
     assert math.isnan(history.training["loss"][1])
     assert history.validation["step"].tolist() == [0, 2] and history.validation["ppl"].tolist() == [12, 9]
     page = make_page([Shown(history)])
-    assert "Validation" in page and "12.00" in page
+    assert "step 2" in page and "Cross-entropy" not in page
 
 
 def test_a_run_shows_what_it_has_logged(run):
@@ -86,7 +88,7 @@ def test_a_run_shows_what_it_has_logged(run):
         for column in ("loss", "cross_entropy", "agreement", "step"):
             key = column if column == "step" else prefix + column
             assert columns[column].tolist() == [row[key] for row in own]
-    drawings = {drawing.title: drawing for drawing in draw_panels([history])}
+    drawings = {drawing.panel.title: drawing for drawing in draw_panels([history])}
     assert len(drawings) == 12
     lines = {r.name: r.data_source.data for r in drawings["Cross-entropy"].figure.renderers if r.name}
     training = [row for row in rows if "loss" in row]
@@ -115,23 +117,53 @@ def test_the_page_says_what_is_minimised(tmp_path, share, text):
     log(tmp_path, "step,loss\n1,2.5\n")
     recipe = {"distill": {"divergence": "rkl", "kd_ratio": share}}
     (tmp_path / "hyperparameters.yaml").write_text(yaml.safe_dump(recipe))
-    assert f"<dd>{text} (--distill.kd_ratio {share:g})</dd>" in make_page([Shown(read_history(tmp_path))])
+    page = make_page([Shown(read_history(tmp_path))])
+    assert f"<span>{text}</span>" in page and f"<dt>kd_ratio</dt><dd>{share}</dd>" in page
 
 
 def test_the_page_names_the_run_and_its_validations(run, student_dir, teacher_dir, alice_json):
-    page = (run / "report.html").read_text(encoding="utf-8")
-    for text in (
-        str(student_dir),
-        str(teacher_dir),
-        str(alice_json),
-        "0.5 akl + 0.5 cross-entropy",
-        "step 0",
-        "step 6",
-        "refreshed",
-    ):
-        assert text in page
-    last = [row for row in metrics(run) if "val_loss" in row][-1]
-    assert f"<td>{last['val_cross_entropy']:.3f}</td>" in page and f"<td>{last['val_gap_closed']:.1%}</td>" in page
+    page, validations = (run / "report.html").read_text(), [row for row in metrics(run) if "val_loss" in row]
+    assert f"<title>{student_dir.name} from {teacher_dir.name} - distillation report</title>" in page
+    for text in (student_dir, teacher_dir, alice_json, "0.5 akl + 0.5 cross-entropy", "step 6 of 6", "torch version"):
+        assert str(text) in page
+    first, last = validations[0], validations[-1]
+    for name, written in (("val_forward_kl", "{:.3f}"), ("val_reverse_kl", "{:.3f}"), ("val_agreement", "{:.1%}")):
+        before, now = (written.format(row[name]) for row in (first, last))
+        assert f"before <b>{before}</b>" in page and f'<p class="now">{now}</p>' in page
+    assert f'<p class="now">{last["val_gap_closed"]:.1%}</p>' in page
+    assert f"{first['val_cross_entropy']:.3f} to {last['val_cross_entropy']:.3f}, teacher" in page
+    assert "In 6 steps the student came closer to its teacher: forward KL went from" in page
+
+
+def told(**columns: list[float]) -> History:
+    """A run that has validated so."""
+    validation = {name: np.array(values, dtype=float) for name, values in columns.items()}
+    return History("run", validation=validation, training={"step": np.empty(0)})
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        ({"step": []}, "This run has not validated its student yet."),
+        ({"step": [0], "forward_kl": [2], "agreement": [0.25]}, "At step 0, the only one that was validated, forward"),
+        ({"step": [0, 9], "forward_kl": [2, 1], "agreement": [0.25, 0.5]}, "from 2 to 1 nats per token, and agreement"),
+        ({"step": [0, 9], "forward_kl": [2, 3], "agreement": [0.25, 0.2]}, "did not come closer to its teacher"),
+        ({"step": [0, 4, 9], "forward_kl": [3, 1, 2], "agreement": [0, 0, 0]}, "it was closest at step 4, with 1."),
+        ({"step": [0, 9], "forward_kl": [2, math.nan], "agreement": [0, 0]}, "are no numbers any more"),
+        ({"step": [0, 9], "loss": [2, 1]}, "are no numbers any more"),
+    ],
+)
+def test_one_sentence_says_how_it_went(columns, text):
+    assert text in verdict(told(**columns)) and verdict(told(**columns)).endswith(".")
+    assert text in make_page([Shown(told(**columns))]).replace("&#39;", "'")
+
+
+def test_a_gap_that_is_none_is_said_to_be_none():
+    columns = {"step": [0, 9], "gap_closed": [math.nan] * 2, "cross_entropy": [2, 1], "teacher_cross_entropy": [3, 3]}
+    assert [card["title"] for card in cards(told(**columns))] == ["Forward KL", "Reverse KL", "Agreement", "Gap closed"]
+    assert cards(told(**columns))[-1]["about"].endswith("2.000 to 1.000, teacher 3.000. There is no gap to close")
+    columns["step"] = [3, 9]
+    assert cards(told(**columns))[-1]["about"].endswith("Step 0 was not validated")
 
 
 def test_examples_are_the_models_own(run, teacher_dir, student_dir, alice_json):
@@ -294,16 +326,19 @@ def test_what_cannot_be_written_does_not_end_the_run(
 def test_a_page_that_is_new_is_drawn_again_at_the_end_only(
     teacher_dir, student_dir, alice_json, tmp_path, monkeypatch, seconds, drawn
 ):
-    steps, write_page = [], litgpt_akl.report.page.write_page
+    steps, live, write_page = [], [], litgpt_akl.report.page.write_page
 
-    def write_and_count(path, shown):
+    def write_and_count(path, shown, goes_on):
         steps.append(shown[0].history.validation["step"][-1])
-        write_page(path, shown)
+        live.append(goes_on)
+        write_page(path, shown, goes_on)
 
     monkeypatch.setattr(litgpt_akl.report.page, "write_page", write_and_count)
     monkeypatch.setattr(litgpt_akl.training.reporting, "PAGE_SECONDS", seconds)
     distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 3}, eval={"interval": 1})
     assert len(steps) == drawn and steps[-1] == 3
+    # the last one reloads itself no more
+    assert live == [True] * (drawn - 1) + [False]
 
 
 def test_a_new_run_forgets_the_one_before(teacher_dir, student_dir, alice_json, tmp_path):
@@ -328,33 +363,117 @@ def test_every_logger_has_a_csv_file_beside_it(tmp_path):
 def test_several_runs_have_a_colour_each(run):
     other = History("other", training={name: column + 1 for name, column in read_history(run).training.items()})
     other.validation = {"step": np.empty(0)}
-    drawing = draw_panels([read_history(run), other])[2]
-    assert drawing.title == "Cross-entropy"
-    colours = {key.label: (key.colour, key.dash) for key in drawing.keys}
-    assert colours["run: student"] == (COLOURS[0], "solid") and colours["run: teacher"] == (COLOURS[0], "dashed")
-    assert colours["other: student"] == (COLOURS[1], "solid") and "other: student, validation" not in colours
+    drawing = next(of for of in draw_panels([read_history(run), other]) if of.panel.title == "Cross-entropy")
+    lines = {of.name: (of.glyph.line_color, of.glyph.line_dash, of.tags) for of in drawing.figure.renderers if of.name}
+    assert lines["run: student"] == (COLOURS[0], [], [0]) and lines["run: teacher"] == (COLOURS[0], [6], [0])
+    assert lines["other: student"] == (COLOURS[1], [], [1]) and "other: student, validation" not in lines
+    assert [(key.label, key.dash) for key in drawing.keys] == [("student", "solid"), ("teacher", "dashed")]
     assert unique_names([Path("/a/x/run"), Path("/a/y/run"), Path("/a/y/last")]) == ["x/run", "y/run", "y/last"]
 
 
 def test_runs_keep_their_colours_in_distributions():
     first, second = (Shown(made_up(name, 20), made_up_examples()) for name in ("a", "b"))
-    alone, both = draw_distributions([first])[0], draw_distributions([first, second])[0]
-    assert [(key.label, key.colour) for key in alone.keys] == [
-        ("teacher", COLOURS[1]),  # as in the figure of the cross-entropies
-        ("student, step 0", COLOURS[2]),
-        ("student, step 9", COLOURS[0]),
+    alone, both = distributions([first])[0], distributions([first, second])[0]
+    assert [key[:2] for key in alone["keys"]] == [
+        ["teacher", COLOURS[1]],  # as in the figure of the cross-entropies
+        ["student before, step 0", COLOURS[2]],
+        ["student now, step 9", COLOURS[0]],
     ]
-    assert [(key.label, key.colour) for key in both.keys] == [
-        ("teacher", COLOURS[-1]),
-        ("a", COLOURS[0]),
-        ("b", COLOURS[1]),
-    ]
+    assert [key[0] for key in both["keys"]] == ["teacher", "a", "b"]
+    assert [key[1] for key in both["keys"][1:]] == [*COLOURS[:2]]
+
+
+def test_the_recorded_token_is_marked_wherever_it_is():
+    shown = distributions([Shown(made_up("a", 20), made_up_examples())])
+    for number, position in enumerate(shown):
+        rank = 7 * number
+        rows = [row for row in position["rows"] if row["is_recorded"]]
+        assert [row["rank"] for row in rows] == [rank + 1]
+        assert len(position["rows"]) == BARS + (rank >= BARS)
+        if rank >= TOKENS:
+            assert rows[0]["values"] == [0.01, 0.02, 0.02]
+    old = made_up_examples()
+    for moment in old.values():
+        for position in moment["positions"]:
+            position.pop("next_rank", None)
+    # EVIL is both the recorded token and the first of them
+    assert [row["is_recorded"] for row in distributions([Shown(made_up("a", 20), old)])[0]["rows"]][:2] == [True, False]
+
+
+def test_what_is_the_same_is_drawn_once(tmp_path):
+    rows = "".join(f"{step},{1 / step},{1 / step},{2 / step},{1 / step},0.5\n" for step in range(1, 9))
+    for name, recipe, titles in (
+        ("fkl", {"divergence": "fkl"}, ["Forward and reverse KL"]),
+        ("akl", {"divergence": "akl"}, ["Forward and reverse KL", "Weight of forward KL, h"]),
+    ):
+        log(tmp_path / name, f"step,loss,forward_kl,reverse_kl,divergence,h\n{rows}")
+        (tmp_path / name / "hyperparameters.yaml").write_text(yaml.safe_dump({"distill": {**recipe, "kd_ratio": 1.0}}))
+        drawings = draw_panels([read_history(tmp_path / name)])
+        assert [drawing.panel.title for drawing in drawings] == titles
+        assert "Loss is the same as forward. Divergence is the same as forward." in drawings[0].about
+    both = draw_panels([read_history(tmp_path / name) for name in ("fkl", "akl")])
+    assert {tag for of in both[-1].figure.renderers for tag in of.tags} == {1} and len(both) == 2
+
+
+def test_the_step_before_training_stands_alone():
+    steps = np.array([0.0, 5, 10])
+    run = History("a", validation={"step": steps, "loss": np.array([9.0, 2, 1])}, training={"step": np.empty(0)})
+    line, dots = draw_panels([run])[0].figure.renderers
+    assert line.data_source.data["x"].tolist() == [5, 10] and dots.data_source.data["x"].tolist() == [0, 5, 10]
+
+
+def repeated(scale: float = 1.0) -> list[Shown]:
+    """Two objectives with three seeds each."""
+    runs, random = [], np.random.default_rng(0)
+    for name, seed in ((name, seed) for name in ("akl", "fkl") for seed in (1, 2, 3)):
+        history = told(step=[0, 9], forward_kl=[5, 1 + (name == "fkl") * scale + random.normal(0, 0.1)])
+        history.validation["teacher_cross_entropy"] = np.array([2.0, 2.0])
+        history.name, history.recipe = (
+            f"{name}-{seed}",
+            {"distill": {"divergence": name}, "seed": seed, "out_dir": name},
+        )
+        runs.append(Shown(history))
+    return runs
+
+
+def test_runs_are_compared_by_what_differs():
+    runs = repeated()
+    found = comparison([run.history for run in runs])
+    assert [head for head, _ in found["heads"]] == ["distill.divergence", "seed", "Forward KL"]
+    assert [row["cells"][:2] for row in found["rows"]][3] == [("fkl", False), ("1", False)]
+    values = [run.history.validation["forward_kl"][-1] for run in runs]
+    assert [row["cells"][2][1] for row in found["rows"]] == [value == min(values) for value in values]
+    assert found["warnings"] == [] and found["verdict"].startswith("Closest to the teacher by forward KL")
+    runs[1].history.validation["teacher_cross_entropy"] += 0.1
+    runs[2].history.recipe["teacher_checkpoint_dir"] = "another"
+    runs[3].history.training["step"] = np.array([12.0])
+    warnings = comparison([run.history for run in runs])["warnings"]
+    assert ["other data" in warnings[0], "other teachers" in warnings[1], "different steps" in warnings[2]] == [
+        True
+    ] * 3
+    page = make_page(runs)
+    assert page.count('<input type="checkbox" class="run"') == 6 and page.count('class="warning"') == len(warnings) == 3
+
+
+@pytest.mark.parametrize(("scale", "verdict"), [(1.0, ""), (0.0, "not told apart")])
+def test_differences_between_repeats_have_an_interval(scale, verdict):
+    from scipy import stats
+
+    runs = [run.history for run in repeated(scale)]
+    (row,) = comparison(runs)["repeats"]
+    last = np.array([run.validation["forward_kl"][-1] for run in runs]).reshape(2, 3)
+    low, high = stats.ttest_rel(*last).confidence_interval(0.95)
+    assert row[:2] == ["Forward KL", "divergence akl (3), divergence fkl (3)"] and row[-1] == verdict
+    assert row[3:5] == [f"{(last[0] - last[1]).mean():.3f}", f"{low:.3f} to {high:.3f}"]
+    one, other = dict(zip("abc", last[0], strict=True)), dict(zip("defg", [*last[1], 3.0], strict=True))
+    welch = stats.ttest_ind([*one.values()], [*other.values()], equal_var=False).confidence_interval(0.95)
+    np.testing.assert_allclose(difference(one, other)[::2], [welch.low, welch.high], rtol=1e-3)
 
 
 def test_noise_stands_behind_its_mean():
     steps = np.arange(1.0, 5001)
     noisy = History("noisy", training={"step": steps, "loss": np.sin(steps)}, validation={"step": np.empty(0)})
-    behind, mean = draw_panels([noisy])[0].figure.renderers
+    behind, mean = draw_panels([noisy])[0].figure.renderers[:2]
     assert len(behind.data_source.data["x"]) <= POINTS and behind.data_source.data["y"].max() > 0.999
     assert len(mean.data_source.data["x"]) == POINTS // 2 and abs(mean.data_source.data["y"][250]) < 0.05
     few = {name: column[: NOISY - 1] for name, column in noisy.training.items()}
