@@ -81,7 +81,8 @@ addEventListener("pointerover", (event) => show(event.target));
 addEventListener("click", (event) => show(event.target));
 
 // while the run goes on the page comes anew, as its reader left it
-const kept = JSON.parse(sessionStorage.getItem(location.pathname) ?? "{}");
+const isReload = performance.getEntriesByType("navigation")[0]?.type === "reload";
+const kept = JSON.parse((isReload && sessionStorage.getItem(location.pathname)) || "{}");
 for (const id of kept.open ?? []) document.getElementById(id)?.setAttribute("open", "");
 if (kept.follow === false && run.goesOn) document.getElementById("follow").checked = false;
 if (kept.scroll !== undefined) scrollTo(0, kept.scroll);
