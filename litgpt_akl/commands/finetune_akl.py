@@ -3,7 +3,6 @@
 import math
 from functools import partial
 from pathlib import Path
-from textwrap import wrap
 from typing import Literal
 
 import torch
@@ -17,7 +16,7 @@ from litgpt_akl.config.args import DistillArgs, LoRAArgs, Options, TeacherArgs
 from litgpt_akl.config.checks import OPTIMIZER, check_options, optimizer_config, without_student
 from litgpt_akl.config.recipe import check_masked, given, recipe_as_yaml
 from litgpt_akl.memory.estimate import MemoryEstimate, make_estimate, with_lengths
-from litgpt_akl.memory.fit import COLUMNS, report_memory
+from litgpt_akl.memory.fit import report_memory, wrapped
 from litgpt_akl.memory.samples import Samples, look_at_samples, why_unknown
 from litgpt_akl.messages import say
 from litgpt_akl.models.export import check_export
@@ -203,7 +202,7 @@ def tell_memory(options: Options, models: Models, memory: MemoryEstimate) -> Non
     else:
         told = f"Data: each sample is taken for {memory.longest_sample:,} tokens, since {unknown}."
         told += "" if options.train.max_seq_length else " Say by --train.max_seq_length how long they are at most."
-    _say(told)
+    say(wrapped(told))
     if options.teacher.cache_dir is not None:
         _tell_cache(options, memory, samples)
     report_memory(memory, options.device_memory, in_full=True)
@@ -215,18 +214,13 @@ def _tell_cache(options: Options, memory: MemoryEstimate, samples: Samples | Non
     size = bytes_of_token(memory.teacher.n_embd, dtype)
     if samples is None:
         options = size, memory.cached_head, *memory.sizes, None if fills else options.train.epochs
-        _say(describe_without_data(teacher.cache_dir, *options))
+        say(wrapped(describe_without_data(teacher.cache_dir, *options)))
         return
     found, per_epoch = samples.training, math.ceil(samples.training.samples / options.train.global_batch_size)
     epochs = total_steps(options.train, found.samples) / per_epoch
     tokens = math.ceil(found.response_tokens * (1 if fills else min(1, epochs))) + samples.validation.response_tokens
-    _say(describe_whole(teacher.cache_dir, size, tokens, memory.cached_head))
-    share = found.response_tokens / max(1, found.tokens)
-    _say(describe_saving(*memory.sizes, share, None if fills else epochs))
-
-
-def _say(text: str) -> None:
-    say("\n".join(part for line in text.splitlines() for part in wrap(line, COLUMNS)))
+    saving = describe_saving(*memory.sizes, found.response_tokens / max(1, found.tokens), None if fills else epochs)
+    say(wrapped(f"{describe_whole(teacher.cache_dir, size, tokens, memory.cached_head)}\n{saving}"))
 
 
 def launch(run: Run) -> None:

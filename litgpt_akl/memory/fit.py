@@ -75,7 +75,12 @@ def describe_memory(estimate: MemoryEstimate, limit: float | None) -> str:
     title = f"Predicted memory of {device} in GB, at its peak, the {peak.name}:"
     end = f"Most of it: {' and '.join(most)}.{others}"
     shape = f"For {student}{teacher}; the longest micro-batch is of {samples} x {length:,} tokens{sharded}."
-    return "\n".join([*wrap(title, COLUMNS), f"{rows}{together}", *wrap(end, COLUMNS), *wrap(shape, COLUMNS)])
+    return "\n".join([wrapped(title), f"{rows}{together}", wrapped(end), wrapped(shape)])
+
+
+def wrapped(text: str) -> str:
+    """The same lines, none longer than a terminal's."""
+    return "\n".join(part for line in text.splitlines() for part in wrap(line, COLUMNS, break_on_hyphens=False))
 
 
 def _in_gb(size: float, beside: float | None = None) -> str:

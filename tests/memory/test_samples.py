@@ -175,7 +175,7 @@ def test_where_the_data_is_not_known_the_assumption_is_named(dry_run, tmp_path):
     assert "taken for 64 tokens, since" in (printed := dry_run(None, train=train)) and "Say by" not in printed
     data = streaming(write_records(tmp_path / "data.jsonl"))
     with pytest.raises(UserError, match=r"needs .* GB on each GPU .*\nIt would fit with --train.max_seq_length \d+"):
-        dry_run(data, Path("Llama-3.2-1B"), Path("Llama-3.1-8B"), device_memory=80.0)
+        dry_run(data, Path("pythia-14m"), Path("pythia-31m"), device_memory=0.7)
 
 
 def test_what_the_run_would_refuse_a_dry_run_refuses(dry_run, tmp_path):
