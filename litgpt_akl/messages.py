@@ -103,21 +103,24 @@ def quoted(text: object, length: int = LENGTH) -> str:
 
 def say(text: object, file: TextIO | None = None) -> None:
     """Print a message; ``file`` is the standard output if it is not told."""
-    print(shown(text), file=sys.stdout if file is None else file, flush=True)
+    file = sys.stdout if file is None else file
+    print(fitted(shown(text), file), file=file, flush=True)
+
+
+def fitted(text: str, file: TextIO, indent: int = 0) -> str:
+    """A text as a file shows it: lines but the first are indented, and on a terminal those that are too long broken."""
+    lines = text.split("\n")
+    if file.isatty():
+        # a terminal that does not tell how wide it is counts as one of the usual width
+        width = min(WIDTH, get_terminal_size((WIDTH, 24)).columns) - indent
+        options = {"break_long_words": False, "break_on_hyphens": False}
+        lines = [part for line in lines for part in (wrap(line, width, **options) if len(line) > width else [line])]
+    return f"\n{'':{indent}}".join(lines)
 
 
 def entry(label: str, text: object) -> None:
-    """Print a text with a label, above the progress lines that there are.
-
-    On a terminal its lines are broken, so that each stands right of the label; in a file they are found by a search.
-    """
-    lines = shown(text).split("\n")
-    if sys.stdout.isatty():
-        # a terminal that does not tell how wide it is counts as one of the usual width
-        width = min(WIDTH, get_terminal_size((WIDTH, 24)).columns) - INDENT
-        lines = [part for line in lines for part in wrap(line, width, break_long_words=False, break_on_hyphens=False)]
-    text = f"\n{'':{INDENT}}".join(lines)
-    tqdm.write(f"{label:<{INDENT}}{text}", file=sys.stdout)
+    """Print a text right of its label, above the progress lines that there are."""
+    tqdm.write(f"{label:<{INDENT}}{fitted(shown(text), sys.stdout, INDENT)}", file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -130,7 +133,7 @@ def progress_bar(*args, **options) -> tqdm:
 
 def tell(text: str) -> None:
     """Print lines above the progress lines that there are."""
-    tqdm.write(shown(text), file=sys.stdout)
+    tqdm.write(fitted(shown(text), sys.stdout), file=sys.stdout)
     sys.stdout.flush()
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Distils SmolLM2-135M-Instruct (Q4_1 release) into half of its layers on how-to pairs (PIQA), and asks the student a
-# question. Sets everything up by itself; a second call reuses what is there. Material and results go to .demo.
+# Distils SmolLM2-135M-Instruct (Q4_1 release) into half of its layers on how-to pairs (PIQA), and asks both, and the
+# student as it was before. Sets everything up by itself; a second call reuses what is there. Material and results go to .demo.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh demo
@@ -23,4 +23,4 @@ else
         --train.global_batch_size 8 --train.micro_batch_size 8 --train.save_interval null \
         --eval.interval 50 --eval.max_iters 16 --eval.max_new_tokens 30 --out_dir "$run" --resume auto
 fi
-python scripts/show_demo.py --teacher "$teacher" --student "$run/final" --run "$run" --data .demo/piqa/val.json
+python scripts/show_demo.py --teacher "$teacher" --student "$student" --run "$run" --data .demo/piqa/val.json

@@ -32,6 +32,7 @@ from litgpt_akl.training.logging import silence_known_noise
 from litgpt_akl.training.out_dir import check_apart, out_dir_locked
 from litgpt_akl.training.responses import Responses, ResponseSampler, as_lines, find_questions, rate
 from litgpt_akl.training.run import choose_day
+from litgpt_akl.training.summary import readable_perplexity
 from litgpt_akl.training.task_accuracy import Tasks, summary, task_table
 from litgpt_akl.training.validation import gap_closed, measure
 
@@ -39,12 +40,12 @@ ROWS = {
     "forward_kl": ("forward KL to the teacher, nats", ".4f"),
     "reverse_kl": ("reverse KL to the teacher, nats", ".4f"),
     "adaptive_kl": ("adaptive KL to the teacher, nats", ".4f"),
-    "agreement": ("share with the teacher's top-1 id", ".4f"),
+    "agreement": ("share with the teacher's top-1 id", ".1%"),
     "cross_entropy": ("cross-entropy of the responses, nats", ".4f"),
     "perplexity": ("perplexity", ".2f"),
     "gap_closed": ("share of the cross-entropy gap closed", ".1%"),
     "kl_closed": ("share of the forward KL gone", ".1%"),
-    "accuracy": ("share of the responses' ids predicted", ".4f"),
+    "accuracy": ("share of the responses' ids predicted", ".1%"),
     "calibration_error": ("expected calibration error", ".4f"),
     "rouge_l": ("ROUGE-L of answers", ".2f"),
     "rouge_l_std": ("  standard deviation over seeds", ".2f"),
@@ -62,6 +63,8 @@ def table(found: dict[str, dict[str, float]]) -> str:
         values = [found[role].get(name, math.nan) for role in roles]
         if not all(map(math.isnan, values)):
             cells = ["" if math.isnan(value) else f"{value:{form}}" for value in values]
+            if name == "perplexity":
+                cells = [cell and readable_perplexity(value) for cell, value in zip(cells, values, strict=True)]
             lines.append(f"{label:38}" + "".join(f"{cell:>12}" for cell in cells))
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ from litgpt.types import LoggerChoice
 from litgpt.utils import choose_logger
 
 from litgpt_akl.data.steps import StepBatch
-from litgpt_akl.messages import UserError, progress_bar, reason, shown, tell
+from litgpt_akl.messages import UserError, fitted, progress_bar, reason, shown, tell
 from litgpt_akl.training.metrics import MetricsFile, copy_marked_rows
 
 
@@ -34,7 +34,7 @@ class SpeakingFabric(L.Fabric):
         """Of each logger that has taken a row, whether it has failed since."""
 
     def print(self, *texts, **options) -> None:
-        super().print(*map(shown, texts), **options)
+        super().print(*(fitted(shown(text), sys.stdout) for text in texts), **options)
 
     def log_dict(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Send metrics to all loggers; of one that has begun and then fails it is told once, and the run goes on."""

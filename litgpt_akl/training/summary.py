@@ -242,9 +242,12 @@ def readable_measure(name: str, value: float) -> str:
     """A measure in as many digits as say something."""
     if name.endswith("agreement"):
         return f"{value:.1%}"
-    if name.endswith("ppl"):
-        return "> 10,000" if value > 10_000 else f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
-    return f"{value:.3f}"
+    return readable_perplexity(value) if name.endswith("ppl") else f"{value:.3f}"
+
+
+def readable_perplexity(value: float) -> str:
+    """In as many digits as say something: above 10,000 a model guesses, and how badly is no matter."""
+    return "> 10,000" if value > 10_000 else f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def command_line(words: list[str]) -> str:

@@ -74,8 +74,8 @@ def report_accuracy(fabric: L.Fabric, run: Run, teacher: nn.Module, dataset: Tok
             lost = _compute(run, caches, teacher, batches, kind)
             if fabric.is_global_zero:
                 _keep(path, kind, of, lost)
-        if lost is not None:
-            fabric.print(words.format(kind, lost))
+        if lost is not None and fabric.is_global_zero:
+            entry("Note", words.format(kind, lost))
 
 
 def doubt_teacher(run: Run, state: dict, cross_entropy: float) -> None:

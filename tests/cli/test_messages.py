@@ -23,6 +23,7 @@ ELSEWHERE = {
     ("export_hf", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
     ("evaluate_akl", "litgpt_akl.loss.objective.UserFunction"): "the divergence is one of the package's own",
     ("evaluate_akl", "litgpt_akl.training.launch.WAY_ON"): "it gives words of its own",
+    ("finetune_akl", "litgpt_akl.training.summary.next_commands"): "they stand behind evaluate_akl",
     ("generate_responses", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
     ("generate_responses", "litgpt_akl.config.args.GenerationArgs"): "the same is checked by the command's own names",
     ("generate_responses", "litgpt_akl.training.launch.WAY_ON"): "it gives words of its own",

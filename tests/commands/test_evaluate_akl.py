@@ -266,6 +266,11 @@ def test_mistakes_in_generation(changes, message):
         GenerationArgs(**changes)
 
 
+def test_numbers_of_the_table_have_as_many_digits_as_say_something():
+    text = table({"student": {"agreement": 0.37931, "perplexity": 4.2e5}, "teacher": {"perplexity": 88.514}})
+    assert "37.9%" in text and "> 10,000" in text and text.endswith(" 88.51")
+
+
 def test_the_table_leaves_out_what_was_not_measured():
     text = table({"student": {"forward_kl": 0.5, "gap_closed": math.nan}, "teacher": {"cross_entropy": 1.0}})
     assert text.splitlines()[0].split() == ["student", "teacher"]
