@@ -37,7 +37,8 @@ class OneBosTokenizer(Tokenizer):
                 raise
             path = checkpoint_dir / "tokenizer_config.json"
             raise UserError(
-                f"{path} names an EOS or BOS token that tokenizer.json lacks: {error}\nCorrect the one that is wrong, or take the files from the model's publisher again."
+                f"{path} names an EOS or BOS token that tokenizer.json lacks: {error}\n"
+                "Correct the one that is wrong, or take the files from the model's publisher again."
             ) from error
         except (KeyError, TypeError):
             # LitGPT asks last for a tokenizer_class, by which it only decodes single tokens otherwise
