@@ -17,6 +17,8 @@ SPEAKERS = {
     "ai": "assistant",
 }
 """Names of roles, in small letters, that chat templates have other names for."""
+PLAIN, ROLES = {"role", "content"}, ("user", "assistant", "system", "tool")
+"""Fields that a message has at least, and roles that are the same in all tools and templates."""
 SHAREGPT_SPEAKERS = {"observation": "tool", "function_call": "assistant", "function_response": "tool"}
 """Further ones in ShareGPT's ``from``; as a ``role`` some templates know them."""
 LEARNT = ("weight", "train", "training", "loss", "loss_mask")
@@ -110,6 +112,11 @@ def read_message(message: Any, number: int) -> tuple[dict[str, Any], bool]:
     Raises:
         ValueError: it is no message, or a field of it is not what it must be.
     """
+    if type(message) is dict and message.keys() == PLAIN and message["role"] in ROLES:
+        # most are like this, and need none of what follows
+        fields = {"role": message["role"], "content": _text(message, "content", number, may_lack=False)}
+        _check_says_something(fields, number)
+        return fields, fields["role"] == "assistant"
     _check_message(message, number)
     name = "role" if "role" in message else "from"
     if name not in message:
@@ -152,7 +159,12 @@ def _read_content(message: dict[str, Any], fields: dict[str, Any], number: int) 
     if name == "value":
         fields.pop("value", None)
     fields["content"] = _text(message, name, number, may_lack=says_more)
-    if fields["role"] == "assistant" and not fields["content"].strip() and not says_more:
+    if not says_more:
+        _check_says_something(fields, number)
+
+
+def _check_says_something(fields: dict[str, Any], number: int) -> None:
+    if fields["role"] == "assistant" and not fields["content"].strip():
         raise ValueError(f"its response is empty: message {number}")
 
 

@@ -35,6 +35,8 @@ SYSTEM = ("system_prompt", "system_message")
 """Other tools' names for the field ``system``."""
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 """Fields of what is no text, which a text speaks of."""
+OTHERS = frozenset({"functions", *SYSTEM, *MEDIA, "label", "weight", "train"})
+"""Fields of a record that may mean that it is not to be read."""
 NO_RESPONSE = ": it has no response"
 """How what is wrong with a prompt alone ends."""
 ASKS = ("question", "prompt", "query", "problem", "instruction", "input", "user", "source", "context", "task", "text")
@@ -100,6 +102,8 @@ def read_format(record: Mapping[str, Any], columns: Mapping[str, str] | None = N
 
 def _check_none_is_lost(record: Mapping[str, Any]) -> None:
     """Refuses a record with a field that says what is asked, and that is known by another name or not at all."""
+    if OTHERS.isdisjoint(record):
+        return
     if is_given(record.get("functions")):
         raise ValueError("has 'functions', which is not read; give --data.columns '{tools: functions}'")
     for name in SYSTEM:
