@@ -63,7 +63,7 @@ def check_masked(arguments: dict[str, Any]) -> None:
 
 def differences(saved: str, current: str) -> list[str]:
     """What differs between two recipes, as YAML, in arguments that change the result of a run."""
-    saved, current = _options(saved), _options(current)
+    saved, current = options_of(yaml.safe_load(saved)), options_of(yaml.safe_load(current))
     return [
         f"{name} {saved.get(name)} -> {current.get(name)}"
         for name in dict.fromkeys([*saved, *current])
@@ -71,9 +71,9 @@ def differences(saved: str, current: str) -> list[str]:
     ]
 
 
-def _options(recipe: str) -> dict[str, Any]:
-    """The options of a recipe under their names of today."""
-    recipe, found = with_new_names(yaml.safe_load(recipe))
+def options_of(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The options of a recipe, flat, under their names of today; raises UserError if one has two values."""
+    recipe, found = with_new_names(recipe)
     options = flatten(recipe)
     # an option that two divergences had is null in older recipes, where it is not the own one's
     return {**DEFAULTS, **options} if found else options

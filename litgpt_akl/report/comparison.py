@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from litgpt_akl.config.recipe import flatten
+from litgpt_akl.config.recipe import options_of
 from litgpt_akl.report.history import History
 from litgpt_akl.report.summary import CROSS_ENTROPY, MEASURES, last_step, value, write
 
@@ -44,7 +44,7 @@ def comparison(histories: Sequence[History]) -> dict[str, Any]:
 def _options(history: History) -> dict[str, str]:
     return {
         name.replace(".init_args", ""): str(given)
-        for name, given in flatten(history.recipe).items()
+        for name, given in options_of(history.recipe).items()
         if not name.startswith(NOT_COMPARED)
     }
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from litgpt_akl.config.recipe import options_of
 from litgpt_akl.files.manifest import RECIPE
 from litgpt_akl.files.reading import explain_damage, read_yaml
 from litgpt_akl.files.table import read_table
@@ -121,6 +122,7 @@ def read_recipe(run_dir: Path, tell: Callable[[str], None]) -> dict[str, Any]:
                 raise ValueError("its sections are no entries")
             if not isinstance(sections[0].get("kd_ratio", 0.5), int | float):
                 raise ValueError("its kd_ratio is no number")
+            options_of(recipe)
     except UserError as error:
         tell(f"{first_line(error)} The page is without the options of this run.")
         return {}

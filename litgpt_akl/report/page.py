@@ -17,7 +17,7 @@ from bokeh.resources import INLINE
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from litgpt_akl.config.recipe import flatten
+from litgpt_akl.config.recipe import options_of
 from litgpt_akl.files.directories import write_file
 from litgpt_akl.messages import CONTROL, masked
 from litgpt_akl.report.comparison import comparison
@@ -139,7 +139,7 @@ def _heading(runs: Sequence[Shown]) -> dict[str, Any]:
         _name(next(filter(None, paths), None) or str(data.get("class_path") or "").rpartition(".")[2]),
         _objective(recipe.get("distill") or {}) if recipe else None,
         f"step {last_step(history):,}" + (f" of {planned:,}" if planned else ""),
-        f"{history.logged:%-d %B %Y}" if history.logged else None,
+        f"{history.logged.day} {history.logged:%B %Y}" if history.logged else None,
     ]
     if len(runs) > 1:
         return {"student": f"{len(runs)} runs", "teacher": None, "facts": [run.history.name for run in runs]}
@@ -165,7 +165,7 @@ def _settings(run: Shown) -> dict[str, Any]:
     """Sizes, device and versions, and all options by their groups."""
     latest = run.examples["latest"] if run.examples else {}
     groups: dict[str, dict[str, str]] = {}
-    for name, given in flatten(run.history.recipe).items() if run.history.recipe else ():
+    for name, given in options_of(run.history.recipe).items():
         group, _, rest = name.replace(".init_args", "").rpartition(".") if "." in name else ("", "", name)
         groups.setdefault(group, {})[rest] = "-" if given is None else str(given)
     facts = (latest.get("run") or {}).get("facts", {})

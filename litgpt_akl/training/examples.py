@@ -14,6 +14,7 @@ from torch import Tensor
 
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import MicroBatch, collate, in_order, together
+from litgpt_akl.files.examples import HIGHEST, take_examples, write_examples
 from litgpt_akl.files.manifest import EXAMPLES
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.loss.divergences import compare, in_head
@@ -22,7 +23,6 @@ from litgpt_akl.models.generation import generate, longest_prompt, without_end
 from litgpt_akl.models.gpt import Head
 from litgpt_akl.models.lora import without_adapters
 from litgpt_akl.models.parallel import broadcast_object, reshard
-from litgpt_akl.report.runs import HIGHEST, take_examples, write_examples
 from litgpt_akl.teacher.teacher import HeadOnly
 from litgpt_akl.training.run import Run, total_steps
 

@@ -8,11 +8,11 @@ import lightning as L
 
 from litgpt_akl.data.steps import MicroBatch
 from litgpt_akl.files.directories import explain_failure, write_file
+from litgpt_akl.files.examples import forget
 from litgpt_akl.files.manifest import FINAL, FINAL_HF, RECIPE
 from litgpt_akl.messages import UserError, progress_bar, reason
 from litgpt_akl.models.export import write_export
 from litgpt_akl.models.parallel import wait_for_all
-from litgpt_akl.report.runs import forget
 from litgpt_akl.teacher.cache import Caches, TeacherCache
 from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.launch import StopSignals, ending_together, is_loss_of_another, leave_if_stopped

@@ -24,10 +24,10 @@ from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.commands.report_akl import report_akl
 from litgpt_akl.config.args import GenerationArgs, LoRAArgs, TeacherArgs
 from litgpt_akl.data.streaming import StreamingSFT
+from litgpt_akl.files.examples import read_examples
 from litgpt_akl.files.lock import LOCK
 from litgpt_akl.models.export import write_export
 from litgpt_akl.report.history import read_history
-from litgpt_akl.report.runs import read_examples
 
 Command = Callable[[Path], None]
 """Works in a directory with all material, and writes into the one that it is given."""

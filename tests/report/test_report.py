@@ -24,12 +24,13 @@ import litgpt_akl.training.examples
 import litgpt_akl.training.reporting
 from litgpt_akl.commands.report_akl import report_akl
 from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.files.examples import read_examples, take_examples, write_examples
 from litgpt_akl.messages import UserError
 from litgpt_akl.report.comparison import comparison, difference
 from litgpt_akl.report.figures import COLOURS, NOISY, draw_panels
 from litgpt_akl.report.history import POINTS, History, read_history, running_mean, thin, unique_names
 from litgpt_akl.report.page import BARS, Shown, distributions, make_page, one_line, printable
-from litgpt_akl.report.runs import read_examples, read_run, take_examples, write_examples
+from litgpt_akl.report.runs import read_run
 from litgpt_akl.report.summary import cards, verdict
 from litgpt_akl.training.examples import ALTERNATIVES, COMPARED, TOKENS
 from litgpt_akl.training.logging import make_loggers

@@ -19,13 +19,14 @@ from helpers.runs import distil
 
 import litgpt_akl.training.reporting as reporting
 from litgpt_akl.commands.report_akl import report_akl
+from litgpt_akl.files.examples import read_examples, take_examples
 from litgpt_akl.files.manifest import damage
 from litgpt_akl.files.reading import with_checksum, without_checksum
 from litgpt_akl.messages import UserError
 from litgpt_akl.report.figures import draw_panels
 from litgpt_akl.report.history import read_history
 from litgpt_akl.report.page import make_page
-from litgpt_akl.report.runs import read_examples, read_run, read_runs, take_examples
+from litgpt_akl.report.runs import read_run, read_runs
 from litgpt_akl.training.logging import MetricsLogger, SpeakingFabric
 from litgpt_akl.training.metrics import ROWS_KEPT
 
