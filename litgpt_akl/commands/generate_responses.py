@@ -212,6 +212,10 @@ def _generate(fabric: L.Fabric, options: ResponseGeneration) -> None:
     written = _write_all(fabric, options, model, prompts, stop, file, progress, counts["records"])
     if fabric.is_global_zero:
         prompts.source.check_unchanged()
+        if _kept(options, written) == 0:
+            # the same question would be answered so again
+            file.discard()
+            raise UserError(_describe_nothing(options, written))
         file.finish()
         _tell_end(options, written)
 
@@ -273,6 +277,15 @@ def _tell_end(options: ResponseGeneration, written: Counter) -> None:
     if written["empty"]:
         say(f"{written['empty']:,} responses were empty, and are left out.")
     say(f"Written to {options.out}: {_kept(options, written):,} records")
+
+
+def _describe_nothing(options: ResponseGeneration, written: Mapping[str, int]) -> str:
+    """What a user is told of whose responses none can be learnt."""
+    return (
+        f"No response can be kept, and {options.out} is not written: {written['truncated']:,} had no end within"
+        f" {options.max_new_tokens:,} tokens, {written['empty']:,} were empty.\n"
+        "Raise --max_new_tokens, give --truncated keep, or ask in another way with --data.prompt_style."
+    )
 
 
 def _kept(options: ResponseGeneration, written: Mapping[str, int]) -> int:

@@ -112,6 +112,12 @@ class ResponseFile:
             content = {"made_with": self.made_with, "progress": vars(progress)}
             write_file(self._state, json.dumps(with_checksum(content)).encode("utf-8"))
 
+    def discard(self) -> None:
+        """Remove what is written, and what stands beside it; raises UserError if that cannot be."""
+        with explain_failure(self.path):
+            self.partial.unlink(missing_ok=True)
+            self._state.unlink(missing_ok=True)
+
     def finish(self) -> None:
         """Give the file its name; raises UserError if that cannot be."""
         with explain_failure(self.path):

@@ -44,6 +44,18 @@ def chat_teacher(teacher_dir, tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def ending_teacher(teacher_dir, tmp_path_factory) -> Path:
+    """One whose responses end at a comma or a space, too."""
+    directory = shutil.copytree(teacher_dir, tmp_path_factory.mktemp("ending") / teacher_dir.name)
+    tokenizer = Tokenizer(directory)
+    ends = [
+        id for id in range(1024) if tokenizer.decode(torch.tensor([id])).strip() in ("", ",", "the", "a", "and", "of")
+    ]
+    materials.write_json(directory / "generation_config.json", {"eos_token_id": [tokenizer.eos_id, *ends]})
+    return directory
+
+
 def write(path: Path, records: list) -> Path:
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
     return path
@@ -265,13 +277,23 @@ def test_the_command_stops_and_goes_on(teacher_dir, tmp_path):
     assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == done
 
 
-def test_what_has_no_end_or_says_nothing_is_counted(teacher_dir, prompts, tmp_path, capsys):
-    assert answer(teacher_dir, prompts, tmp_path / "kept.jsonl") and "8 tokens" in (told := capsys.readouterr().out)
+def test_what_has_no_end_or_says_nothing_is_counted(ending_teacher, prompts, tmp_path, capsys):
+    assert answer(ending_teacher, prompts, tmp_path / "kept.jsonl") and "8 tokens" in (told := capsys.readouterr().out)
     count = int(re.search(r"(\d+) responses had no end within 8 tokens .* are kept", told)[1])
-    found = answer(teacher_dir, prompts, tmp_path / "dropped.jsonl", truncated="drop")
+    found = answer(ending_teacher, prompts, tmp_path / "dropped.jsonl", truncated="drop")
     assert (
         len(found) <= 12 - count and "are left out; --max_new_tokens and --truncated decide" in capsys.readouterr().out
     )
+
+
+def test_nothing_that_can_be_kept_is_no_file(ending_teacher, prompts, tmp_path):
+    """Each way out is tried."""
+    out, few = tmp_path / "out.jsonl", {"max_new_tokens": 1, "temperature": 0.0, "truncated": "drop"}
+    with pytest.raises(UserError, match=r"is not written: \d+ had no end within 1 tokens, \d+ were empty.\nRaise"):
+        answer(ending_teacher, prompts, out, **few)
+    assert [path.name for path in tmp_path.glob("*out*")] == []
+    assert answer(ending_teacher, prompts, out, **few | {"truncated": "keep"})
+    assert answer(ending_teacher, prompts, tmp_path / "more.jsonl", **few | {"max_new_tokens": 20})
 
 
 def test_prompts_that_cannot_be_answered(teacher_dir, tmp_path, capsys):
