@@ -32,6 +32,9 @@ MEASURED = {
         micro_batch_size=1,
         sequence_length=128,
     ),
+    "a pair as in README, smaller": make_estimate(
+        model(4, 320, 30_000), model(6, 768, 30_000), student_tied=True, global_batch_size=8, sequence_length=320
+    ),
     "on-policy samples": make_estimate(
         model(6, 256, 4096),
         model(2, 256, 4096),
@@ -55,7 +58,11 @@ MEASURED = {
 }
 
 
-@pytest.mark.parametrize("case", MEASURED)
+SLOW = {"a pair as in README, smaller"}
+"""Take some ten seconds."""
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in MEASURED])
 def test_the_prediction_is_within_15_percent_of_the_measured_peak(case, tmp_path):
     estimate = MEASURED[case]
     write_weights(tmp_path / "student.pth", estimate.student, estimate.student_tied)
