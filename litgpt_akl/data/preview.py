@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import nlargest
 from pathlib import Path
 from statistics import NormalDist
 from typing import Literal, NamedTuple
@@ -25,13 +26,15 @@ from litgpt_akl.data.preparation import (
     folder_of,
     portions,
 )
-from litgpt_akl.data.records import Record, read_part
+from litgpt_akl.data.records import Record, has_plain_lines, read_longest_lines, read_part
 from litgpt_akl.data.steps import PART
 from litgpt_akl.files.manifest import Damaged, read_manifest
 from litgpt_akl.messages import progress_bar, say
 
 WHOLE = 2**25
 """Bytes of records that are all read, though perhaps not all encoded."""
+SCANNED = 2**31
+"""Bytes of files whose longest lines are looked for."""
 UNPACKED = {"gzip": 8, "zstd": 8, "parquet": 4}
 """How many times as many bytes a format's records may take once they are read."""
 PLACES, EACH = 200, 10
@@ -108,12 +111,14 @@ class Preview:
             part = read_part(source.files[file], int(places[file]), EACH)
             read += [(file, record) for record in part.records]
             count, size = count + part.all, size + source.sizes[file]
-        rows = self._encode(read, np.random.default_rng(0).permutation(len(read)), settings)
+        read = [read[number] for number in np.random.default_rng(0).permutation(len(read))]
+        largest = _find_largest(source)
+        rows = self._encode([*largest, *read], np.arange(len(largest) + len(read)), settings)
         looked, bad = len(rows), _bad(rows)
         if len(bad):
             told = f"{len(bad):,} of {looked:,} records that were looked at cannot be used."
             say(f"{told} The first error: {rows['error'][bad[0]]}.")
-        look = Look("spread", looked, round(count * ends[-1] / size))
+        look = Look("largest" if largest else "spread", looked, round(count * ends[-1] / size))
         return rows.take(np.setdiff1d(np.arange(looked), bad)), look
 
     def _encode(self, records: Sequence[tuple[int, Record]], order: np.ndarray, settings: Settings) -> pa.Table:
@@ -127,6 +132,16 @@ class Preview:
                 encoded.append(rows[portion][2])
                 bar.update(len(portion))
         return pa.Table.from_batches(encoded, COLUMNS.arrow_schema)
+
+
+def _find_largest(source: FileRecords) -> list[tuple[int, Record]]:
+    """The largest records of files of lines, found without parsing them; none if that would take too long."""
+    if sum(source.sizes) > SCANNED or not all(map(has_plain_lines, source.files)):
+        return []
+    found = [
+        (number, record) for number, file in enumerate(source.files) for record in read_longest_lines(file, LARGEST)
+    ]
+    return nlargest(LARGEST, found, key=lambda entry: entry[1].size)
 
 
 def _packing(file: str) -> str | None:

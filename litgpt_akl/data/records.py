@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from heapq import nlargest
 from itertools import chain, islice
 from typing import NamedTuple
 
@@ -118,15 +119,14 @@ def read_part(path: str, places: int, number: int) -> Part:
 
     Only Parquet and uncompressed lines can be read from their middle. Raises UserError as :func:`read` does.
     """
-    form, compression = file_format(path)
-    if form == "parquet":
+    if file_format(path)[0] == "parquet":
         groups = count_rows(path)
         each = math.ceil(places / len(groups)) * number if groups else 0
         chosen = range(0, len(groups), max(1, len(groups) // places))
         rows = [islice(read_rows(path, LARGEST, group), each) for group in chosen]
         return Part([_of_row(*row, line) for line, row in enumerate(chain(*rows), start=1)], sum(groups))
     size = os.stat(path).st_size
-    if compression is None and not _peek(read_chunks(path))[0]:
+    if has_plain_lines(path):
         found = []
         for place in range(places):
             end = 0
@@ -147,6 +147,18 @@ def read_part(path: str, places: int, number: int) -> Part:
             # what was read for the last of them has no more records
             return Part(records, (counted - 1) * size / records[-1].bytes_read)
     return Part(records, counted)
+
+
+def has_plain_lines(path: str) -> bool:
+    """Whether a file has one record in each line, and is not compressed."""
+    form, compression = file_format(path)
+    return compression is None and form != "parquet" and not _peek(read_chunks(path))[0]
+
+
+def read_longest_lines(path: str, number: int) -> list[Record]:
+    """The records of a file's longest lines, all of which are read, but not parsed; they have no line's number."""
+    lines = nlargest(number, (line for line, _ in _lines(read_chunks(path))), key=len)
+    return [Record(0, *_parse(line), 0, len(line)) for line in lines]
 
 
 def _lines_after(path: str, start: int) -> Chunks:

@@ -37,11 +37,11 @@ class Samples:
     def _source(self) -> str:
         looked, records = (sum(getattr(look, name) for look in self.looks) for name in ("records", "all"))
         ways = {look.how for look in self.looks}
+        some = f"by {min(looked, records):,} of about {records:,} records"
         if "spread" in ways:
-            some = f"{min(looked, records):,} of about {records:,}"
-            return f"by {some} records here and there, and how their lengths spread"
+            return f"{some} here and there, and how their lengths spread"
         if "largest" in ways:
-            return f"by {looked:,} of {records:,} records, the largest among them, and 10 % more for the longest"
+            return f"{some}, the largest among them, and 10 % more for the longest"
         return "as they were prepared before" if ways == {"prepared"} else "all were encoded"
 
 

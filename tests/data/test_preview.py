@@ -125,13 +125,16 @@ def test_of_many_records_some_here_and_there_are_looked_at(
     look = Preview(seconds=600)
     seen = open_splits(streaming(folder, tmp_path / "p"), teacher_dir, rows_of=look)[0]
     (found,) = look.looks
-    assert found.how == "spread" and 300 <= found.records <= 400
+    # the longest lines are found without parsing all
+    is_found = name.endswith(".jsonl")
+    assert found.how == ("largest" if is_found else "spread")
+    assert 300 <= found.records - LARGEST * is_found <= 400
     assert found.all == pytest.approx(len(MANY), rel=0.1)
     lengths = measure(seen, found, limit=512)
     assert lengths.samples == pytest.approx(expected.samples, rel=0.1)
     assert lengths.tokens == pytest.approx(expected.tokens, rel=0.15)
-    assert seen.longest < lengths.longest < 1.5 * expected.longest
-    assert lengths.longest > 0.7 * expected.longest
+    assert seen.longest < lengths.longest < (1.1 if is_found else 1.5) * expected.longest + 1
+    assert lengths.longest >= (1.0 if is_found else 0.7) * expected.longest
 
 
 def test_a_part_of_a_file_is_read_at_evenly_spread_places(tmp_path):
@@ -165,6 +168,7 @@ def test_bad_records_end_a_look_as_they_would_end_the_run(teacher_dir, tmp_path,
         assert messages[0] == messages[1]
     monkeypatch.setattr(preview, "WHOLE", 1000)
     monkeypatch.setattr(preview, "PLACES", 3)
+    monkeypatch.setattr(preview, "SCANNED", 0)
     open_splits(streaming(tmp_path / "data.jsonl", tmp_path / "p"), teacher_dir, rows_of=Preview(seconds=600))
     told = r"\d+ of 30 records that were looked at cannot be used\. The first error: 'output' is a number, not text\.\n"
     assert re.fullmatch(told, capsys.readouterr().out)
