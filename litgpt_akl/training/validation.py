@@ -16,12 +16,15 @@ from litgpt_akl.data.steps import in_order
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.messages import progress_bar
 from litgpt_akl.models.gpt import distillation_loss
-from litgpt_akl.models.parallel import all_gather_object, reshard
+from litgpt_akl.models.parallel import all_gather_object, rank, reshard
 from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.run import Run
 
 BINS = 15
 """Of the calibration error, of equal width (Guo et al., arXiv 1706.04599)."""
+
+SHORT = 2.0
+"""Seconds of a validation that needs no progress line."""
 
 CALIBRATION = ("confidence", "accuracy", "teacher_confidence", "teacher_accuracy")
 """What calibration errors are made of: values of each token, of all processes."""
@@ -146,7 +149,8 @@ def validate(fabric: L.Fabric, run: Run, state: dict) -> dict[str, float] | None
         (NaN if there was no gap, or no validation at the start).
     """
     student, teacher, cache = state["student"], state["teacher"], state["caches"].validation
-    sums = Sums(fabric, torch.float64)
+    sums, records = Sums(fabric, torch.float64), len(run.validation_records(state["validation_dataset"]))
+    bar = progress_bar(total=records, desc="validating", unit="record", leave=False, delay=SHORT, disable=rank() > 0)
     student.eval()
     for batch in run.validation_batches(fabric, state["validation_dataset"], cache):
         if stopped := state["stop"].agreed(fabric) is not None:
@@ -155,6 +159,8 @@ def validate(fabric: L.Fabric, run: Run, state: dict) -> dict[str, float] | None
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
             result = distillation_loss(student, teacher.model, state["loss"], *targets, state["vocab_size"])
             sums.add(loss=result.loss, tokens=result.loss.new_tensor(result.tokens), **result.stats)
+        bar.update(min(fabric.world_size * len(batch.input_ids), records - bar.n))
+    bar.close()
     student.train()
     reshard(student.module)
     if stopped:
