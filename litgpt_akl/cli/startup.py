@@ -5,7 +5,12 @@ import sys
 
 
 def watch() -> None:
-    """Waits for the import of LitGPT's table of commands if this process is LitGPT's command line."""
+    """Waits for the import of LitGPT's table of commands if this process is LitGPT's command line; once.
+
+    In a virtual environment Python runs each ``.pth`` file twice.
+    """
+    if any(isinstance(finder, ParserConfigFinder) for finder in sys.meta_path):
+        return
     # `litgpt`, `bin/litgpt`, `litgpt.exe`, `-m litgpt.__main__`; the .pth file asks the same before it imports this
     if "litgpt" in [os.path.basename(word).partition(".")[0] for word in sys.orig_argv]:
         sys.meta_path.insert(0, ParserConfigFinder())
