@@ -204,6 +204,8 @@ def _unstated(config: Config, described: dict[str, Any]) -> Found:
         ("rope_scaling", {} if scaled else _own_scaling(config), {}),
         ("rope_interleave", config.rope_interleave, False),
         ("routed_scaling_factor", config.routed_scaling_factor, 1.0),
+        # Qwen2's class has a bias without being told, the others would leave out the one that the weights have
+        ("attention_bias", config.attn_bias and described["model_type"] not in KINDS["attn_bias"], False),
     ]
     if "rope_parameters" not in described:
         own.append(("rope_local_base_freq", config.rope_local_base_freq or config.rope_base, config.rope_base))

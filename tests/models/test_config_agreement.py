@@ -214,6 +214,15 @@ def test_what_publishers_say_agrees_with_litgpts_configurations(name):
     assert disagreements(Config.from_name(name), {"model_type": kind, **stated, **entries}) == []
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_class_that_would_leave_out_the_weights_bias_is_refused(kind):
+    config = Config.from_name("Qwen2.5-0.5B")
+    (found,) = [each for each in disagreements(config, {"model_type": kind}) if each[0] == "attention_bias"]
+    assert found[1:] == (None, True)
+    for described in ({"model_type": kind, "attention_bias": True}, {"model_type": "qwen2"}):
+        assert "attention_bias" not in [each[0] for each in disagreements(config, described)]
+
+
 @pytest.mark.parametrize("name", ["Gemma-2b", "Gemma-2-2b"])
 def test_an_export_of_gemma_has_the_epsilon_that_litgpt_computes_with(tmp_path, name):
     """Which is ten times the publisher's."""
