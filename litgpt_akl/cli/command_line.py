@@ -20,7 +20,7 @@ def translate_words(words: list[str]) -> list[str]:
 
     Raises UserError: an option has two values, under its old name and its new one.
     """
-    return _class_before_options(_with_new_names(words))
+    return _class_before_options(_with_new_names(_with_negative_numbers(words)))
 
 
 def translate_text(text: str, words: list[str]) -> str:
@@ -49,6 +49,17 @@ def _one_mapping(optimizer: Any, options: bool) -> Any:
     flat = {**optimizer, **optimizer.get("init_args", {})}
     flat.pop("init_args", None)
     return flat["class_path"] if [*flat] == ["class_path"] and not options else flat
+
+
+def _with_negative_numbers(words: list[str]) -> list[str]:
+    """Joins ``--option -1e-5``: for argparse -1e-5 is no number, and so the option would be without a value."""
+    joined: list[str] = []
+    for word in words:
+        if re.fullmatch(r"-(\d+\.?\d*|\.\d+)[eE][-+]?\d+|-\.?inf", word) and joined and joined[-1].startswith("--"):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _with_new_names(words: list[str]) -> list[str]:

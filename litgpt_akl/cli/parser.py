@@ -29,6 +29,7 @@ CLASS_PATH = re.compile(r"Problem with given class_path '([^']+)'")
 NO_COMMAND = re.compile(r"invalid choice: '([^']+)'")
 REQUIRED = re.compile(r'Key "([^"]+)" is required')
 UNKNOWN = re.compile(r"(?:Key '|does not accept nested key ')([^']+)'")
+BAD_CONFIG = re.compile(r"(Problems parsing config|Unexpected config): (.*)", re.DOTALL)
 NO_CONFIG = re.compile(r"Unable to load config")
 VALUE = re.compile(r"(?:Got|Given) value: (.*)")
 # the last one is what jsonargparse 4.41 says of a value that is not among the choices
@@ -78,7 +79,7 @@ class Parser(ArgumentParser):
 
     def parse_args(self, args=None, *others, **kwargs):
         try:
-            words = sys.argv[1:] if args is None else [*args]
+            self.args = words = sys.argv[1:] if args is None else [*args]
             # the words of a command are translated by its own parser
             return super().parse_args(words if _commands(self) else translate_words(words), *others, **kwargs)
         except USER_ERRORS as error:
@@ -97,7 +98,7 @@ class Parser(ArgumentParser):
     def _exit_with(self, error: Exception) -> NoReturn:
         if self._leaves_errors_alone():
             raise error
-        self.exit(2, f"error: {shown(explain_exception(error))}\n")
+        self.exit(2, f"error: {shown(_with_value(explain_exception(error), self.args))}\n")
 
     def _leaves_errors_alone(self) -> bool:
         # jsonargparse makes parsers for its own use whose errors belong to the parser that called them
@@ -124,6 +125,8 @@ def explain(message: str, parser: Parser) -> str:
         return _explain_required(_join(key, match[1].removeprefix(f"{command}.")), options)
     if match := UNKNOWN.search(message):
         return _explain_unknown(match[1], key, class_path, options)
+    if match := BAD_CONFIG.search(message):
+        return _explain_config(*match.groups(), _given_value("config", parser.args))
     if NO_CONFIG.search(message) and (value := _given_value(key, parser.args)) is not None:
         meant = suggestion(key, {name: of for name, of in options.items() if name != key}, value)
         return f"--{key} takes a YAML file with options, not '{_one_line(value, 80)}'{meant}"
@@ -149,6 +152,13 @@ def explain_exception(error: Exception) -> str:
     return cause
 
 
+def _with_value(message: str, words: list[str]) -> str:
+    """The message, with the value of the first option that it names, which those of LitGPT's own arguments lack."""
+    option = re.match(r"`--([\w.]+)`", message)
+    value = option and _given_value(option[1], words)
+    return message if not value or value in message else f"{message.rstrip('.')}, got {value}."
+
+
 def _explain_unrecognized(words: list[str], options: dict[str, Action]) -> str:
     places = [place for place, word in enumerate(words) if re.match(r"--?[A-Za-z]", word)]
     if not places:
@@ -156,6 +166,14 @@ def _explain_unrecognized(words: list[str], options: dict[str, Action]) -> str:
     name, _, value = words[places[0]].lstrip("-").partition("=")
     following = "".join(words[places[0] + 1 : places[0] + 2])
     return _no_option(name, options, value or ("" if following.startswith("-") else following))
+
+
+def _explain_config(problem: str, text: str, file: str | None) -> str:
+    name, text = f"--config {file or ''}".rstrip(), _one_line(text)
+    if problem == "Unexpected config":
+        return f"{name} must hold options, such as 'train: {{epochs: 3}}', not '{text}'"
+    tabs = "; YAML is indented by spaces, not by tabs" if "cannot start any token" in text else ""
+    return f"{name} is no YAML: {text}{tabs}"
 
 
 def _explain_unknown(name: str, key: str, class_path: list[str], options: dict[str, Action]) -> str:

@@ -42,19 +42,19 @@ def check_options(options: Options) -> None:
     check_hybrid_sharding(options.hybrid_sharding, options.devices, options.num_nodes)
     _check_cpu_offload(options)
     _check_on_policy(options)
-    _check_data(options)
+    _check_others(options)
 
 
-def _check_data(options: Options) -> None:
-    """See that there are data, and that numbers that go with any of them can be; raises UserError."""
-    if options.data is None and not options.dry_run:
-        raise UserError(no_data())
+def _check_others(options: Options) -> None:
+    """See that numbers of their own can be, and that there is data; raises UserError."""
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed must be from 0 to {2**32 - 1}, got {options.seed}.")
     if options.device_memory is not None and not options.device_memory > 0:
         raise UserError(
             f"--device_memory must be above 0, got {options.device_memory}. Leave it out for what the device has."
         )
+    if options.data is None and not options.dry_run:
+        raise UserError(no_data())
 
 
 def no_data() -> str:

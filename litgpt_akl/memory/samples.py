@@ -56,7 +56,11 @@ def why_unknown(options: Options) -> str | None:
         if data.chat_template == "teacher" and not extend_checkpoint_dir(options.teacher_dir).is_dir():
             return f"{options.teacher_dir}, whose chat template is meant, is not here"
     elif type(data) is not JSON:
-        return f"the records of --data {'Alpaca' if data is None else type(data).__name__} are fetched by the run"
+        return (
+            "no --data is given"
+            if data is None
+            else f"the records of --data {type(data).__name__} are fetched by the run"
+        )
     return None if student_dir.is_dir() else f"{options.checkpoint_dir}, whose tokenizer is needed, is not here"
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -47,9 +47,17 @@ def out_dir_locked(fabric: L.Fabric, out_dir: Path) -> Iterator[None]:
     if not fabric.is_global_zero:
         yield
         return
+    path = out_dir.absolute()
+    made = [place for place in (path, *path.parents) if not place.exists()]
     make_writable(out_dir)
-    with locked(out_dir):
-        yield
+    try:
+        with locked(out_dir):
+            yield
+    finally:
+        # what is refused leaves no empty directories behind
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def default_out_dir(student_dir: Path, teacher_dir: Path | None) -> Path:
@@ -73,6 +81,8 @@ def check_places(out_dir: Path, teacher: TeacherArgs, pair: Pair) -> None:
     if teacher.cache_dir is None or teacher.cache_mode == "read":
         return
     cache_dir = Path(teacher.cache_dir)
+    if cache_dir.exists() and not cache_dir.is_dir():
+        raise UserError(f"--teacher.cache_dir {cache_dir} is a file. Give a folder, which need not exist.")
     check_apart("--teacher.cache_dir", cache_dir, pair.directories)
     if teacher.cache_mode != "fill" and cache_dir.resolve().is_relative_to(out_dir.resolve()):
         for name in cache_dir.resolve().relative_to(out_dir.resolve()).parts[:1]:

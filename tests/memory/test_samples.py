@@ -164,7 +164,7 @@ class Unknown(DataModule):
 def test_where_the_data_is_not_known_the_assumption_is_named(dry_run, tmp_path):
     way_out = " Say by --train.max_seq_length how long they are at most."
     for given, why in (
-        (None, "the records of --data Alpaca are fetched by the run."),
+        (None, "no --data is given."),
         (Alpaca(), "the records of --data Alpaca are fetched by the run."),
         (Unknown(), "the records of --data Unknown are fetched by the run."),
         (streaming("https://example.com/data.jsonl"), "https://example.com/data.jsonl is not on this machine's disks."),
