@@ -6,8 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt_akl.loss.distillation_loss import DistillationLoss
+from litgpt_akl.loss.divergences import forward_kl
 from litgpt_akl.models.layerwise import LayerwiseModel, Sample
+
+BLOCK_BYTES = 2**27
+"""Of the logits that are compared with the teacher's together."""
 
 
 def even_layers(count: int, n_layer: int) -> list[int]:
@@ -47,8 +50,6 @@ class DepthSearch:
 
     def __init__(self, model: LayerwiseModel, samples: Sequence[Sample], vocab_size: int) -> None:
         self._model, self._samples, self._vocab_size = model, samples, vocab_size
-        self._loss = DistillationLoss(divergence="fkl", kd_ratio=1.0)
-        self._weight, self._bias = model.head
         self._response_tokens = sum(len(sample.positions) for sample in samples)
         self._teacher_hidden: list[Tensor] = []
 
@@ -80,26 +81,19 @@ class DepthSearch:
         self, kept: Sequence[int], removable: Sequence[int], advance: Callable[[int], object] = lambda runs: None
     ) -> Tensor:
         """Of the models that lack one more of the layers, ``[len(removable)]``, in nats per response token."""
+        hidden = self._run(kept, removable, advance)
         sums = torch.zeros(len(removable), dtype=torch.float64)
-        for hidden, teacher, sample in zip(
-            self._run(kept, removable, advance), self._teacher_hidden, self._samples, strict=True
-        ):
-            cap = self._model.config.final_logit_softcapping
-            values = self._loss(
-                hidden.flatten(0, 1),
-                self._weight,
-                teacher.repeat(len(removable), 1),
-                self._weight,
-                sample.labels.to(hidden.device).repeat(len(removable)),
-                student_bias=self._bias,
-                teacher_bias=self._bias,
-                student_softcap=cap,
-                teacher_softcap=cap,
-                vocab_size=self._vocab_size,
-                all_count=True,
-            ).values["forward_kl"]
-            sums += values.view(len(removable), -1).sum(dim=1).double().cpu()
+        tokens = max(1, BLOCK_BYTES // (4 * self._vocab_size * len(removable)))
+        for student, teacher in zip(hidden, self._teacher_hidden, strict=True):
+            for rows in range(0, len(teacher), tokens):
+                logits = self._logits(student[:, rows : rows + tokens])
+                wanted = self._logits(teacher[rows : rows + tokens])
+                # one at a time, so that what is worked on stays in the cache
+                sums += torch.tensor([forward_kl(wanted, found).sum().item() for found in logits])
         return sums / self._response_tokens
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._model.lm_head.logits(hidden)[..., : self._vocab_size]
 
     def _run(self, kept: Sequence[int], removable: Sequence[int], advance: Callable[[int], object]) -> list[Tensor]:
         """Final hidden states at the samples' positions, ``[models, n, n_embd]``: of the models that lack a layer more.

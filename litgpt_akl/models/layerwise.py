@@ -13,6 +13,8 @@ from litgpt.config import Config
 from litgpt.model import GPT, Block
 from torch import Tensor, nn
 
+from litgpt_akl.models.gpt import make_head
+
 
 class Sample(NamedTuple):
     """Ids that a model reads, and which of them count."""
@@ -42,12 +44,9 @@ class LayerwiseModel:
             self._gpt.max_seq_length = longest
         self._cos, self._sin = self._gpt.rope_cache(device=device)
         self.ln_f = self._with_weights(self._gpt.transformer.ln_f, "transformer.ln_f.")
-
-    @property
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight ``[vocab, n_embd]`` and bias ``[vocab]`` of the LM head."""
-        weight, bias = (self._weights.get(f"lm_head.{name}") for name in ("weight", "bias"))
-        return self._moved(weight), None if bias is None else self._moved(bias)
+        with torch.device("meta"):
+            head = make_head(config).eval()
+        self.lm_head = self._with_weights(head, "lm_head.")
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """What the first block reads, ``[batch, time, n_embd]``, of ids ``[batch, time]``."""
