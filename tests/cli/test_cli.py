@@ -128,7 +128,7 @@ def test_a_users_mistake_found_by_the_command_exits_1(ended):
     assert err.startswith("error: ") and "missing" in err and "Traceback" not in err
     code, out, err = ended["make_student missing student"]
     assert (code, out) == (1, "")
-    assert err.startswith("error: How much of the teacher to keep is told by one of --layers and --params: neither")
+    assert err.startswith("error: How much of the teacher to keep is not told.")
     code, out, err = ended["finetune_akl student"]
     assert (code, out) == (1, "")
     assert err.startswith("error: --teacher_checkpoint_dir is missing. ") and err.count("\n") == 1

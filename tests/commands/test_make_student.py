@@ -309,11 +309,12 @@ def test_layers_fit_a_number_of_parameters(teacher_dir, tmp_path, params, layers
 def test_options_that_have_no_effect_are_refused(teacher_dir, short, tmp_path):
     data = {"data": short}
     cases = [
-        ({}, "neither is given"),
-        ({"layers": 2, "params": 0.5}, "--layers 2 --params 0.5"),
+        ({}, "How much of the teacher to keep is not told"),
+        ({"layers": 2, "params": 0.5}, "--layers 2 and --params 0.5 both tell the depth"),
         ({"params": 0}, "--params must be above 0, got 0"),
         ({"params": 0.3}, "--params 0.3 are .*Give --params 0.37 or more"),
-        ({"layers": 2, "method": "greedy"}, "--method greedy chooses by calibration records, .*--method even"),
+        ({"layers": 2, "method": "greedy"}, "--method greedy is decided by calibration records, .* or leave it out"),
+        ({"layers": 2, "width": 0.5}, "--width 0.5 is decided by calibration records"),
         ({"layers": [0, 2], "method": "greedy", **data}, r"--method greedy has no effect with --layers \[0, 2\]"),
         ({"layers": [0, 2], **data}, r"--data has no effect with --layers \[0, 2\]"),
         ({"layers": 2, "method": "even", **data}, "--data has no effect with --method even"),
