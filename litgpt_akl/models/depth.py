@@ -68,7 +68,7 @@ class DepthSearch:
         n_layer, found = self._model.config.n_layer, []
         kept = [*range(n_layer)]
         if not self._teacher_hidden:
-            self._teacher_hidden = [states[0] for states in self._run(kept, [], advance)]
+            self._teacher_hidden = [states[0] for states in self.final_hidden(kept, advance=advance)]
         while len(kept) > layers:
             removable = removable_layers(kept, n_layer, keep_ends)
             losses = self.forward_kl(kept, removable, advance)
@@ -81,7 +81,7 @@ class DepthSearch:
         self, kept: Sequence[int], removable: Sequence[int], advance: Callable[[int], object] = lambda runs: None
     ) -> Tensor:
         """Of the models that lack one more of the layers, ``[len(removable)]``, in nats per response token."""
-        hidden = self._run(kept, removable, advance)
+        hidden = self.final_hidden(kept, removable, advance)
         sums = torch.zeros(len(removable), dtype=torch.float64)
         tokens = max(1, BLOCK_BYTES // (4 * self._vocab_size * len(removable)))
         for student, teacher in zip(hidden, self._teacher_hidden, strict=True):
@@ -92,10 +92,10 @@ class DepthSearch:
                 sums += torch.tensor([forward_kl(wanted, found).sum().item() for found in logits])
         return sums / self._response_tokens
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self._model.lm_head.logits(hidden)[..., : self._vocab_size]
-
-    def _run(self, kept: Sequence[int], removable: Sequence[int], advance: Callable[[int], object]) -> list[Tensor]:
+    @torch.no_grad()
+    def final_hidden(
+        self, kept: Sequence[int], removable: Sequence[int] = (), advance: Callable[[int], object] = lambda runs: None
+    ) -> list[Tensor]:
         """Final hidden states at the samples' positions, ``[models, n, n_embd]``: of the models that lack a layer more.
 
         Without removable layers it is the model of those that are kept.
@@ -113,6 +113,9 @@ class DepthSearch:
         return [
             self._model.ln_f(hidden[:, sample.positions]) for hidden, sample in zip(states, self._samples, strict=True)
         ]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._model.lm_head.logits(hidden)[..., : self._vocab_size]
 
 
 def _paths(kept: Sequence[int], removable: Sequence[int]) -> list[int]:

@@ -70,11 +70,15 @@ def slice_weights(weights: dict[str, Tensor], config: Config, kept: Kept) -> Ite
     norm's weight makes up for it, as far as it is known from the energy of the channels. Gemma multiplies embeddings by
     the root of the width: they make up for it, and so does the LM head, to stay tied, and the last norm for that.
     """
-    number_of = {layer: number for number, layer in enumerate(kept.layers)}
+    number_of, outside = {layer: number for number, layer in enumerate(kept.layers)}, {}
     for name, tensor in weights.items():
         found = LAYER.fullmatch(name)
         if found is None:
-            yield name, _slice_outside(name, tensor, config, kept)
+            # embeddings and LM head that are one in memory stay one
+            place = _place_of(tensor)
+            if place not in outside:
+                outside[place] = _slice_outside(name, tensor, config, kept)
+            yield name, outside[place]
         elif int(found[1]) in number_of:
             new_name, new = _slice_in_layer(found[2], tensor, config, kept, f"transformer.h.{found[1]}.")
             if new_name is not None:
@@ -90,15 +94,22 @@ def write_weights(path: Path, weights: Iterator[tuple[str, Tensor]]) -> None:
     with tensor_file(path) as file:
         written, content = {}, {}
         for name, tensor in weights:
-            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-            if place not in written:
-                whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-                # torch.save writes a view's whole storage: a part must become a tensor of its own
-                own = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+            place = _place_of(tensor)
+            if place in written:
+                content[name] = written[place][1]
+                continue
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            # torch.save writes a view's whole storage: a part must become a tensor of its own
+            content[name] = file.write(tensor if whole else tensor.clone(memory_format=torch.contiguous_format))
+            if LAYER.fullmatch(name) is None:
                 # the tensor is kept, for its place in memory to stay its own
-                written[place] = tensor, file.write(own)
-            content[name] = written[place][1]
+                written[place] = tensor, content[name]
         file.save(content)
+
+
+def _place_of(tensor: Tensor) -> tuple:
+    """Equal for tensors that are one in memory."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _slice_outside(name: str, tensor: Tensor, config: Config, kept: Kept) -> Tensor:

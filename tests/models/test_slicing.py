@@ -159,11 +159,11 @@ def test_fewer_layers_and_narrower_ones(teacher_dir, alice_json, tmp_path):
     make_student(teacher_dir, tmp_path / "named", layers=[0, 3], **options)
     config = read_config(tmp_path / "named")
     assert (config.n_layer, config.n_embd, config.intermediate_size, config.n_head) == (2, 96, 168, 2)
-    make_student(teacher_dir, tmp_path / "share", params=0.35, **options)
+    make_student(teacher_dir, tmp_path / "share", params=0.4, **options)
     model = gpt(tmp_path / "share")
     parameters = sum(p.numel() for p in model.parameters()) - model.lm_head.weight.numel()
     whole = sum(p.numel() for p in gpt(teacher_dir).parameters()) - 1024 * 128
-    assert 0.3 * whole < parameters <= 0.35 * whole
+    assert 0.3 * whole < parameters <= 0.4 * whole
     weights = torch.load(tmp_path / "share" / "lit_model.pth", weights_only=True)
     assert weights["lm_head.weight"].data_ptr() == weights["transformer.wte.weight"].data_ptr()
 
