@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Distils SmolLM2-135M-Instruct (Q4_1 release) into half of its layers on how-to pairs (PIQA), and asks both, and the
-# student as it was before. Sets everything up by itself; a second call reuses what is there. Material and results go to .demo.
+# student as it was before. Sets everything up by itself; a second call reuses what is there. Material and results go to
+# .demo.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh demo

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
 from textwrap import wrap
@@ -11,15 +13,11 @@ from litgpt.utils import CLI
 
 from litgpt_akl.messages import CONTROL, UserError
 
-PICKED = (
-    "how to sanitize a toothbrush",
-    "How to make hot chocolate",
-    "To remove the seeds from a butternut squash",
-)
+PICKED = ("How to clean a toilet.", "How to keep herbs from wilting?", "To remove the seeds from a butternut squash")
 """Of the held-out instructions."""
 EXPECTED = """\
-What four minutes on two cores give: the form and the words of an answer, where step 0 has
-noise. Facts and good sense take more steps: raise --train.max_steps in scripts/demo.sh."""
+Four minutes on two cores give words and sentences of the kind, not noise.
+Facts and sense take more steps: raise --train.max_steps in scripts/demo.sh."""
 WIDTH = 25
 """Columns of each of three answers."""
 
@@ -48,7 +46,9 @@ def show_demo(*, teacher: Path, student: Path, run: Path, data: Path, max_new_to
 def answer(checkpoint_dir: Path, prompts: tuple[str, ...], max_new_tokens: int) -> list[str]:
     """Greedy answers, in float32."""
     llm = LLM.load(str(checkpoint_dir), distribute=None)
-    llm.distribute(accelerator="auto", devices=1, precision="32-true")
+    # LitGPT tells of devices and precision here
+    with redirect_stderr(StringIO()):
+        llm.distribute(accelerator="auto", devices=1, precision="32-true")
     return [llm.generate(text, max_new_tokens=max_new_tokens, top_k=1) for text in prompts]
 
 
