@@ -30,7 +30,7 @@ async function drawOthers() {
     if (place.checkVisibility()) await draw(place);
   }
 }
-addEventListener("load", drawOthers);
+addEventListener("load", () => setTimeout(drawOthers, 1000));
 // paper is light, and shows the settings
 let folded = [];
 addEventListener("beforeprint", () => {

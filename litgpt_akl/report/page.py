@@ -221,7 +221,7 @@ def distributions(runs: Sequence[Shown]) -> list[dict[str, Any]]:
                     }
                     for place, token, values in rows
                 ],
-                "about": _about(position, same),
+                "about": _about(position, same if len(runs) == 1 else ()),
             }
         )
     return shown
@@ -230,42 +230,43 @@ def distributions(runs: Sequence[Shown]) -> list[dict[str, Any]]:
 def _about(position: dict[str, Any], students: Sequence[tuple[Sequence[Any], dict[str, Any]]]) -> str:
     tokens = "1 token" if position["head"] == 1 else f"{position['head']:,} tokens"
     gaps = (f"{key[0]}: head gap {of['head_gap']:.3f}, tail gap {of['tail_gap']:.3f}" for key, of in students)
-    return f"Head (shaded): {tokens} with {position['head_mass']:.1%} of the teacher's mass. {'; '.join(gaps)}."
+    head = f"Head (shaded): {tokens} with {position['head_mass']:.1%} of the teacher's mass."
+    return " ".join((head, *(f"{gap.capitalize()}." for gap in gaps)))
 
 
 def _answers(runs: Sequence[Shown], tips: list[Any]) -> list[dict[str, Any]]:
     """Prompts of the last snapshot, each with the texts that there are to it; what tokens tell goes to ``tips``."""
     snapshots, shown = _snapshots(runs), []
-    for answer in snapshots[-1][3]["answers"] if snapshots else ():
-        same = [
-            (key, other)
-            for *key, snapshot in snapshots
-            for other in snapshot["answers"]
-            if other["prompt"] == answer["prompt"]
-        ]
-        texts = [_text(name, run, other["student"], tips) for (name, _, run), other in same if other.get("student")]
-        for role, name in (("teacher", "teacher"), ("recorded", "recorded")):
+    for place, answer in enumerate(snapshots[-1][3]["answers"] if snapshots else ()):
+        same = []
+        for name, _, run, snapshot in snapshots:
+            # two records may have one prompt
+            others = [*snapshot["answers"][place : place + 1], *snapshot["answers"]]
+            other = next((other for other in others if other["prompt"] == answer["prompt"]), {})
+            same.append((name, run, other))
+        texts = [_text(name, run, of["student"], [of["student"]], tips) for name, run, of in same if of.get("student")]
+        for role in ("teacher", "recorded"):
             if answer.get(role):
-                before = same[0][1].get(role) if len(runs) == 1 and len(same) > 1 else None
-                texts.append(_text(name, None, answer[role], tips, before))
-        shown.append(
-            {"prompt": answer["prompt"], "texts": texts, "lacks": [] if answer.get("recorded") else ["recorded"]}
-        )
+                views = [of[role] for *_, of in same if of.get(role) and _plain(of[role]) == _plain(answer[role])]
+                text = answer[role] if len(runs) == 1 else {"tokens": [], "rest": _plain(answer[role])}
+                texts.append(_text(role, None, text, views, tips))
+        shown.append({"prompt": answer["prompt"], "texts": texts})
     return shown
 
 
+def _plain(text: dict[str, Any]) -> str:
+    return "".join(token[0] for token in text["tokens"]) + text["rest"]
+
+
 def _text(
-    name: str, run: int | None, text: dict[str, Any], tips: list[Any], before: dict[str, Any] | None = None
+    name: str, run: int | None, text: dict[str, Any], views: Sequence[dict[str, Any]], tips: list[Any]
 ) -> dict[str, Any]:
-    """A text as the page shows it: its tokens with the shade of their KL, what follows them, and the mean KL."""
-    whole = "".join(token[0] for token in text["tokens"]) + text["rest"]
-    kl = _mean_kl(text)
-    found = {"name": name, "run": run, "kl": kl, "before": None, "tokens": [], "rest": text["rest"]}
-    if before is not None and [token[0] for token in before["tokens"]] == [token[0] for token in text["tokens"]]:
-        found["before"] = _mean_kl(before)
-    if masked(whole) != whole:
+    """A text as the page shows it: its tokens with the shade of their KL, what follows them, and mean KLs of views."""
+    kls = [sum(token[1] for token in view["tokens"]) / len(view["tokens"]) for view in views if view["tokens"]]
+    found = {"name": name, "run": run, "kls": kls, "tokens": [], "rest": text["rest"]}
+    if masked(_plain(text)) != _plain(text):
         # the parts of a credential do not look like one
-        return {**found, "rest": whole}
+        return {**found, "rest": _plain(text)}
     for piece, value, *likely in text["tokens"]:
         heat = 0 if not value >= LIGHTEST else min(1 + int(math.log2(value / LIGHTEST)), HEATS)
         if not piece.strip():
@@ -273,17 +274,11 @@ def _text(
             piece = "".join(VISIBLE.get(character, character) for character in piece) + "\n" * piece.count("\n")
         found["tokens"].append((piece or "\u00b7", heat))
         tips.append([_finite(value), *([[one_line(t, 24), _finite(p)] for t, p in of] for of in likely)])
-    found["length"] = len(text["tokens"])
     return found
 
 
 def _finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
-
-
-def _mean_kl(text: dict[str, Any]) -> float | None:
-    values = [token[1] for token in text["tokens"]]
-    return _finite(sum(values) / len(values)) if values else None
 
 
 def _samples(runs: Sequence[Shown]) -> list[dict[str, Any]]:

@@ -401,6 +401,38 @@ def test_the_recorded_token_is_marked_wherever_it_is():
     assert [row["is_recorded"] for row in distributions([Shown(made_up("a", 20), old)])[0]["rows"]][:2] == [True, False]
 
 
+def test_the_kl_of_an_answer_is_the_mean_over_its_tokens(run):
+    examples = read_examples(run)
+    mean = {
+        moment: [np.mean([token[1] for token in answer["teacher"]["tokens"]]) for answer in examples[moment]["answers"]]
+        for moment in ("first", "latest")
+    }
+    page = (run / "report.html").read_text()
+    other = Shown(History("other", training={"step": np.empty(0)}, validation={"step": np.empty(0)}), examples)
+    both = make_page([read_run(run, pytest.fail), other])
+    for first, latest in zip(mean["first"], mean["latest"], strict=True):
+        assert f'teacher <span class="faint">KL {first:.2f} &#8594; {latest:.2f}</span>' in page
+        # of several runs one text has several
+        assert f'teacher <span class="faint">KL {latest:.2f}, {latest:.2f}</span>' in both
+
+
+def test_answers_to_one_prompt_are_not_mixed_up():
+    examples = made_up_examples()
+    for snapshot in examples.values():
+        for number, answer in enumerate(snapshot["answers"]):
+            answer["prompt"], answer["student"] = "the same", {"tokens": [], "rest": f"answer {number}"}
+    page = make_page([Shown(made_up("a", 20), examples)])
+    assert [page.count(f"answer {number}<") for number in range(3)] == [2, 2, 2]
+
+
+def test_no_credential_is_seen_in_the_tokens_of_a_text():
+    examples, secret = made_up_examples(), "hf_AbCdEfGhIjKlMnOpQrStUvWx"
+    pieces = [[piece, 1.0, [[" a", 0.5]] * 5, [[" b", 0.5]] * 5] for piece in ("Token ", secret[:9], secret[9:])]
+    examples["latest"]["answers"][0]["student"] = {"tokens": pieces, "rest": " it is"}
+    page = make_page([Shown(made_up("a", 20), examples)])
+    assert "Token *** it is" in page and secret[9:] not in page
+
+
 def test_what_is_the_same_is_drawn_once(tmp_path):
     rows = "".join(f"{step},{1 / step},{1 / step},{2 / step},{1 / step},0.5\n" for step in range(1, 9))
     for name, recipe, titles in (
