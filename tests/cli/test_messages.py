@@ -15,7 +15,7 @@ from litgpt_akl.cli.main import COMMANDS
 PACKAGE = Path(litgpt_akl.__file__).parent
 OPTION = re.compile(r"(?<![\w-])--([a-z][\w-]*(?:\.\w+)*(?:\.(?=\0))?)")
 """With a point at the end if a name is filled in there."""
-OTHERS = {"shm-size": "Docker's", "long": "zstd's"}
+OTHERS = {"shm-size": "Docker's", "long": "zstd's", "faint": "a variable of CSS"}
 
 
 ELSEWHERE = {
@@ -27,6 +27,13 @@ ELSEWHERE = {
     ("generate_responses", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
     ("generate_responses", "litgpt_akl.config.args.GenerationArgs"): "the same is checked by the command's own names",
     ("generate_responses", "litgpt_akl.training.launch.WAY_ON"): "it gives words of its own",
+    ("evaluate_akl", "litgpt_akl.data.preparation._describe_missing"): "it says that training with it is meant",
+    ("generate_responses", "litgpt_akl.data.preparation._describe_missing"): "it says that training with it is meant",
+    ("make_student", "litgpt_akl.data.preparation._describe_missing"): "it says that training with it is meant",
+    ("make_student", "litgpt_akl.loss.objective.UserFunction"): "the divergence is one of the package's own",
+    ("make_student", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
+    ("report_akl", "litgpt_akl.config.old_names.new_name"): "it names what a run's recipe holds",
+    ("report_akl", "litgpt_akl.config.old_names.two_values"): "it names what a run's recipe holds",
     ("report_akl", "litgpt_akl.report.history.read_history"): "it says that finetune_akl's option is meant",
     ("report_akl", "litgpt_akl.report.page._objective"): "it shows with what options a run was made",
 }

@@ -12,14 +12,19 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import datasets
 import torch
 from lightning.fabric.strategies.launchers import subprocess_script
 
+from litgpt_akl.cli.main import COMMANDS, without_traceback
+from litgpt_akl.cli.parser import Parser
 from litgpt_akl.files import changed_files
 
 POLL = 0.005
@@ -164,6 +169,27 @@ def complete(words: list[object], timeout: float = 240, **options) -> subprocess
 def complete_call(work: Callable[[], object], timeout: float = 240, **options) -> subprocess.CompletedProcess:
     """Calls ``work`` in a copy of this process, with the options of :func:`fork`, to its end."""
     return _complete(partial(fork, work, **options), timeout)
+
+
+def call(parser: Parser, words: list[str], directory: Path) -> None:
+    """What LitGPT's main function does with the words of a command line."""
+    os.chdir(directory)
+    given = parser.instantiate_classes(parser.parse_args(words))
+    options = {name: value for name, value in vars(given[given.subcommand]).items() if name != "config"}
+    without_traceback(resolve_name(COMMANDS[given.subcommand]))(**options)
+
+
+def complete_here(work: Callable[[], None]) -> subprocess.CompletedProcess:
+    """The same as ``complete_call``, in this process: a copy of it would take longer than what is refused at once."""
+    code, directory = 0, Path.cwd()
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        try:
+            work()
+        except SystemExit as error:
+            code = error.code
+        finally:
+            os.chdir(directory)
+    return subprocess.CompletedProcess(work, code, out.getvalue(), err.getvalue())
 
 
 def _complete(begin: Callable[[int, int], Command], timeout: float) -> subprocess.CompletedProcess:

@@ -2,24 +2,19 @@
 
 import itertools
 import json
-import os
 import shlex
 import shutil
-import subprocess
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
-from io import StringIO
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import NamedTuple
 
 import materials
 import pytest
-from helpers.commands import complete_call, import_everything
+from helpers.commands import call, complete_call, complete_here, import_everything
 from helpers.options import make_parser
 
-from litgpt_akl.cli.main import COMMANDS, without_traceback
+from litgpt_akl.cli.main import COMMANDS
 from litgpt_akl.cli.parser import Parser
 
 MODELS = "student --teacher_checkpoint_dir teacher"
@@ -32,7 +27,7 @@ F = f"finetune_akl {MODELS} {DATA} {NUMBERS}"
 NO_DATA = f"finetune_akl {MODELS} {NUMBERS}"
 STREAMED = f"{NO_DATA} --data StreamingSFT --data.path"
 E = f"evaluate_akl {MODELS} {DATA} --max_seq_length 128 --split training --max_records 1 --generation.max_new_tokens 2"
-G = "generate_responses teacher --data StreamingSFT --data.path texts/records.jsonl --max_new_tokens 2 --max_records 1"
+G = "generate_responses teacher --data StreamingSFT --data.path texts/records.jsonl --max_records 1 --truncated keep"
 M = "make_student teacher made --layers 2"
 X = "export_hf student exported"
 R = "report_akl run"
@@ -469,14 +464,6 @@ class Ended(NamedTuple):
     written: list[str]
 
 
-def call(parser: Parser, words: list[str], directory: Path) -> None:
-    """What LitGPT's main function does with the words of a command line."""
-    os.chdir(directory)
-    given = parser.instantiate_classes(parser.parse_args(words))
-    options = {name: value for name, value in vars(given[given.subcommand]).items() if name != "config"}
-    without_traceback(resolve_name(COMMANDS[given.subcommand]))(**options)
-
-
 @pytest.fixture(scope="module")
 def parser() -> Parser:
     import_everything()
@@ -515,26 +502,13 @@ def place(tmp_path_factory, parser) -> Path:
 def end(parser: Parser, place: Path, line: str, here: bool = False) -> Ended:
     """How a command line ends, and what it has written, which is removed again; ``here`` if it ends early enough."""
     before = contents(place)
-    done = (_call_here if here else complete_call)(partial(call, parser, shlex.split(line), place))
+    done = (complete_here if here else complete_call)(partial(call, parser, shlex.split(line), place))
     after = contents(place)
     written = [name for name in after if before.get(name) != after[name]]
     for name in sorted(after.keys() - before.keys(), reverse=True):
         path = place / name
         path.rmdir() if path.is_dir() else path.unlink()
     return Ended(done.returncode, done.stdout, done.stderr, written)
-
-
-def _call_here(work: Callable[[], None]) -> subprocess.CompletedProcess:
-    """The same as ``complete_call``, in this process: a copy of it would take longer than what is refused at once."""
-    code, directory = 0, Path.cwd()
-    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
-        try:
-            work()
-        except SystemExit as error:
-            code = error.code
-        finally:
-            os.chdir(directory)
-    return subprocess.CompletedProcess(work, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
