@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from torch import distributed
 
@@ -27,12 +28,24 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 def start(function: Callable[[L.Fabric, Any], None], options: Any, cpu_offload: bool = False, loggers=()) -> None:
     """Call a function in each of the processes that a command's options ask for, which shard models if they are many.
 
-    ``cpu_offload`` says whether the frozen one's shares lie in CPU memory.
+    ``cpu_offload`` says whether the frozen one's shares lie in CPU memory. Raises UserError if nodes would wait for
+    each other in vain.
     """
     machine = {"devices": options.devices, "num_nodes": options.num_nodes}
     strategy = make_strategy(*machine.values(), options.hybrid_sharding, cpu_offload)
     fabric = SpeakingFabric(**machine, strategy=strategy, precision=options.precision, loggers=loggers)
+    _check_nodes(fabric, options.num_nodes)
     fabric.launch(function, options)
+
+
+def _check_nodes(fabric: L.Fabric, num_nodes: int) -> None:
+    environment = getattr(fabric.strategy, "cluster_environment", None)
+    by_hand = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "GROUP_RANK"}
+    if num_nodes > 1 and isinstance(environment, LightningEnvironment) and by_hand.isdisjoint(os.environ):
+        raise UserError(
+            f"--num_nodes {num_nodes}: nothing says where the other nodes are.\nStart the command on each of them by"
+            " torchrun or srun, or with MASTER_ADDR, MASTER_PORT and NODE_RANK set; or give --num_nodes 1."
+        )
 
 
 def leave_if_stopped(fabric: L.Fabric, stop: "StopSignals", way_on: str) -> None:

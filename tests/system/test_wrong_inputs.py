@@ -248,6 +248,7 @@ SAMPLES = [
 ]
 PAIRS = [
     Row(finetune(teacher="other"), ["tokenizer", "student", "other"], F),
+    Row(f"{F} --num_nodes 2", ["--num_nodes 2", "torchrun or srun", "--num_nodes 1"], F),
     Row(finetune(teacher="without_weights"), ["without_weights", "lit_model.pth"], F),
 ]
 TOGETHER = of(
