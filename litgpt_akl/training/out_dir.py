@@ -268,10 +268,11 @@ def changes_since(run: Run, recipe: str, saved: dict[str, Any], current: dict[st
         if recorded != weights and not is_of(recorded, run.pair.directories[role]):
             changes.append(f"the {role} has other weights")
     if saved["data"] != current["data"]:
-        samples = [f"{data['samples']:,}" for data in (saved["data"], current["data"])]
+        before, now = (data["samples"] for data in (saved["data"], current["data"]))
+        samples = f"{before:,} -> {now:,}" if before != now else f"{now:,} as before, but other ids or in another order"
         dates = [data.get("date") for data in (saved["data"], current["data"])]
         written = f", prompts of {dates[0] or 'an unknown day'} -> {dates[1]}" if dates[0] != dates[1] else ""
-        changes.append(f"other training samples ({samples[0]} -> {samples[1]}{written})")
+        changes.append(f"other training samples ({samples}{written})")
     return changes
 
 
