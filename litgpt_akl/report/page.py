@@ -180,10 +180,12 @@ def _snapshots(runs: Sequence[Shown]) -> list[tuple[str, str, int, dict[str, Any
     if not runs[0].examples:
         return []
     first, latest = (runs[0].examples[when] for when in ("first", "latest"))
-    snapshots = [(f"student now, step {latest['step']:,}", COLOURS[0], 0, latest)]
-    if first["step"] < latest["step"]:
-        snapshots.insert(0, (f"student before, step {first['step']:,}", COLOURS[2], 0, first))
-    return snapshots
+    if first["step"] == latest["step"]:
+        return [(f"student, step {latest['step']:,}", COLOURS[0], 0, latest)]
+    return [
+        (f"student before, step {first['step']:,}", COLOURS[2], 0, first),
+        (f"student now, step {latest['step']:,}", COLOURS[0], 0, latest),
+    ]
 
 
 def distributions(runs: Sequence[Shown]) -> list[dict[str, Any]]:

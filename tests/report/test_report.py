@@ -380,6 +380,10 @@ def test_runs_keep_their_colours_in_distributions():
         ["student before, step 0", COLOURS[2]],
         ["student now, step 9", COLOURS[0]],
     ]
+    once = made_up_examples()["latest"]
+    assert (
+        distributions([Shown(made_up("a", 20), {"first": once, "latest": once})])[0]["keys"][1][0] == "student, step 9"
+    )
     assert [key[0] for key in both["keys"]] == ["teacher", "a", "b"]
     assert [key[1] for key in both["keys"][1:]] == [*COLOURS[:2]]
 
