@@ -62,17 +62,22 @@ def describe_memory(estimate: MemoryEstimate, limit: float | None) -> str:
     rows = "\n".join(f"  {part:<{width}}  {cell:>{digits}}" for part, cell in cells.items())
     most = sorted(peak.parts, key=peak.parts.get, reverse=True)[:2]
     others = [f"{moment.name} {_in_gb(moment.total, peak.total)}" for moment in estimate.moments if moment is not peak]
-    teacher = f"{estimate.teacher.name} in {'bf16' if estimate.teacher_dtype == torch.bfloat16 else 'float32'}"
+    names = [of.name for of in (estimate.student, estimate.teacher)]
+    if names[0] == names[1]:
+        # a student made of a teacher's layers bears its name
+        names = [f"{of.name} of {of.n_layer} layers" for of in (estimate.student, estimate.teacher)]
+    teacher = f"{names[1]} in {'bf16' if estimate.teacher_dtype == torch.bfloat16 else 'float32'}"
     if estimate.teacher_role == "cached":
         teacher += ", cached: its LM head only"
     elif estimate.cpu_offload:
         teacher += ", from CPU memory"
-    student = "" if estimate.teacher_role == "fill" else f"{estimate.student.name} in {estimate.precision}, taught by "
+    student = "" if estimate.teacher_role == "fill" else f"{names[0]} in {estimate.precision}, taught by "
     together = "" if limit is None else f" of {_in_gb(limit)}"
     others = f" At other moments: {', '.join(others)}." if others else ""
     sharded = f", sharded over {estimate.shards}" if estimate.shards > 1 else ""
     samples, length = estimate.shape
-    title = f"Predicted memory of {device} in GB, at its peak, the {peak.name}:"
+    beyond = "" if estimate.device == "cuda" else ", beyond what Python and its packages take"
+    title = f"Predicted memory of {device} in GB{beyond}, at its peak, the {peak.name}:"
     end = f"Most of it: {' and '.join(most)}.{others}"
     shape = f"For {student}{teacher}; the longest micro-batch is of {samples} x {length:,} tokens{sharded}."
     return "\n".join([wrapped(title), f"{rows}{together}", wrapped(end), wrapped(shape)])

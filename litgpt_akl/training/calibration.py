@@ -45,8 +45,10 @@ def read_samples(
     if not samples:
         raise UserError(f"--data: none of {len(numbers):,} records has a response.\nGive data with responses.")
     if len(samples) < records:
-        without = len(numbers) - len(samples)
-        say(f"--records {records}: there are {len(dataset):,}, of which {without:,} that were read have no response.")
+        without = f", and {len(numbers) - len(samples):,} without a response are left out" * (
+            len(samples) < len(numbers)
+        )
+        say(f"--records {records}: the data has {len(dataset):,}{without}.")
     return samples
 
 
@@ -70,7 +72,10 @@ def remove_layers(
     """Remove layers until so many are left, each time the one without which the forward KL on the samples is lowest."""
     removed = model.config.n_layer - layers
     tokens = sum(len(sample.positions) for sample in samples)
-    say(f"Removing {removed} layers by forward KL on {len(samples)} records ({tokens:,} response tokens).")
+    say(
+        f"Removing {removed} layers one at a time by forward KL on {len(samples)} records ({tokens:,} response tokens);"
+        " --method block_influence takes no such search."
+    )
     search = DepthSearch(model, samples, vocab_size)
     known = {"total": search.work(layers, keep_ends), "unit": " blocks", "unit_scale": True, "leave": False}
     with progress_bar(desc="removing layers", **known) as bar:

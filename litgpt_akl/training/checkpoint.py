@@ -223,8 +223,8 @@ def _refuse_later_steps(out_dir: Path, step: int) -> None:
     later = [path.name for path in newest_first(out_dir) if step < step_of(path) < math.inf and damage(path) is None]
     if later:
         raise UserError(
-            f"{out_dir} has checkpoints of another run ({', '.join(later[:3])}), which --resume auto would take up.\n"
-            "Go on with that run by --resume auto, remove them, or give another --out_dir."
+            f"{out_dir} has checkpoints of an earlier run ({', '.join(later[:3])}), which --resume auto would"
+            " take up.\nGo on with it by --resume auto, remove them, or give another --out_dir."
         )
 
 

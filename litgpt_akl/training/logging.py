@@ -110,12 +110,25 @@ class Progress:
         self.fabric.log_dict(metrics, step=state["step_count"])
         self._show(metrics)
 
+    def within_step(self, step: int, done: int, total: int) -> None:
+        """Say how far a step is that takes long, so that nobody takes the run for one that hangs."""
+        now = time.perf_counter()
+        if now - max(self._line_written, self._begun) < LINE_SECONDS or done == total:
+            return
+        line = f"step {step:>{len(str(self._total))}}/{self._total}  micro-batch {done} of {total}"
+        if self.bar is not None:
+            self.bar.set_description_str(line)
+        else:
+            self._line_written = now
+            self.write(line)
+
     def _show(self, metrics: dict[str, float]) -> None:
         """Renew the line of a terminal, or add one to a file, of the first step, of the last and every ten seconds."""
         now, step = time.perf_counter(), metrics["step"]
         left = (now - self._begun) / (step - self._first) * (self._total - step)
         line = progress_line(metrics, self._total, left)
         if self.bar is not None:
+            self._line_written = now
             self.bar.update(step - self.bar.n)
             self.bar.set_description_str(line, refresh=step == self._total)
         elif now - self._line_written >= LINE_SECONDS or step == self._total:

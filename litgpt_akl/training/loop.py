@@ -3,9 +3,10 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import lightning as L
 import torch
@@ -45,7 +46,8 @@ def fit(fabric: L.Fabric, run: Run, state: dict) -> None:
         for step_batch in step_batches:
             if step_batch.epoch > state["epoch"]:
                 state["caches"].share(fabric)
-            result = take_step(fabric, state, step_batch, train.max_norm)
+            seen = partial(progress.within_step, state["step_count"] + 1)
+            result = take_step(fabric, state, step_batch, train.max_norm, seen)
             state.update(epoch=step_batch.epoch, step_count=state["step_count"] + 1)
             state["tokens"] += step_batch.tokens
             state["nonfinite_in_a_row"] = 0 if result.finite else state["nonfinite_in_a_row"] + 1
@@ -105,15 +107,22 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
-def take_step(fabric: L.Fabric, state: dict, step_batch: StepBatch, max_norm: float | None) -> StepResult:
+def take_step(
+    fabric: L.Fabric,
+    state: dict,
+    step_batch: StepBatch,
+    max_norm: float | None,
+    seen: Callable[[int, int], object] = lambda done, total: None,
+) -> StepResult:
     """One optimizer step, its sums divided once by the response tokens of the whole step.
 
     If the loss or the gradient is not finite, weights and optimizer are left as they were; the learning rate's schedule
-    goes on.
+    goes on. ``seen`` is told how many micro-batches are done, and of how many, after each.
     """
     student, teacher, optimizer = state["student"], state["teacher"], state["optimizer"]
     sums = Sums(fabric)
-    for batch, teacher_hidden in teacher.hidden_states(step_batch.micro_batches, state["caches"].training):
+    micro_batches = teacher.hidden_states(step_batch.micro_batches, state["caches"].training)
+    for done, (batch, teacher_hidden) in enumerate(micro_batches, start=1):
         targets = batch.input_ids, batch.positions, batch.labels, teacher_hidden
         loss, weight = state["loss"], 1.0
         if batch.is_on_policy:
@@ -123,6 +132,7 @@ def take_step(fabric: L.Fabric, state: dict, step_batch: StepBatch, max_norm: fl
         # sharding averages gradients over the processes
         fabric.backward(result.loss * (weight * fabric.world_size / step_batch.response_tokens))
         sums.add(loss=result.loss.detach() * weight, **result.stats)
+        seen(done, len(step_batch.micro_batches))
     norm = clip_gradients(student, max_norm or math.inf)
     total = sums.of_all()
     loss = total.pop("loss").item() / step_batch.response_tokens

@@ -18,7 +18,7 @@ from litgpt_akl.data.streaming import own_prompt_style
 from litgpt_akl.files.manifest import FINAL, FINAL_HF, PAGE
 from litgpt_akl.loss.objective import OPTIONS
 from litgpt_akl.memory.fit import report_memory
-from litgpt_akl.messages import entry
+from litgpt_akl.messages import entry, shown
 from litgpt_akl.models.chat_template import ChatTemplate
 from litgpt_akl.models.prompt_format import PROBES, READ_BY_TRANSFORMERS, same_ids
 from litgpt_akl.models.vocabulary import count_ids, describe_padding
@@ -212,7 +212,7 @@ def close(run: Run, log: Path | None) -> None:
         entry("Export", f"{run.out_dir / FINAL_HF}, for Transformers, vLLM and llama.cpp")
     print("\nNext:", flush=True)
     for words in next_commands(run):
-        print(f"  {command_line(words)}", flush=True)
+        print(shown(f"  {command_line(words)}"), flush=True)
 
 
 def _validations(log: Path | None) -> list[dict[str, float]]:
@@ -269,7 +269,7 @@ def next_commands(run: Run) -> list[list[str]]:
     if run.train.max_seq_length is not None:
         evaluation += ["--max_seq_length", str(run.train.max_seq_length)]
     # those of all records may take hours
-    evaluation += ["--generation.max_prompts", "20"]
+    evaluation += ["--generation.max_prompts", "20", "--generation.seeds", "[10]"]
     commands = [["litgpt", "chat", final], evaluation]
     return commands if run.export_hf else [*commands, ["litgpt", "export_hf", final, str(run.out_dir / FINAL_HF)]]
 

@@ -292,7 +292,7 @@ def test_layers_are_chosen_by_block_influence(teacher_dir, alice_json, tmp_path,
 
 def test_few_records_are_all_read(teacher_dir, short, tmp_path, capsys):
     make_student(teacher_dir, tmp_path / "student", layers=3, data=short, records=50)
-    assert "--records 50: there are 40, of which 0 that were read have no response." in capsys.readouterr().out
+    assert "--records 50: the data has 40." in capsys.readouterr().out
     assert json.loads((tmp_path / "student" / "make_student.json").read_text())["records"] == 40
 
 

@@ -99,7 +99,7 @@ def test_a_student_whose_directory_changes_during_training_is_written_as_it_was(
             for path in model_paths(pair["student"]):
                 path.write_bytes(b"{}" if change == "edited" else b"")
 
-    calls_before(monkeypatch, main_module, "announce", act)
+    calls_before(monkeypatch, main_module, "report_accuracy", act)
     distil(pair["student"], pair["teacher"], short, tmp_path / "out", **options)
     for name in ("final", "step-000001", "step-000002"):
         found, expected = contents(tmp_path / "out" / name), contents(tmp_path / "alone" / name)
@@ -327,7 +327,7 @@ def test_prepared_data_that_may_only_be_read_is_read(teacher_dir):
 def distil_and_act(act: Callable[[], None], *arguments: Any) -> None:
     """A run, with something done once its data is prepared; for a process of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        calls_before(patch, main_module, "announce", act, after=True)
+        calls_before(patch, main_module, "report_accuracy", act, after=True)
         options = {"train": {"save_interval": 1}, "eval": WITHOUT_VALIDATION}
         without_traceback(distil)(*arguments, **options)
 

@@ -116,7 +116,7 @@ def test_steps_are_read_from_manifests(saved):
     assert find(True, saved) == (saved / "step-latest-copy", [])
     for given in (saved / "step-zzz", saved / "step-zzz" / "lit_model.pth"):
         assert find(given, saved.parent / "new")[0] == saved / "step-zzz"
-        with pytest.raises(UserError, match="has checkpoints of another run"):
+        with pytest.raises(UserError, match="has checkpoints of an earlier run"):
             find(given, saved)
     assert find(False, saved.parent / "new") == (None, [])
 

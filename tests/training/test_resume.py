@@ -115,7 +115,7 @@ def test_a_directory_with_later_steps_is_not_mixed_with_another_run(
     out_dir = shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(out_dir / "final")
     for resume in (False, out_dir / "step-000003", whole / "step-000006"):
-        with pytest.raises(UserError, match=r"checkpoints of another run \(step-000009.*\n.*--resume auto"):
+        with pytest.raises(UserError, match=r"checkpoints of an earlier run \(step-000009.*\n.*--resume auto"):
             distil(student_dir, teacher_dir, alice_json, out_dir, train=OPTIONS, resume=resume)
     distil(student_dir, teacher_dir, alice_json, out_dir, train=OPTIONS, resume=out_dir / "step-000009")
 

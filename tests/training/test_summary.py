@@ -15,6 +15,7 @@ from litgpt.prompts import Default, save_prompt_style
 
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.messages import INDENT, WIDTH, entry
+from litgpt_akl.training import logging
 from litgpt_akl.training.logging import progress_line
 from litgpt_akl.training.reporting import plain_text, without_frame
 from litgpt_akl.training.summary import amount, command_line, readable_measure
@@ -156,3 +157,12 @@ def test_a_command_is_broken_where_a_shell_allows_it():
     found = subprocess.run(["bash", "-c", f"printf '%s\\n' {text}"], capture_output=True, text=True, check=True)
     assert len(text.splitlines()) > 2 and found.stdout.splitlines() == words
     assert all(line.endswith("\\") for line in text.splitlines()[:-1])
+
+
+def test_a_long_step_says_how_far_it_is(student_dir, teacher_dir, alice_json, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging, "LINE_SECONDS", 0.0)
+    train = {"max_steps": 2, "global_batch_size": 3, "micro_batch_size": 1}
+    distil(student_dir, teacher_dir, alice_json, tmp_path / "out", train=train, eval={"initial_validation": False})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert lines[:2] == ["step 1/2  micro-batch 1 of 3", "step 1/2  micro-batch 2 of 3"]
+    assert lines[2].startswith("step 1/2") and "loss" in lines[2] and len(lines) == 6
