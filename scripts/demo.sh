@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Distils SmolLM2-135M-Instruct (Q4_1 release) into half of its layers on how-to pairs (PIQA), and asks both, and the
-# student as it was before. Sets everything up by itself; a second call reuses what is there. Material and results go to
+# Distils SmolLM2-135M-Instruct (Q4_1 release) into two thirds of its layers on how-to pairs (PIQA), and asks both, and
+# the student as it was before. Sets everything up by itself; a second call reuses what is there. Material and results go to
 # .demo.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,7 +13,8 @@ python scripts/prepare_demo.py --out .demo
 if [ -d "$student" ]; then
     echo "$student is there already."
 else
-    litgpt make_student "$teacher" "$student" --layers 15
+    litgpt make_student "$teacher" "$student" --layers 20 --method block_influence --records 64 \
+        --data JSON --data.json_path .demo/piqa --data.mask_prompt true --data.prompt_style smollm2 --data.num_workers 0
 fi
 if [ -d "$run/final" ]; then
     echo "$run/final is there already; remove $run to train again."
