@@ -118,18 +118,25 @@ class TaskModel(TemplateLM):
         prompts = [ids[-min(longest, self.max_length - limit) :] for ids, limit in zip(whole, limits, strict=True)]
         self.cut += sum(len(prompt) < len(ids) for prompt, ids in zip(prompts, whole, strict=True))
 
-        def answer(places: list[int]) -> list[str]:
-            return self._answer(places, prompts, limits, options)
+        # a batch is of one temperature
+        temperatures = [each.get("temperature", 1.0) if each.get("do_sample", False) else 0.0 for each in options]
+        answers: dict[int, str] = {}
+        for temperature in sorted({*temperatures}):
+            own = [place for place, each in enumerate(temperatures) if each == temperature]
 
-        return self._in_turn(prompts, answer, "answer")
+            def answer(places: list[int], own: list[int] = own, temperature: float = temperature) -> list[str]:
+                return self._answer([own[place] for place in places], prompts, limits, options, temperature)
 
-    def _answer(self, places: list[int], prompts: list[Tensor], limits: list[int], options: list[dict]) -> list[str]:
+            answers.update(zip(own, self._in_turn([prompts[place] for place in own], answer, "answer"), strict=True))
+        return [answers[place] for place in range(len(requests))]
+
+    def _answer(
+        self, places: list[int], prompts: list[Tensor], limits: list[int], options: list[dict], temperature: float
+    ) -> list[str]:
         """A batch of answers, each up to the first of the texts that end it."""
         untils = [[until] if isinstance(until := options[place].get("until", []), str) else until for place in places]
         ends = stop_sequences(self._text, None)
         known = [self._text.encode(text, bos=False).tolist() for until in untils for text in until if text]
-        first = options[places[0]] if places else {}
-        temperature = first.get("temperature", 1.0) if first.get("do_sample", False) else 0.0
         seeds = {"seeds": [(0, place) for place in places], "temperature": temperature} if temperature > 0 else {}
         answers = generate(
             self._fabric,

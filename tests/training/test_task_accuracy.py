@@ -145,6 +145,20 @@ def evaluate_in_processes(pair: dict[str, Path], tasks: str, out_dir: Path) -> N
     )
 
 
+def test_a_task_that_samples_changes_no_greedy_answer(found, pair, tasks, tmp_path):
+    greedy = tasks.split(",")[-1]
+    content = json.loads(Path(greedy).read_text())
+    content["generation_kwargs"] |= {"do_sample": True, "temperature": 1.5}
+    sampled = tmp_path / "sampled.yaml"
+    sampled.write_text(json.dumps(content | {"task": "sampled"}))
+    both = f"{sampled},{greedy}"
+    again = evaluate(pair["student"], pair["teacher"], None, tmp_path / "out", batch_size=5, tasks=both)
+    for role in ("student", "teacher"):
+        metrics = again["tasks"]["metrics"][role]
+        assert metrics["answers"] == pytest.approx(found["tasks"]["metrics"][role]["answers"], rel=1e-4)
+        assert metrics["sampled"] != metrics["answers"]
+
+
 def test_records_and_tasks_in_one_evaluation(pair, tasks, alice_json, tmp_path):
     none = GenerationArgs(seeds=[])
     both = evaluate(pair["student"], pair["teacher"], alice_json, tmp_path, tasks=tasks, generation=none)
