@@ -344,12 +344,11 @@ class Encoder:
         A token may reach over an edge by white space: `` Hello`` after a colon is one token. Tokens of no width come
         from byte-level tokenizers: a space, whose place is before their offset.
         """
-        # a few of the offsets are asked for, since a list of all takes as long as a tenth of the tokenizer's work
         count, characters = len(ids), encoding.token_to_chars
-        first = bisect_right(range(count), begin, key=lambda token: characters(token)[1])
+        first = _token_at(encoding, begin, count)
         if first < count and (start := characters(first)[0]) < begin and not text[start:begin].isspace():
             first += 1
-        last = bisect_right(range(count), end, key=lambda token: characters(token)[1])
+        last = _token_at(encoding, end, count)
         if last < count and characters(last)[0] < end and text[end : characters(last)[1]].isspace():
             last += 1
         return first, self._find_turn_end(text, ids, encoding, last, end)
@@ -366,6 +365,15 @@ class Encoder:
             if text[end:ends].strip():
                 break
         return last
+
+
+def _token_at(encoding: Encoding, place: int, count: int) -> int:
+    """The first token that ends after a character: the one that has it, or the next one if none has."""
+    token = encoding.char_to_token(place)
+    if token is None:
+        # a few of the offsets are asked for, since a list of all takes as long as a tenth of the tokenizer's work
+        return bisect_right(range(count), place, key=lambda number: encoding.token_to_chars(number)[1])
+    return token
 
 
 def _without_limits(processor: Processor) -> Processor:

@@ -228,7 +228,7 @@ class Rows(Dataset):
             return {**NOTHING, "error": _printable(told), "dropped": dropped}
         begins, ends = encoded.spans[::2], encoded.spans[1::2]
         return {
-            "input_ids": np.array(encoded.ids, dtype=np.int32),
+            "input_ids": np.fromiter(encoded.ids, np.int32, len(encoded.ids)),
             "responses": np.array(encoded.spans, dtype=np.int32),
             "length": len(encoded.ids),
             # no token comes before the first of a sample, so nothing predicts it

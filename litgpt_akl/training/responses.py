@@ -7,7 +7,7 @@ come twice in a row, five decoding seeds, ROUGE-L with stemming, the best of sev
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
@@ -71,6 +71,23 @@ class Responses:
     """Whether a response came to its end before the limit of its length."""
 
 
+def take_turns(
+    fabric: L.Fabric, batches: Sequence[list[int]], read: Callable[[list[int]], Sequence[Any]], bar: tqdm
+) -> list[Any]:
+    """What ``read`` makes of each place; the processes take batches of places in turn, and all have all in the end.
+
+    One that has no batch left reads an empty one, since sharded models only run together. The bar counts places.
+    """
+    world_size, found = fabric.world_size, {}
+    for turn in range(0, len(batches), world_size):
+        own = turn + fabric.global_rank
+        batch = batches[own] if own < len(batches) else []
+        found.update(zip(batch, read(batch), strict=True))
+        bar.update(sum(map(len, batches[turn : turn + world_size])))
+    found = {place: value for part in all_gather_object(found) for place, value in part.items()}
+    return [found[place] for place in range(len(found))]
+
+
 class ResponseSampler:
     """Draws the responses of models to the same questions, which every process has all of.
 
@@ -104,17 +121,15 @@ class ResponseSampler:
 
     def sample_once(self, model: nn.Module, seed: int, bar: tqdm) -> Responses:
         """The same for one seed; the bar is moved on by the questions."""
-        world_size, found = self.fabric.world_size, {}
-        for turn in range(0, len(self._batches), world_size):
-            began, own = time.perf_counter(), turn + self.fabric.global_rank
-            batch = self._batches[own] if own < len(self._batches) else []
-            responses = self._generate(model, [self.questions[place] for place in batch], seed)
-            found.update(zip(batch, responses, strict=True))
-            rate = sum(map(len, responses)) * world_size / (time.perf_counter() - began)
+
+        def answer(places: list[int]) -> list[list[int]]:
+            began = time.perf_counter()
+            responses = self._generate(model, [self.questions[place] for place in places], seed)
+            rate = sum(map(len, responses)) * self.fabric.world_size / (time.perf_counter() - began)
             bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-            bar.update(sum(map(len, self._batches[turn : turn + world_size])))
-        found = {place: response for part in all_gather_object(found) for place, response in part.items()}
-        drawn = [found[place] for place in range(len(self.questions))]
+            return responses
+
+        drawn = take_turns(self.fabric, self._batches, answer, bar)
         ids = [without_end(response, self.stop) for response in drawn]
         texts = [self.tokenizer.decode(torch.tensor(response)) for response in ids]
         ended = [len(whole) > len(response) for whole, response in zip(drawn, ids, strict=True)]

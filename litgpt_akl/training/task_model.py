@@ -15,8 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from litgpt_akl.data.steps import together
 from litgpt_akl.messages import UserError, progress_bar
 from litgpt_akl.models.generation import generate, longest_prompt, stop_sequences, without_end
-from litgpt_akl.models.parallel import all_gather_object, reshard
+from litgpt_akl.models.parallel import reshard
 from litgpt_akl.models.tokenizer import OneBosTokenizer
+from litgpt_akl.training.responses import take_turns
 
 HEAD_TOKENS = 512
 """Tokens whose logits are there at a time."""
@@ -156,14 +157,8 @@ class TaskModel(TemplateLM):
     def _in_turn(self, texts: Sequence[Tensor], read: Callable[[list[int]], list], unit: str) -> list[Any]:
         """What ``read`` makes of the texts of each place, in batches of like length that the processes take in turn."""
         batches = together(texts, self._batch_size, None)[::-1]
-        world_size, found = self._fabric.world_size, {}
         quiet = not self._fabric.is_global_zero
         with progress_bar(total=len(texts), desc=f"{self._name}: tasks", unit=unit, disable=quiet) as bar:
-            for turn in range(0, len(batches), world_size):
-                own = turn + self._fabric.global_rank
-                batch = batches[own] if own < len(batches) else []
-                found.update(zip(batch, read(batch), strict=True))
-                bar.update(sum(map(len, batches[turn : turn + world_size])))
+            found = take_turns(self._fabric, batches, read, bar)
         reshard(self._model)
-        found = {place: value for part in all_gather_object(found) for place, value in part.items()}
-        return [found[place] for place in range(len(texts))]
+        return found

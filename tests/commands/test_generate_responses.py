@@ -271,9 +271,10 @@ def test_the_command_stops_and_goes_on(teacher_dir, tmp_path):
     assert process.returncode == 128 + signal.SIGINT and "The same command goes on." in told, told
     done = json.loads(state.read_text())["progress"]["records"]
     assert 0 < done < 1200 and "Traceback" not in told
-    words[words.index("--max_new_tokens") + 1] = "31"
-    other = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=120)
-    assert other.returncode == 1 and "was begun with another max_new_tokens: 30 -> 31" in other.stderr
+    data = StreamingSFT(str(given), prompt_style=Default())
+    options = {"temperature": 0.0, "truncated": "keep", "batch_size": 1, "max_new_tokens": 31}
+    with pytest.raises(UserError, match="was begun with another max_new_tokens: 30 -> 31"):
+        generate_responses(teacher_dir, data=data, out=tmp_path / "out.jsonl", **options)
     assert len((tmp_path / "out.jsonl.part").read_text().splitlines()) == done
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import fsspec
@@ -25,8 +26,10 @@ from litgpt_akl.messages import UserError
 from litgpt_akl.models.parallel import return_freed_memory
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("workers", "precision"),
+    with_all_slow_but(((0, "32-true"), (2, "bf16-true")), product((0, 2), ("32-true", "bf16-true"))),
+)
 def test_a_cached_teacher_is_the_live_one_bit_for_bit(
     student_dir, teacher_dir, lone, short, tmp_path, precision, workers
 ):
@@ -71,7 +74,7 @@ def test_jobs_fill_parts_without_a_student(student_dir, teacher_dir, lone, short
     assert "there is nothing to do" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_base_of_a_lora_student_is_cached_too(student_dir, short, tmp_path, processes, capfd):
     options = {"lora": LoRAArgs(r=4, dropout=0.1), "devices": processes, "optimizer": RATE}
     options["eval"] = {"initial_validation": False}
@@ -126,7 +129,7 @@ def live(student_dir, teacher_dir, alice_json, tmp_path_factory) -> dict[str, to
     return run(student_dir, teacher_dir, short_data(alice_json, directory / "short"), directory / "run")
 
 
-@pytest.mark.parametrize(("writers", "readers"), with_all_slow_but(((2, 1), (3, 2)), ((1, 2), (2, 1), (3, 2))))
+@pytest.mark.parametrize(("writers", "readers"), with_all_slow_but(((2, 1),), ((1, 2), (2, 1), (3, 2))))
 def test_any_number_of_processes_reads_what_another_has_written(
     student_dir, teacher_dir, lone, short, live, tmp_path, writers, readers
 ):

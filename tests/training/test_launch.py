@@ -100,7 +100,7 @@ def slurm_variables(task: int, nodes: int) -> dict[str, str]:
         "litgpt",
         pytest.param("torchrun", marks=pytest.mark.slow),
         "two nodes",
-        "SLURM's variables",
+        pytest.param("SLURM's variables", marks=pytest.mark.slow),
         "SLURM's variables on two nodes",
     ],
 )

@@ -84,7 +84,7 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", with_all_slow_but(("untied", "the base as teacher"), RUNS))
+@pytest.mark.parametrize("run", with_all_slow_but(("the base as teacher",), RUNS))
 def test_many_processes_take_the_steps_of_one(request, run, alice_json, tmp_path):
     source, targets, teacher = RUNS[run]
     source, teacher = request.getfixturevalue(source), teacher and request.getfixturevalue(teacher)
@@ -134,7 +134,7 @@ def runs_by_precision(student_dir, alice_json, tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16-true", marks=pytest.mark.slow), "bf16-mixed"])
 def test_half_precision_follows_float32(runs_by_precision, precision, processes):
     (expected, _), (found, out_dir) = (runs_by_precision(processes, name) for name in ("32-true", precision))
     assert len(found) == 10 and found == pytest.approx(expected, rel=0.02)
@@ -181,7 +181,7 @@ def test_base_and_teacher_are_held_in_memory_once(alice_json, tmp_path, processe
             assert growth == pytest.approx(times * size, rel=0.1)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_resumed_run_ends_as_an_undisturbed_one(student_dir, alice_json, tmp_path, processes):
     lora, options = adapted("all", dropout=0.1), {"train": UNEVEN | {"save_interval": 4}, "devices": processes}
     run = partial(train, lora, student_dir, None, alice_json, **options)
@@ -222,7 +222,7 @@ def record_draws(out_dir: Path, processes: int, student: Path, data: Path, **cha
     torch.save({"masks": masks, "examples": examples, "random": random_state()}, out_dir / f"{rank}.pth")
 
 
-def test_processes_draw_masks_of_their_own_and_all_else_together(student_dir, tmp_path):
+def test_processes_draw_masks_of_their_own_and_all_else_together(student_dir, tmp_path, pytestconfig):
     (tmp_path / "data").mkdir()
     record = {"instruction": "Who are you?", "input": "", "output": "A cat, and a grin without one, as you see."}
     for name in ("train", "val"):
@@ -231,14 +231,14 @@ def test_processes_draw_masks_of_their_own_and_all_else_together(student_dir, tm
         records = [record | {"instruction": f"Who are you {letter}?"} for letter in "abcdefghjklm"]
         (tmp_path / "data" / f"{name}.json").write_text(json.dumps(records))
     found, resumed = {}, tmp_path / "2" / "run" / "step-000002"
-    for name, processes, changes in (
+    runs = [
         ("1", 1, {}),
         ("2", 2, {}),
-        ("2 again", 2, {}),
         ("2 resumed", 2, {"resume": resumed}),
         ("3 resumed", 3, {"resume": resumed}),
-        ("3 resumed again", 3, {"resume": resumed}),
-    ):
+    ]
+    again = [("2 again", 2, {}), ("3 resumed again", 3, {"resume": resumed})] if pytestconfig.option.all else []
+    for name, processes, changes in [*runs, *again]:
         (tmp_path / name).mkdir()
         in_processes(
             processes, partial(record_draws, tmp_path / name, processes, student_dir, tmp_path / "data", **changes)
@@ -261,9 +261,9 @@ def test_processes_draw_masks_of_their_own_and_all_else_together(student_dir, tm
             assert all(map(torch.equal, one["examples"], other["examples"]))
     # the first process draws what a lone one does
     assert alike(found["1"][0], found["2"][0]) == 1
-    for name in ("2", "3 resumed"):
-        for one, again in zip(found[name], found[f"{name} again"], strict=True):
-            assert alike(one, again) == 1
+    for name, *_ in again:
+        for one, other in zip(found[name.removesuffix(" again")], found[name], strict=True):
+            assert alike(one, other) == 1
     for whole, rest in zip(found["2"], found["2 resumed"], strict=True):
         assert alike({"masks": whole["masks"][-len(rest["masks"]) :]}, rest) == 1
     for two, three in zip(found["2 resumed"], found["3 resumed"], strict=False):

@@ -196,7 +196,7 @@ def test_a_resumed_run_is_bit_identical(undisturbed, student_dir, teacher_dir, a
     assert_equal(again, undisturbed[0])
 
 
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_take_the_steps_of_one(undisturbed, student_dir, teacher_dir, alice_json, tmp_path, devices):
     in_processes(devices, run_in_processes, student_dir, teacher_dir, alice_json, tmp_path, devices)
     assert_equal(torch.load(tmp_path / "final" / "lit_model.pth"), undisturbed[0], within=1e-6)

@@ -158,7 +158,7 @@ FEW = ("AdamW", "SGD")
             marks=pytest.mark.slow,
         ),
         # those that keep numbers in another type than the parameters'
-        pytest.param("bf16-true", [("NAdam", {}), ("ASGD", DECAY)], id="half precision"),
+        pytest.param("bf16-true", [("NAdam", {}), ("ASGD", DECAY)], id="half precision", marks=pytest.mark.slow),
     ],
 )
 def test_one_process_and_two_take_the_same_steps_and_resume_them(

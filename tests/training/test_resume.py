@@ -133,7 +133,7 @@ def test_old_checkpoints_go_and_the_best_stays(teacher_dir, student_dir, alice_j
     assert best < 6 and kept == sorted({best, 7, 8})
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_streaming_data_is_resumed_exactly(teacher_dir, student_dir, alice_json, tmp_path, workers):
     options = {"train": OPTIONS, "eval": {"interval": 4, "max_new_tokens": 4, "evaluate_example": "random"}}
     distil(student_dir, teacher_dir, streaming(alice_json, tmp_path), tmp_path / "whole", **options)

@@ -53,7 +53,14 @@ CASES = {
 }
 
 
-SLOW = ("4 processes", "2 nodes of 2", "one record at a time", "compiled blocks")
+SLOW = (
+    "3 processes",
+    "4 processes",
+    "2 nodes of 2",
+    "one record at a time",
+    "compiled blocks",
+    "activation checkpointing",
+)
 FEW = {
     *(("tied", case) for case in CASES if case not in SLOW),
     ("untied", "2 processes"),
@@ -139,7 +146,7 @@ def losses_by_precision(student_dir, teacher_dir, alice_json, tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["bf16-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_half_precision_follows_float32(losses_by_precision, precision, processes):
     expected, found = (losses_by_precision(processes, name) for name in ("32-true", precision))
     assert len(found) == 20 and found == pytest.approx(expected, rel=0.02)
