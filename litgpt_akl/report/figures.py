@@ -37,6 +37,7 @@ CLOSED = (
     "Agreement: the same most probable token. Gap closed: of the cross-entropy's distance to the teacher at step 0."
 )
 CORRECT = "How often the most probable token is the recorded one, and the probability that it has."
+OWN = "The peak; on a CPU beyond what Python, its packages and mapped files take."
 BACK = "From the teacher's distribution to the student's, and back."
 
 PANELS = (
@@ -51,7 +52,7 @@ PANELS = (
     Panel("Learning rate", "learning rate", {"learning_rate": "learning rate"}, "", "tiny", True),
     Panel("Gradient norm", "norm", {"gradient_norm": "gradient norm"}, "Before clipping.", "log", True),
     Panel("Throughput", "tokens/s", SPEEDS, "While it trains; validating and saving do not count.", "whole", True),
-    Panel("Memory", "GB", MEMORY, "Peak on a GPU, of the process on a CPU.", "real", True),
+    Panel("Memory", "GB", MEMORY, OWN, "real", True),
 )
 SPREAD = {"h": "h_squared"}
 """Columns of a square's mean, with which a band of one standard deviation is drawn around a line."""

@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lightning as L
-import psutil
 import torch
 from lightning.fabric.loggers import CSVLogger, Logger
 from lightning.fabric.loggers.logger import rank_zero_experiment
@@ -21,6 +20,7 @@ from litgpt.types import LoggerChoice
 from litgpt.utils import choose_logger
 
 from litgpt_akl.data.steps import StepBatch
+from litgpt_akl.memory.process import MemoryWatch
 from litgpt_akl.messages import UserError, fitted, progress_bar, reason, shown, tell
 from litgpt_akl.training.metrics import MetricsFile, copy_marked_rows
 
@@ -62,6 +62,7 @@ class Progress:
         # a file has lines of its own, in which nothing is renewed
         self.bar = progress_bar(total=total_steps, initial=first_step, **options) if sys.stderr.isatty() else None
         self._line_written = -math.inf
+        self._memory = MemoryWatch() if fabric.device.type == "cpu" else None
         self._start_counting()
 
     def _start_counting(self) -> None:
@@ -101,7 +102,7 @@ class Progress:
             # what the allocator holds, with what lies idle in the pools of its streams: this is what a GPU must have
             metrics["memory_reserved_gb"] = torch.cuda.max_memory_reserved(device) / 1e9
         else:
-            metrics["memory_gb"] = psutil.Process().memory_info().rss / 1e9
+            metrics["memory_gb"] = max(0, self._memory.look() - state["memory_before"]) / 1e9
         on_policy_samples = state["on_policy_samples"]
         if on_policy_samples is not None:
             metrics["own_answers_time"] = on_policy_samples.seconds / seconds
@@ -141,6 +142,8 @@ class Progress:
             tell(text)
 
     def close(self) -> None:
+        if self._memory is not None:
+            self._memory.close()
         if self.bar is not None:
             self.bar.close()
 

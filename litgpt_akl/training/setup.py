@@ -19,6 +19,7 @@ from litgpt_akl.data.dataset import turn_ends
 from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.files.changed_files import WAY_OUT
 from litgpt_akl.files.manifest import FINAL, RECIPE, damage
+from litgpt_akl.memory.process import anonymous_memory
 from litgpt_akl.memory.samples import with_samples
 from litgpt_akl.messages import UserError
 from litgpt_akl.models import gpt
@@ -179,6 +180,7 @@ def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> di
     Only process 0 reads weights. Raises UserError if a checkpoint cannot be read, does not fit, is of another run, or
     is being changed by somebody.
     """
+    memory_before = anonymous_memory()
     config, weights, tied = _read_student(fabric, run)
     teacher = None if run.memory.shares_base else make_teacher(fabric, run, caches)
     student = _build_student(fabric, run, config, tied)
@@ -208,6 +210,8 @@ def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> di
         **{"last_validation": -1, "saved_student": -1, "metrics_marker": MetricsMarker()},
         # what was shown and said
         **{"has_examples": False, "sample": run.sample, "teacher_answers": {}, "teacher_is_doubted": False},
+        # what Python and its packages took is not in the estimate either
+        "memory_before": memory_before,
         **{"told_of_page": set(), "page_drawn": time.monotonic()},
     }
     if run.lora.r is not None and weights is not None:

@@ -2,8 +2,6 @@
 
 import ctypes
 import gc
-import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +16,7 @@ from litgpt.model import GPT
 from litgpt_akl.data.steps import MicroBatch, StepBatch
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.memory.estimate import MemoryEstimate
+from litgpt_akl.memory.process import MemoryWatch, anonymous_memory
 from litgpt_akl.models.generation import generate
 from litgpt_akl.models.gpt import build_model, checkpoint_activations, empty_weights, set_up_teacher
 from litgpt_akl.models.parallel import load_weights, make_strategy, return_freed_memory
@@ -26,45 +25,31 @@ from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.loop import take_step
 
 
-def anonymous() -> int:
-    """Bytes of this process that no file backs."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
-
-
 def held() -> int:
     """Bytes of this process that no file backs, after what was freed is given back."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return anonymous()
+    return anonymous_memory()
 
 
 @contextmanager
 def watched() -> Iterator[dict[str, int]]:
-    """Yields a dictionary that afterwards holds by how many bytes this process had grown at most: ``growth``."""
+    """Yields the bytes of this process at the ``start``; afterwards ``growth`` is by how many it had grown at most."""
     # what was freed before would be used again, and not be seen
-    start, done, result = held(), threading.Event(), {}
-    samples = [start]
-
-    def sample() -> None:
-        while not done.wait(0.001):
-            samples.append(anonymous())
-        samples.append(anonymous())
-
-    watch = threading.Thread(target=sample)
-    watch.start()
+    result = {"start": held()}
+    watch = MemoryWatch(period=0.001)
     try:
         yield result
     finally:
-        done.set()
-        watch.join()
-        result["growth"] = max(samples) - start
+        watch.close()
+        result["growth"] = watch.look() - result["start"]
 
 
-def write_weights(path: Path, config: Config, tied: bool) -> None:
-    """Random weights whose logits are so far apart that a few ids have nearly all of the mass, as a real model's."""
+def write_weights(path: Path, config: Config, tied: bool, trained: bool = True) -> None:
+    """Random weights; of a ``trained`` model logits are so far apart that a few ids have nearly all of the mass."""
     weights = GPT(config).state_dict()
-    torch.nn.init.normal_(weights["lm_head.weight"])
+    if trained:
+        torch.nn.init.normal_(weights["lm_head.weight"])
     if tied:
         del weights["transformer.wte.weight"]
     torch.save(weights, path)

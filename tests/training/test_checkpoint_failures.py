@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import torch
 from helpers import fresh
 from helpers.checkpoints import EXPORT, find, in_a_copy, make_state, names, save, save_steps, train
-from helpers.memory_runs import held
+from helpers.memory_runs import held, watched
 
 from litgpt_akl.files.manifest import damage, read_manifest
 from litgpt_akl.messages import UserError
@@ -204,7 +203,7 @@ def test_other_errors_are_not_explained_away(student_dir, tmp_path, error):
 
 
 def memory(name: str) -> int:
-    """Bytes, such as VmHWM (the most there ever were) or RssAnon (now, without what files back)."""
+    """Bytes, such as VmRSS (now) or VmHWM (the most there ever were)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
 
@@ -222,21 +221,11 @@ def measure_save(base: Path, source: Path) -> None:
 
 def measure_load(base: Path, name: str) -> None:
     """Prints what loading took at its height beyond what was there, and what it left."""
-    state, peak = make_state(width=4000), 0
-    before, done = held(), threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, memory("RssAnon"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    load_training_state(base / name, state)
-    done.set()
-    watcher.join()
-    left = held()
-    print(max(peak, left) - before, left - before)
+    state = make_state(width=4000)
+    with watched() as result:
+        load_training_state(base / name, state)
+        result["left"] = held() - result["start"]
+    print(result["growth"], result["left"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux tells it")
