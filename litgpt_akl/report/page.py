@@ -54,18 +54,18 @@ def one_line(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}\u2026"
 
 
-def write_page(path: Path, runs: Sequence[Shown], goes_on: bool = False) -> None:
+def write_page(path: Path, runs: Sequence[Shown], goes_on: bool = False, stopped: str | None = None) -> None:
     """Write the page of a run, or of several over each other; it appears whole or not at all.
 
-    While a run ``goes_on`` its page reloads itself.
+    While a run ``goes_on`` its page reloads itself; ``stopped`` says how one has ended that was not finished.
 
     Raises:
         OSError: the disk does not take it.
     """
-    write_file(path, make_page(runs, goes_on).encode("utf-8"))
+    write_file(path, make_page(runs, goes_on, stopped).encode("utf-8"))
 
 
-def make_page(runs: Sequence[Shown], goes_on: bool = False) -> str:
+def make_page(runs: Sequence[Shown], goes_on: bool = False, stopped: str | None = None) -> str:
     """The page's HTML, with the plotting library and all data inside."""
     began, histories = time.perf_counter(), [run.history for run in runs]
     environment = Environment(loader=PackageLoader("litgpt_akl", "report"), autoescape=True, trim_blocks=True)
@@ -82,6 +82,7 @@ def make_page(runs: Sequence[Shown], goes_on: bool = False) -> str:
         cards=cards(histories[0]) if alone else [],
         comparison=None if alone else comparison(histories),
         goes_on=goes_on,
+        stopped=stopped,
         patience=_patience(histories[0]),
         refreshed=datetime.now().astimezone(),
         names=[history.name for history in histories],

@@ -3,7 +3,8 @@
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
 from os.path import commonprefix
@@ -18,13 +19,14 @@ from litgpt.utils import select_sft_generate_example
 from torch import Tensor
 
 from litgpt_akl.data.dataset import ArrowDataset, TokenizedDataset
-from litgpt_akl.files.manifest import PAGE
+from litgpt_akl.files.manifest import MANIFEST, PAGE, newest_first
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import CONTROL, entry, reason, tell
 from litgpt_akl.models.generation import generate, longest_prompt, without_end
 from litgpt_akl.models.lora import without_adapters
 from litgpt_akl.teacher.teacher import HeadOnly
 from litgpt_akl.training.examples import keep_examples
+from litgpt_akl.training.launch import STOP_SIGNALS, is_loss_of_another
 from litgpt_akl.training.logging import flushed_metrics
 from litgpt_akl.training.run import Run
 from litgpt_akl.training.teacher_accuracy import doubt_teacher
@@ -139,12 +141,17 @@ def find_example(data: DataModule, dataset: TokenizedDataset, tokenizer: Tokeniz
 
 
 def refresh_page(
-    fabric: L.Fabric, run: Run, state: dict, complain: Callable[[str], None], goes_on: bool = False
+    fabric: L.Fabric,
+    run: Run,
+    state: dict,
+    complain: Callable[[str], None],
+    goes_on: bool = False,
+    stopped: str | None = None,
 ) -> None:
     """Write ``out_dir/report.html`` anew in process 0, if anything was logged; if it cannot be, the run goes on.
 
     Each file that cannot be shown is told once; ``complain`` is told if there is no new page. While the run ``goes_on``
-    the page reloads itself.
+    the page reloads itself; ``stopped`` is what it says of one that has ended before its time.
     """
     metrics = flushed_metrics(fabric) if fabric.is_global_zero else None
     if metrics is None or not metrics.is_file():
@@ -160,7 +167,34 @@ def refresh_page(
             tell(text)
 
     try:
-        write_page(run.out_dir / PAGE, [read_run(run.out_dir, tell_once)], goes_on)
+        write_page(run.out_dir / PAGE, [read_run(run.out_dir, tell_once)], goes_on, stopped)
     except Exception as error:
         # whatever it is, a page is not worth a run
         complain(f"{run.out_dir / PAGE} was not refreshed ({type(error).__name__}: {reason(error)})")
+
+
+@contextmanager
+def end_on_page(fabric: L.Fabric, run: Run, state: dict) -> Iterator[None]:
+    """Whatever ends a run before its student is saved, its page says where and why, and no longer that it goes on."""
+    try:
+        yield
+    except BaseException as error:
+        is_saved = state["saved_student"] == state["step_count"]
+        # an error after that is told together with what became of the page
+        if fabric.is_global_zero and not (is_saved and isinstance(error, Exception)):
+            refresh_page(fabric, run, state, tell, stopped=None if is_saved else how_it_ended(run, state, error))
+        raise
+
+
+def how_it_ended(run: Run, state: dict, error: BaseException) -> str:
+    """At which step a run was stopped, by what, and how to go on."""
+    if isinstance(error, Exception):
+        why = "another process of this run has ended" if is_loss_of_another(error) else reason(error)
+    else:
+        names = {128 + number: number.name for number in STOP_SIGNALS}
+        why = names.get(getattr(error, "code", None), type(error).__name__)
+    step = next((path.name for path in newest_first(run.out_dir) if (path / MANIFEST).is_file()), None)
+    on = "No checkpoint was saved: the same command begins anew."
+    if step is not None:
+        on = f"The same command with --resume auto goes on from {step}."
+    return f"Stopped at step {state['step_count']:,} of {state['steps']:,}: {why.removesuffix('.')}. {on}"

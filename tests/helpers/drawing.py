@@ -16,7 +16,7 @@ def draw_pages(drawn: bool) -> None:
         module.refresh_page = DRAW if drawn or each else leave_undrawn
 
 
-def leave_undrawn(*_: object, goes_on: bool = False) -> None:
+def leave_undrawn(*_: object, goes_on: bool = False, stopped: str | None = None) -> None:
     """Stands for the drawing of a run's page in the default set, where a test does not look at the page."""
 
 

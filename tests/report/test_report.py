@@ -329,10 +329,10 @@ def test_a_page_that_is_new_is_drawn_again_at_the_end_only(
 ):
     steps, live, write_page = [], [], litgpt_akl.report.page.write_page
 
-    def write_and_count(path, shown, goes_on):
+    def write_and_count(path, shown, goes_on, stopped):
         steps.append(shown[0].history.validation["step"][-1])
         live.append(goes_on)
-        write_page(path, shown, goes_on)
+        write_page(path, shown, goes_on, stopped)
 
     monkeypatch.setattr(litgpt_akl.report.page, "write_page", write_and_count)
     monkeypatch.setattr(litgpt_akl.training.reporting, "PAGE_SECONDS", seconds)
@@ -556,11 +556,11 @@ def test_the_command_says_what_is_wrong(tmp_path):
     log(tmp_path / "fine", "step,loss\n1,2\n")
     (tmp_path / "out").mkdir()
     for runs, out, message in (
-        ([tmp_path / "no"], "x.html", "no is not a directory. Give the --out_dir of a run"),
+        ([tmp_path / "no"], "x.html", "The run .*no is not a directory. Give the --out_dir of a run"),
         ([tmp_path], "x.html", "holds no metrics"),
         ([tmp_path / "broken"], "x.html", r"metrics.csv \(.* bytes\) cannot be read"),
         ([tmp_path / "fine"], "out", "out is a directory. Give the name of a file"),
-        ([tmp_path / "fine"], "none/x.html", "x.html cannot be written"),
+        ([tmp_path / "fine"], "none/x.html", "--out .*none/x.html: .*none does not exist.\nMake that folder"),
     ):
         with pytest.raises(UserError, match=message):
             report_akl(runs, out=tmp_path / out)

@@ -34,6 +34,7 @@ def wait_for_steps(process: Command, out_dir: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.page
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_step_and_saves(command, tmp_path, number):
     process = start(command, tmp_path / "output", tmp_path / "errors")
@@ -48,6 +49,9 @@ def test_a_signal_ends_the_step_and_saves(command, tmp_path, number):
     assert len(saved) == 1 and damage(saved[0]) is None and not (tmp_path / "run" / "final").exists()
     step = json.loads((saved[0] / "manifest.json").read_text())["step"]
     assert [row["step"] for row in metrics(tmp_path / "run") if "loss" in row] == list(range(1, step + 1))
+    page, on = (tmp_path / "run" / "report.html").read_text(), f"--resume auto goes on from {saved[0].name}."
+    assert f"Stopped at step {step:,} of 65: {number.name}. The same command with {on}" in page
+    assert "goesOn: false" in page
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(command, tmp_path):
@@ -75,6 +79,7 @@ def test_max_time_saves_and_a_second_run_goes_on(teacher_dir, student_dir, alice
 BROKEN = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e20}}
 
 
+@pytest.mark.page
 @pytest.mark.parametrize(("choice", "steps"), [("stop", 1), ("skip", 3)])
 def test_a_loss_that_is_not_finite_lists_its_samples(
     teacher_dir, student_dir, alice_json, tmp_path, choice, steps, capsys
@@ -88,6 +93,9 @@ def test_a_loss_that_is_not_finite_lists_its_samples(
     assert len(report["samples"]) == 8 and report["step"] == 2
     assert "train.json, line " in report["samples"][0]["place"]
     assert not (tmp_path / "final").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert f"Stopped at step {steps + 1} of 10: Step {steps + 1}: the loss is" in page and "goesOn: false" in page
+    assert "No checkpoint was saved: the same command begins anew." in page
 
 
 def test_a_dropped_step_changes_nothing_but_the_schedule(teacher_dir, student_dir, alice_json, tmp_path, monkeypatch):
