@@ -21,6 +21,7 @@ from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.dataset import TokenizedDataset, turn_ends
 from litgpt_akl.data.workers import end_with_parent
 from litgpt_akl.files.directories import explain_failure, write_file
+from litgpt_akl.files.manifest import EVALUATION
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.objective import HeadRule
 from litgpt_akl.messages import UserError, say
@@ -29,7 +30,7 @@ from litgpt_akl.models.gpt import Precision, frozen_precision, load_frozen
 from litgpt_akl.models.pair import Pair, check_pair
 from litgpt_akl.training.launch import ending_together, start
 from litgpt_akl.training.logging import silence_known_noise
-from litgpt_akl.training.out_dir import check_apart, out_dir_locked
+from litgpt_akl.training.out_dir import check_apart, is_final, out_dir_locked
 from litgpt_akl.training.responses import Responses, ResponseSampler, as_lines, find_questions, rate
 from litgpt_akl.training.run import choose_day
 from litgpt_akl.training.summary import readable_perplexity
@@ -133,13 +134,18 @@ class Evaluation:
         self.questions = None if self.tasks is None else Tasks(self.tasks, self.task_limit, self.num_fewshot)
         self.precision, self.dtype = frozen_precision(self.precision)
         students = {"student": self.checkpoint_dir, "before": self.before_checkpoint_dir}
+        options = {"before": "--before_checkpoint_dir"}
         self.pairs = {
-            role: check_pair(directory, self.teacher_checkpoint_dir, self.access_token)
+            role: check_pair(
+                directory, self.teacher_checkpoint_dir, self.access_token, student_option=options.get(role)
+            )
             for role, directory in students.items()
             if directory is not None
         }
         """Each student with its teacher: ``student``, and ``before`` if it is given."""
-        own_place = self.pairs["student"].student_dir / "evaluate_akl"
+        student_dir = self.pairs["student"].student_dir
+        # another run may replace final/, but not what was found of it
+        own_place = (student_dir.parent if is_final(student_dir) else student_dir) / EVALUATION
         self.out_dir = own_place if self.out_dir is None else Path(self.out_dir)
         if self.out_dir.resolve() != own_place.resolve():
             directories = {role: pair.student_dir for role, pair in self.pairs.items()}
@@ -189,7 +195,7 @@ def evaluate_akl(
         before_checkpoint_dir: The student's as it was before distillation: with it, the share of the gap to the teacher
             that was closed is told.
         out_dir: Where ``evaluation.json`` and all answers, ``answers.jsonl``, are written (default: ``evaluate_akl/``
-            in the student's directory).
+            in the student's directory, or beside it if that is the ``final/`` of a run).
         overwrite: Whether those of an evaluation before may be replaced.
         data: A class of records and its options; those of training, so that prompts are the same.
         split: Which of the data's records to read.

@@ -135,7 +135,7 @@ def _rename_if_free(partial: Path, path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename what a run has not written to ``NAME.other``, or another free name, and return that; raises OSError."""
+    """Rename what is not of this run to ``NAME.other``, or another free name, and return that; raises OSError."""
     names = (f"{path.name}.other{number or ''}" for number in count())
     free = next(other for other in map(path.with_name, names) if not os.path.lexists(other))
     return path.rename(free)

@@ -15,6 +15,8 @@ from litgpt_akl.messages import UserError, first_line
 
 FINAL, FINAL_HF = "final", "final-hf"
 """The trained student, and the same for Hugging Face's libraries."""
+EVALUATION = "evaluate_akl"
+"""What was found of a student, beside a run's ``final/``."""
 RECIPE, PAGE, EXAMPLES = "hyperparameters.yaml", "report.html", "examples.json"
 METRICS_MARK = "metrics.json"
 """A checkpoint's file that says which rows are its own; the rows themselves stay in the run's log."""

@@ -10,7 +10,7 @@ from litgpt_akl.data.steps import MicroBatch
 from litgpt_akl.files.directories import explain_failure, write_file
 from litgpt_akl.files.examples import forget
 from litgpt_akl.files.manifest import FINAL, FINAL_HF, RECIPE
-from litgpt_akl.messages import UserError, progress_bar, reason
+from litgpt_akl.messages import UserError, progress_bar, reason, tell
 from litgpt_akl.models.export import write_export
 from litgpt_akl.models.parallel import wait_for_all
 from litgpt_akl.teacher.cache import Caches, TeacherCache
@@ -18,8 +18,8 @@ from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.launch import StopSignals, ending_together, is_loss_of_another, leave_if_stopped
 from litgpt_akl.training.logging import continue_metrics, flushed_metrics
 from litgpt_akl.training.loop import fit, save_final
-from litgpt_akl.training.out_dir import out_dir_locked
-from litgpt_akl.training.reporting import refresh_page, report
+from litgpt_akl.training.out_dir import out_dir_locked, set_evaluation_aside
+from litgpt_akl.training.reporting import end_on_page, refresh_page, report
 from litgpt_akl.training.run import Run, Splits
 from litgpt_akl.training.setup import make_state, make_teacher, open_inputs
 from litgpt_akl.training.summary import close
@@ -50,13 +50,16 @@ def train(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> None:
         fabric.print(f"Resuming from {run.resume}, step {state['step_count']}")
     report_accuracy(fabric, run, state["teacher"].model, splits[0], caches)
     if fabric.is_global_zero:
+        set_evaluation_aside(run.out_dir)
         with explain_failure(run.out_dir):
             write_file(run.out_dir / RECIPE, run.recipe.encode("utf-8"))
         if run.resume is None:
             forget(run.out_dir)
         else:
             continue_metrics(fabric, run.resume, state["step_count"])
-    with StopSignals(quiet=not fabric.is_global_zero) as stop:
+            # it still says that the run was stopped
+            refresh_page(fabric, run, state, tell, goes_on=True)
+    with end_on_page(fabric, run, state), StopSignals(quiet=not fabric.is_global_zero) as stop:
         state["stop"] = stop
         if run.eval.initial_validation and state["step_count"] == 0:
             report(fabric, run, state)

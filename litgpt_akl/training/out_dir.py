@@ -18,6 +18,7 @@ from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.files.directories import explain_failure, make_writable, remove_directory, restore_previous, set_aside
 from litgpt_akl.files.lock import locked
 from litgpt_akl.files.manifest import (
+    EVALUATION,
     EXAMPLES,
     FINAL,
     FINAL_HF,
@@ -139,7 +140,7 @@ def _check_content(out_dir: Path, exports: bool, resumes: bool) -> None:
         for name in (FINAL, FINAL_HF):
             restore_previous(out_dir, name)
     kinds: dict[str, Callable[[Path], bool]] = {
-        FINAL: _is_student,
+        FINAL: is_final,
         RECIPE: is_recipe,
         PAGE: is_page,
         EXAMPLES: _is_examples,
@@ -179,8 +180,9 @@ def is_recipe(path: Path) -> bool:
     return isinstance(recipe, dict) and "distill" in recipe
 
 
-def _is_student(path: Path) -> bool:
-    return not path.is_symlink() and is_recipe(path / RECIPE)
+def is_final(path: Path) -> bool:
+    """Whether a directory, and no link to one, is the student that a run has ended with."""
+    return path.absolute().name == FINAL and not path.is_symlink() and is_recipe(path / RECIPE)
 
 
 def _is_examples(path: Path) -> bool:
@@ -246,6 +248,14 @@ def _remove_later(out_dir: Path, step: float) -> None:
         say(f"--overwrite true: removed {', '.join(sorted(later))} in {out_dir}.")
     if (out_dir / FINAL).exists():
         say(f"--overwrite true: {out_dir / FINAL} stays until the new student replaces it.")
+
+
+def set_evaluation_aside(out_dir: Path) -> None:
+    """Rename what was found of a student that is about to be replaced, and say so; raises UserError if that fails."""
+    path = out_dir / EVALUATION
+    if os.path.lexists(path):
+        with explain_failure(out_dir):
+            say(f"{path} is of the student before: it is renamed to {set_aside(path).name}.")
 
 
 def identity(run: Run, dataset: TokenizedDataset, teacher_weights: str | None = None) -> dict[str, Any]:

@@ -200,6 +200,11 @@ ROWS = {
 """Of the table at the end, and which way is better."""
 
 
+QUICK = {"max_records": "50", "generation.max_prompts": "10", "generation.seeds": "[10]"}
+QUICK |= {"generation.max_new_tokens": "64"}
+"""Options of an evaluation that takes a minute where one of all records takes an hour."""
+
+
 def close(run: Run, log: Path | None) -> None:
     """Print what a run has come to, from its ``log`` of metrics, and how to go on; in process 0, after all else."""
     validations = _validations(log)
@@ -213,6 +218,8 @@ def close(run: Run, log: Path | None) -> None:
     print("\nNext:", flush=True)
     for words in next_commands(run):
         print(shown(f"  {command_line(words)}"), flush=True)
+    few = f"{QUICK['max_records']} records and {QUICK['generation.max_prompts']} prompts"
+    print(f"evaluate_akl reads {few} at most, for a first look: leave those options out for all.", flush=True)
 
 
 def _validations(log: Path | None) -> list[dict[str, float]]:
@@ -268,8 +275,8 @@ def next_commands(run: Run) -> list[list[str]]:
     evaluation += ["--before_checkpoint_dir", str(pair.student_dir), *_data_words(run)]
     if run.train.max_seq_length is not None:
         evaluation += ["--max_seq_length", str(run.train.max_seq_length)]
-    # those of all records may take hours
-    evaluation += ["--generation.max_prompts", "20", "--generation.seeds", "[10]"]
+    for name, value in QUICK.items():
+        evaluation += [f"--{name}", value]
     commands = [["litgpt", "chat", final], evaluation]
     return commands if run.export_hf else [*commands, ["litgpt", "export_hf", final, str(run.out_dir / FINAL_HF)]]
 

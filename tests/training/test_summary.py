@@ -74,9 +74,15 @@ def test_a_run_says_what_it_is_and_what_is_next(student_dir, teacher_dir, alice_
     for words in commands:
         finished = complete(words[1:], stdin="Who?\n!quit\n")
         assert finished.returncode == 0, finished.stderr
-    found = json.loads((out_dir / "final" / "evaluate_akl" / "evaluation.json").read_text())
+    found = json.loads((out_dir / "evaluate_akl" / "evaluation.json").read_text())
     assert found["data"]["records"] == 7 and found["before"]["forward_kl"] > found["student"]["forward_kl"]
     assert (out_dir / "final-hf" / "model.safetensors").is_file()
+    # what was printed does not stand in the way of the next run, which loses none of it
+    distil(student_dir, teacher_dir, data, out_dir, overwrite=True, train={"max_steps": 1})
+    told = " ".join(capsys.readouterr().out.split())
+    assert "evaluate_akl is of the student before: it is renamed to evaluate_akl.other." in told
+    assert json.loads((out_dir / "evaluate_akl.other" / "evaluation.json").read_text()) == found
+    assert not (out_dir / "evaluate_akl").exists()
 
 
 def test_what_may_not_be_meant_is_warned_of_once_and_the_way_out_works(student_dir, teacher_dir, alice_json, tmp_path):
