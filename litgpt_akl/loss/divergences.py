@@ -24,6 +24,8 @@ NO_SCRATCH: Scratch = (None, None, None, None, None)
 # where p and q differ by more than e**80, the smaller one of them has no part in any sum
 _LARGEST_LOG_RATIO = 80.0
 _FIRST_HEAD = 64
+# logits that are sorted together, which takes a dozen tensors as large; by whether a GPU is to have enough to do
+_SORTED_ELEMENTS = {False: 2**20, True: 2**23}
 
 
 class Comparison(NamedTuple):
@@ -111,12 +113,12 @@ def find_head(
             gap = (q.sub_(p).abs_() * (p > 0)).sum(dim=-1)
     else:
         gap, top_id, whole = _head_among_top(*blocks, comparison, _FIRST_HEAD, mu, head_rule)
+        at_once = max(1, _SORTED_ELEMENTS[teacher_logits.is_cuda] // teacher_logits.size(-1))
         for size in (1024, teacher_logits.size(-1)):
             rows = (~whole).nonzero()[:, 0]
-            if len(rows) == 0:
-                break
-            of_rows = *(logits[rows] for logits in blocks), comparison.of_rows(rows)
-            gap[rows], _, whole[rows] = _head_among_top(*of_rows, size, mu, head_rule)
+            for part in rows.split(at_once) if len(rows) else ():
+                of_rows = *(logits[part] for logits in blocks), comparison.of_rows(part)
+                gap[part], _, whole[part] = _head_among_top(*of_rows, size, mu, head_rule)
     agree = comparison.gap == 0
     weight = torch.where(agree, 0.5, gap / torch.where(agree, 1.0, comparison.gap)).clamp(max=1.0)
     return Head(gap, top_id, weight)
