@@ -149,7 +149,8 @@ def explain_exception(error: Exception) -> str:
         # all that a KeyError says is the name that was looked up
         option = re.search(rf"(\w+)={re.escape(cause)}", text)
         return f"unknown {option[1] if option else 'name'} {cause}"
-    return cause
+    # LitGPT's JSON names its field, and no option
+    return re.sub("(The )?`json_path`", "--data.json_path", cause)
 
 
 def _with_value(message: str, words: list[str]) -> str:

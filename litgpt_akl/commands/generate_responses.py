@@ -88,7 +88,7 @@ class ResponseGeneration:
         self.devices = count_devices(self.devices, self.num_nodes)
         check_hybrid_sharding(self.hybrid_sharding, self.devices, self.num_nodes)
         self.precision, self.dtype = frozen_precision(self.precision)
-        directory = find_checkpoint_dir(self.checkpoint_dir, "teacher", self.access_token)
+        directory = find_checkpoint_dir(self.checkpoint_dir, "teacher", self.access_token, option="checkpoint_dir")
         check_apart("--out", self.out, {"teacher": directory})
         data = Path(self.data.path)
         if data.exists() and is_within(self.out, data):

@@ -80,7 +80,10 @@ class StudentMaking:
         self.method = self.method or ("even" if self.data is None else "greedy")
         self.records, self.kl_records = self.records or RECORDS, self.kl_records or KL_RECORDS
         self.precision = self.precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
-        self.teacher_dir, self.out_dir = find_checkpoint_dir(self.teacher_dir, "teacher"), Path(self.out_dir)
+        self.teacher_dir, self.out_dir = (
+            find_checkpoint_dir(self.teacher_dir, "teacher", option="teacher_dir"),
+            Path(self.out_dir),
+        )
         check_apart("out_dir", self.out_dir, {"teacher": self.teacher_dir})
 
     def _check_effects(self) -> None:

@@ -32,6 +32,8 @@ def report_akl(runs: list[Path], *, out: Path = Path("report.html"), overwrite: 
         run.history.name = name
     if out.is_dir():
         raise UserError(f"--out {out} is a directory. Give the name of a file, such as {out / 'report.html'}.")
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: {out.parent} does not exist.\nMake that folder, or give another --out.")
     if out.exists() and not is_page(out):
         for run in runs:
             if is_within(out, run):

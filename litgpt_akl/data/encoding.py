@@ -301,6 +301,8 @@ class Encoder:
 
     def _encode_chat(self, conversation: Conversation) -> Encoded:
         messages, template = conversation.messages, self._template
+        if "tools" in conversation.keywords and template.for_tools is not None:
+            template = template.for_tools
         for name in conversation.keywords:
             if not template.reads(name):
                 raise ValueError(
@@ -318,7 +320,7 @@ class Encoder:
         spans = [self._find_tokens(rendering.text, ids, encoding, *rendering.spans[order]) for order in kept]
         said, lost = (sum(counts[order] for order in kept) for counts in (rendering.said, rendering.lost))
         learnt = [messages[assistants[order]] for order in kept]
-        notes = (*self._describe_unread(messages), *self._describe_ends(learnt, ids, spans))
+        notes = (*_describe_unread(messages, template), *self._describe_ends(learnt, ids, spans))
         notes += _describe_arguments(messages, rendering.text)
         return Encoded(ids, spans, said, lost, notes, by_template=True)
 
@@ -332,11 +334,6 @@ class Encoder:
             if token is not None and message["content"] != token and message["content"].rstrip().endswith(token):
                 yield f"a response has {token} at its end, and the chat template writes another one"
                 return
-
-    def _describe_unread(self, messages: list[dict]) -> tuple[str, ...]:
-        names = {name for message in messages for name in message} - {"role", "content", *ALSO_SAID}
-        unread = sorted(name for name in names if not self._template.reads(name))
-        return tuple(f"the field '{quoted(name, 40)}' of messages is not read" for name in unread)
 
     def _find_tokens(self, text: str, ids: list[int], encoding: Encoding, begin: int, end: int) -> tuple[int, int]:
         """The tokens of the characters from ``begin`` to ``end`` and of what ends the turn.
@@ -400,6 +397,12 @@ def _check_shown(text: str, messages: list[dict]) -> None:
             raise ValueError(
                 f"the chat template leaves out message {number} of the role '{quoted(message['role'], 40)}'"
             )
+
+
+def _describe_unread(messages: list[dict], template: ChatTemplate) -> tuple[str, ...]:
+    names = {name for message in messages for name in message} - {"role", "content", *ALSO_SAID}
+    unread = sorted(name for name in names if not template.reads(name))
+    return tuple(f"the field '{quoted(name, 40)}' of messages is not read" for name in unread)
 
 
 def _describe_arguments(messages: list[dict], text: str) -> tuple[str, ...]:

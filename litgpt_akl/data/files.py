@@ -74,15 +74,15 @@ VERSIONS += ("Last-Modified", "LastModified", "last_modified")
 """What file systems call the mark by which a file's versions differ, the best first."""
 
 
-def find_files(path: str) -> list[str]:
-    """The data files that ``path`` names, sorted: local ones as absolute paths, others as URLs.
+def find_files(path: str, option: str = "--data.path") -> list[str]:
+    """The data files that ``path``, given as ``option``, names, sorted: local ones as absolute paths, others as URLs.
 
     It is a file, a folder (all data files below it, without hidden ones), a glob, or a URL of any of these for which
     fsspec has a file system. An http folder has no dot in its last part, or ends in "/". Of a folder or a glob it is
     said what is left out: files that are others by another name, and data of other formats.
     Raises UserError if nothing is there, it cannot be read, or no data file is among it.
     """
-    with _reporting(path):
+    with _reporting(path, option):
         file_system, name = _file_system(path)
         magic = re.search(r"[*\[]" if _is_http(path) else r"[*?\[]", name)
         if magic and not file_system.exists(name):
@@ -90,7 +90,7 @@ def find_files(path: str) -> list[str]:
             entries = file_system.glob(name, detail=True)
             names = [entry for entry, details in entries.items() if details["type"] != "directory"]
             if not entries:
-                raise UserError(f"{path} does not exist: no file matches it.")
+                raise UserError(f"{option} {path} does not exist: no file matches it.\n{_way_to(path)}")
         elif _is_folder(file_system, name):
             root = name
             names = _walk(name) if isinstance(file_system, LocalFileSystem) else file_system.find(name)
@@ -102,7 +102,7 @@ def find_files(path: str) -> list[str]:
     ):
         split = "['train']" if any(entry.endswith("/dataset_dict.json") for entry in names) else ""
         raise UserError(
-            f"{path} is a dataset by save_to_disk of Hugging Face's datasets, not a folder of records.\n"
+            f"{option} {path} is a dataset by save_to_disk of Hugging Face's datasets, not a folder of records.\n"
             f"Write each of its splits as Parquet: datasets.load_from_disk({path!r}){split}.to_parquet('FILE.parquet')."
         )
     shown = [entry for entry in names if "/." not in "/" + entry[len(root) :].lstrip("/")]
@@ -111,7 +111,7 @@ def find_files(path: str) -> list[str]:
         say(f"{path}: {len(others):,} files of other formats are not read, such as {others[0]}.", file=sys.stderr)
     if not names:
         advice = _advice(others[0]) if others else "Give a file, a folder, a glob or a URL of such files."
-        raise UserError(f"{path} has no data file: none ends in {', '.join(FORMATS)}.\n{advice}")
+        raise UserError(f"{option} {path} has no data file: none ends in {', '.join(FORMATS)}.\n{advice}")
     if not isinstance(file_system, LocalFileSystem):
         return sorted(file_system.unstrip_protocol(entry) for entry in names)
     files: dict[str, str] = {}
@@ -352,18 +352,31 @@ def _is_http(path: str) -> bool:
 
 
 @contextmanager
-def _reporting(path: str) -> Iterator[None]:
-    """Turn every error of any file system or of Parquet into a UserError that names the file and the reason."""
+def _reporting(path: str, option: str | None = None) -> Iterator[None]:
+    """Turn every error of any file system or of Parquet into a UserError that names the file and the reason.
+
+    A path that a user has given is named with its ``option``.
+    """
+    named = path if option is None else f"{option} {path}"
     try:
         yield
     except UserError:
         raise
     except ImportError as error:
         package = getattr(error.__cause__ or error, "name", None)
-        raise UserError(f"{path} needs a package that is not installed: {error}.\npip install {package}") from error
+        raise UserError(f"{named} needs a package that is not installed: {error}.\npip install {package}") from error
     except FileNotFoundError as error:
         if error.__cause__ is None or getattr(error.__cause__, "status", None) == 404:
-            raise UserError(f"{path} does not exist.") from error
-        raise UserError(f"{path} does not exist, or cannot be reached: {reason(error.__cause__)}") from error
+            way_out = "" if option is None else f"\n{_way_to(path)}"
+            raise UserError(f"{named} does not exist.{way_out}") from error
+        raise UserError(f"{named} does not exist, or cannot be reached: {reason(error.__cause__)}") from error
     except Exception as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+        raise UserError(f"{named} cannot be read: {reason(error)}") from error
+
+
+def _way_to(path: str) -> str:
+    """What to give in place of a path at which there is nothing."""
+    files = "a file or a folder that is there, a glob, or a URL"
+    if (pattern := re.sub(r"\{[^{}]*\}", "*", path)) == path:
+        return f"Give {files}."
+    return f"Braces stand for themselves here: give {files}, such as the glob '{pattern}'."

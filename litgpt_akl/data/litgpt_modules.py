@@ -185,7 +185,10 @@ def _open_json(data: JSON, settings: SFTSettings, rows_of: RowsOf) -> list[Arrow
     if data.json_path.is_dir():
         files = [data.find_split(split) for split in ("train", "val")]
         if None in files:
-            raise UserError(f"{data.json_path} lacks train.json or val.json (or .jsonl). Add them, or give one file.")
+            raise UserError(
+                f"--data.json_path {data.json_path} lacks train.json or val.json (or .jsonl).\n"
+                "Add them, or give one file."
+            )
         return [_prepared(_json_records(file), settings, rows_of=rows_of)[0] for file in files]
     shares = [1.0 - data.val_split_fraction, data.val_split_fraction]
 
@@ -201,7 +204,9 @@ def _open_json(data: JSON, settings: SFTSettings, rows_of: RowsOf) -> list[Arrow
 
 def _json_records(file: Path) -> JSONRecords:
     if file.suffix not in (".json", ".jsonl"):
-        raise UserError(f"JSON cannot load {file}: Unsupported file format: {file.suffix}. Expected .json or .jsonl.")
+        raise UserError(
+            f"--data.json_path {file} cannot be read: Unsupported file format: {file.suffix}. Expected .json or .jsonl."
+        )
     return JSONRecords([str(file.absolute())])
 
 

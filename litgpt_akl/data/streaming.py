@@ -203,8 +203,14 @@ class StreamingSFT(DataModule):
                     f"--data.chat_template teacher: {teacher_dir} has no chat template of its own.\n"
                     "Give a file in Jinja's language in its place."
                 )
+            # only the one for all records is written into the student's files
+            template.for_tools = None
             return template
-        return ChatTemplate.find(checkpoint_dir, date, choice)
+        template = ChatTemplate.find(checkpoint_dir, date, choice)
+        if template is not None and (self.chat_template_kwargs or template.opening_of_responses.strip()):
+            # the student gets a template of its own, by which it will be asked whatever is given
+            template.for_tools = None
+        return template
 
     def files(self) -> tuple[list[str], list[str]]:
         """The files to train on and those to validate on, which may be none; no file is both.
@@ -212,7 +218,7 @@ class StreamingSFT(DataModule):
         Raises UserError if one would be, or if it cannot be told which are to be trained on.
         """
         files = find_files(self.path)
-        held_out = [] if self.val_path is None else find_files(self.val_path)
+        held_out = [] if self.val_path is None else find_files(self.val_path, "--data.val_path")
         places = {os.path.realpath(file) for file in held_out}
         if both := sorted(file for file in files if file in held_out or os.path.realpath(file) in places):
             raise UserError(
@@ -235,7 +241,7 @@ class StreamingSFT(DataModule):
         name = "training" if "training" in groups else ""
         if name not in groups:
             raise UserError(
-                f"{self.path} has files named {' and '.join(groups)}, and none named train: {files[0]}.\n"
+                f"--data.path {self.path} has files named {' and '.join(groups)}, and none named train: {files[0]}.\n"
                 "Give the file to train on as --data.path, and one to validate on as --data.val_path."
             )
         wants = self.val_split_fraction is None and self.val_path is None

@@ -27,8 +27,9 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 ALSO_SAID = (*REASONING, "tool_calls")
 """Fields of an assistant's message that templates render beside its content, and that the assistant says too."""
 ASKED = {"role": "user", "content": "probe"}
-DEFAULT = "default"
-"""The name of the template that is taken without being chosen."""
+CONFIG = "tokenizer_config.json"
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""The names of the template that is taken without being chosen, and of the one that is where tools are given."""
 CLOCK = "strftime_now"
 """The function by which a template writes the date, in Transformers."""
 WAY_OUT = "Take the file from the model's publisher again, or remove the template to use LitGPT's prompt style."
@@ -68,13 +69,20 @@ class ChatTemplate:
     nothing is rendered again.
     """
 
-    def __init__(self, source: str, variables: dict[str, str], date: str | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        variables: dict[str, str],
+        date: str | None = None,
+        for_tools: "ChatTemplate | None" = None,
+    ) -> None:
         """Compiles the template.
 
         Args:
             source: in Jinja's language.
             variables: ``bos_token``, ``eos_token`` and the like.
             date: the day that it is to write, as 2026-11-27; by default the present one.
+            for_tools: another, which Transformers takes in its place where tools are given.
 
         Raises:
             jinja2.TemplateSyntaxError: the source is no template.
@@ -91,7 +99,7 @@ class ChatTemplate:
         parsed = environment.parse(source)
         self._names = {node.name for node in parsed.find_all(Name)} | {node.attr for node in parsed.find_all(Getattr)}
         self._names |= {node.value for node in parsed.find_all(Const) if isinstance(node.value, str)}
-        self.writes_date = CLOCK in self._names
+        self.for_tools = for_tools
         self._openings: dict[str, str | None] = {}
         self.path: Path | None = None
         """The file that it is from, if it was found in one."""
@@ -101,14 +109,15 @@ class ChatTemplate:
         self._layout = lru_cache(LAYOUTS)(self._lay_out)
 
     def __reduce__(self) -> tuple:
-        return ChatTemplate, (self.source, self._variables, self.date)
+        return ChatTemplate, (self.source, self._variables, self.date, self.for_tools)
 
     @classmethod
     def find(cls, checkpoint_dir: Path, date: str | None = None, choice: str | None = None) -> "ChatTemplate | None":
         """A chat template of a checkpoint, or None if it has none that is taken without being chosen.
 
         That is the one of ``chat_template.jinja``, ``chat_template.json`` or ``tokenizer_config.json``; of several the
-        one named ``default``: what Transformers takes without being told otherwise.
+        one named ``default``: what Transformers takes without being told otherwise. With it comes the one named
+        ``tool_use``, if both are in ``tokenizer_config.json``, which a student has, too.
 
         Args:
             checkpoint_dir: whose special tokens the template writes, too.
@@ -118,7 +127,7 @@ class ChatTemplate:
         Raises:
             UserError: its file is empty or damaged, or it is not written in Jinja's language; there is no such choice.
         """
-        config = _read_json(checkpoint_dir / "tokenizer_config.json")
+        config = _read_json(checkpoint_dir / CONFIG)
         if choice is not None and Path(choice).is_file():
             path, source = Path(choice), _read_jinja(Path(choice))
         else:
@@ -126,14 +135,21 @@ class ChatTemplate:
             if choice is not None and choice not in found:
                 has = f"has the templates {', '.join(found)}" if found else "has no chat template"
                 raise UserError(
-                    f"The chat template {choice} is neither a file nor a template's name: {checkpoint_dir} {has}.\n"
+                    f"--data.chat_template {choice} is neither a file nor a template's name: {checkpoint_dir} {has}.\n"
                     "Give the path of a file in Jinja's language, or one of those names."
                 )
             path, source = found.get(choice or DEFAULT, (checkpoint_dir, ""))
         if not source:
             return None
+        variables, for_tools = _special_tokens(checkpoint_dir, config), None
+        if choice is None and TOOL_USE in found and {each[0].name for each in found.values()} == {CONFIG}:
+            for_tools = cls._compiled(path, found[TOOL_USE][1], variables, date)
+        return cls._compiled(path, source, variables, date, for_tools)
+
+    @classmethod
+    def _compiled(cls, path: Path, *arguments: Any) -> "ChatTemplate":
         try:
-            template = cls(source, _special_tokens(checkpoint_dir, config), date)
+            template = cls(*arguments)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 f"The chat template in {path} has an error in its line {error.lineno}: {error.message}\n{WAY_OUT}"
@@ -144,9 +160,15 @@ class ChatTemplate:
         return template
 
     @property
+    def writes_date(self) -> bool:
+        """Whether some text has the day in it."""
+        return CLOCK in self._names or (self.for_tools is not None and self.for_tools.writes_date)
+
+    @property
     def identity(self) -> list:
         """What tells templates apart, as plain data: the date only where it is written."""
-        return [self.source, self._variables, self.date if self.writes_date else None]
+        own = [self.source, self._variables, self.date if self.writes_date else None]
+        return own if self.for_tools is None else [*own, self.for_tools.identity]
 
     def reads(self, name: str) -> bool:
         """Whether the template names a variable or a field, whatever it does with it."""
@@ -411,7 +433,7 @@ def _default_templates(checkpoint_dir: Path, in_config: dict[str, tuple[Path, st
 
 
 def _templates_in_config(checkpoint_dir: Path) -> dict[str, tuple[Path, str]]:
-    path = checkpoint_dir / "tokenizer_config.json"
+    path = checkpoint_dir / CONFIG
     entry = _read_json(path).get("chat_template")
     with explain_damage(path, "a file with chat templates"):
         templates = {each["name"]: each["template"] for each in entry} if isinstance(entry, list) else entry

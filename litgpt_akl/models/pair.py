@@ -13,7 +13,7 @@ from litgpt_akl.messages import UserError
 from litgpt_akl.models.chat_template import named_templates
 from litgpt_akl.models.model_files import ModelFiles, read_model_files, read_tokenizer
 from litgpt_akl.models.tokenizer import token_map
-from litgpt_akl.models.weights import find_checkpoint_dir, is_said_to_be_tied, model_paths, read_config
+from litgpt_akl.models.weights import OPTIONS, find_checkpoint_dir, is_said_to_be_tied, model_paths, read_config
 
 
 @dataclass
@@ -66,15 +66,21 @@ class Pair:
 
 
 def check_pair(
-    student_dir: Path, teacher_dir: Path, access_token: str | None = None, teacher_weights_needed: bool = True
+    student_dir: Path,
+    teacher_dir: Path,
+    access_token: str | None = None,
+    teacher_weights_needed: bool = True,
+    student_option: str | None = None,
 ) -> Pair:
     """Read both models' configurations and tokenizers and see that they fit.
+
+    ``student_option`` is what a message calls the option that gave the student, if that is not ``checkpoint_dir``.
 
     Raises:
         UserError: a directory that is no checkpoint, tokenizers that differ, a head narrower than the tokenizer. The
             message names both sides and the way out.
     """
-    student_dir = find_checkpoint_dir(student_dir, "student", access_token)
+    student_dir = find_checkpoint_dir(student_dir, "student", access_token, option=student_option)
     teacher_dir = find_checkpoint_dir(teacher_dir, "teacher", access_token, teacher_weights_needed)
     directories = {"student": student_dir, "teacher": teacher_dir}
     stamps = {role: [*map(stamp_of, model_paths(directory))] for role, directory in directories.items()}
@@ -207,6 +213,6 @@ def _find_config(path: Path, directory: Path, role: str) -> Config:
     if path.name in names and str(path.parent) in places:
         return Config.from_name(path.name)
     raise UserError(
-        f"The {role} {path} is neither a LitGPT checkpoint directory nor a model that LitGPT knows. Give one of"
-        " `litgpt download list`, such as Llama-3.1-8B or meta-llama/Llama-3.1-8B."
+        f"The {role} {path} is neither a LitGPT checkpoint directory nor a model that LitGPT knows.\nGive"
+        f" {OPTIONS[role]} one of `litgpt download list`, such as Llama-3.1-8B or meta-llama/Llama-3.1-8B."
     )

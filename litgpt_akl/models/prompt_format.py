@@ -167,7 +167,7 @@ def style_like(learnt: Learnt, tokenizer: Tokenizer) -> PromptStyle | None:
     It is the student's own, one of LitGPT's, or one made of the template; None if LitGPT changes what that writes.
     """
     kinds = [kind() for kind in dict.fromkeys(prompt_styles.values())]
-    for style in (learnt.style, *kinds, TemplateStyle(*learnt.template.identity, ends=learnt.stop)):
+    for style in (learnt.style, *kinds, TemplateStyle(*learnt.template.identity[:3], ends=learnt.stop)):
         if style is not None and same_ids(style, learnt.template, tokenizer):
             with suppress(ValueError):
                 if {(id,) for id in learnt.ends} <= {*map(tuple, style.stop_tokens(tokenizer))}:

@@ -32,36 +32,45 @@ from litgpt_akl.models.tensor_file import check_tensors, read_tensors
 
 READ_LATER = ("lit_model.pth", ADAPTERS, "training_state.pth", METRICS_MARK, METRICS_COPY)
 """Files of a saved directory that are checked when they are read, if they are."""
+OPTIONS = {"student": "checkpoint_dir", "teacher": "--teacher_checkpoint_dir", "model": "checkpoint_dir"}
+"""By which a command is given a checkpoint in each role, where it has no other one for it."""
 CONVERT_AGAIN = "Download or convert the model again."
 
 
-def find_checkpoint_dir(path: Path, role: str, access_token: str | None = None, weights_needed: bool = True) -> Path:
+def find_checkpoint_dir(
+    path: Path,
+    role: Literal["student", "teacher", "model"],
+    access_token: str | None = None,
+    weights_needed: bool = True,
+    option: str | None = None,
+) -> Path:
     """The checkpoint directory that ``path`` names; a model id that LitGPT knows is downloaded if it is not there.
 
     Args:
         path: a directory, one below ``checkpoints/``, or a model id such as ``Qwen/Qwen2.5-0.5B``.
-        role: what a message calls it: student, teacher or model.
+        role: what a message calls it.
         access_token: for models with restrictions.
         weights_needed: whether a directory without weights lacks something.
+        option: what a message calls the option that gave it (default: that of ``finetune_akl``).
 
     Raises:
         UserError: the directory does not exist, or lacks files.
     """
     try:
-        return _find_checkpoint_dir(path, role, access_token, weights_needed)
+        return _find_checkpoint_dir(path, role, access_token, weights_needed, option or OPTIONS[role])
     except PermissionError as error:
         raise not_permitted(error, path) from error
 
 
-def _find_checkpoint_dir(path: Path, role: str, access_token: str | None, weights_needed: bool) -> Path:
+def _find_checkpoint_dir(path: Path, role: str, access_token: str | None, weights_needed: bool, option: str) -> Path:
     directory = extend_checkpoint_dir(Path(path))
     known = {f"{config['hf_config']['org']}/{config['hf_config']['name']}" for config in configs}
     if not directory.exists() and str(path) in known:
         return auto_download_checkpoint(model_name=path, access_token=access_token)
     if not directory.is_dir():
         raise UserError(
-            f"The {role}'s checkpoint directory {path} does not exist. Give a LitGPT checkpoint directory,"
-            " or a model id from `litgpt download list`."
+            f"The {role}'s checkpoint directory {path} does not exist.\n"
+            f"Give a LitGPT checkpoint directory, or a model id from `litgpt download list`, as {option}."
         )
     files = {name: (directory / name).is_file() for name in ("lit_model.pth", "model_config.yaml")}
     if role == "teacher" and not files["lit_model.pth"] and hf_weights.files_in(directory):

@@ -49,7 +49,7 @@ def read_history(run_dir: Path, tell: Callable[[str], None] = say) -> History:
         UserError: it is no such directory, or nothing that was logged can be read.
     """
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is not a directory. Give the --out_dir of a run of litgpt finetune_akl.")
+        raise UserError(f"The run {run_dir} is not a directory. Give the --out_dir of a run of litgpt finetune_akl.")
     found = _read_newest(find_logs(run_dir, tell), tell)
     if found is None:
         raise UserError(

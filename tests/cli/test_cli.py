@@ -64,7 +64,7 @@ WRONG = {
     ),
     # refused by the objects that the values make
     f"{AKL} --data JSON --data.json_path missing.json": (
-        "error: The `json_path` must be a file or a directory containing 'train.json' and 'val.json' files, "
+        "error: --data.json_path must be a file or a directory containing 'train.json' and 'val.json' files, "
         "but 'missing.json' does not exist."
     ),
     f"{AKL} --data JSON --data.json_path . --data.prompt_style nostyle": "error: unknown prompt_style 'nostyle'",

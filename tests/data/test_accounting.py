@@ -12,6 +12,7 @@ from litgpt.prompts import Default
 from litgpt.tokenizer import Tokenizer as LitGPTTokenizer
 from test_streaming import records, samples, splits, write
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from litgpt_akl.data import StreamingSFT
 from litgpt_akl.data.data_module import prepare_datasets
@@ -143,6 +144,27 @@ def test_tools_and_keywords_reach_the_template(tmp_path, chat_dir):
             assert text.startswith("[{") and "look" in text.split("<|im_start|>")[0] and text.endswith(more)
     with pytest.raises(UserError, match="line 1: has 'tools', which the chat template does not read"):
         splits(path, chat_dir(CHATML, "plain"), **options)
+
+
+def test_records_with_tools_have_the_template_for_tools(tmp_path, chat_dir):
+    """As Transformers chooses, as long as the student's files leave it the choice."""
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    path = write(tmp_path / "data.jsonl", [{**CHATS[0], "tools": tools}, CHATS[0]])
+    options = {"val_split_fraction": 0.0, "cache_dir": tmp_path / "cache"}
+    asks = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    named = [{"name": "default", "template": CHATML + asks}, {"name": "tool_use", "template": WITH_TOOLS + asks}]
+    directory = chat_dir(named, "named")
+    found = splits(path, directory, **options)[0].read([0, 1])
+    reference = PreTrainedTokenizerFast.from_pretrained(directory)
+    for sample, given in zip(found, (tools, None), strict=True):
+        ids = reference.apply_chat_template(CHATS[0]["messages"], tools=given, return_dict=False)
+        assert sample["input_ids"].tolist() == ids
+    for more in ({"chat_template": "default"}, {"chat_template_kwargs": {"more": "And so on"}}):
+        with pytest.raises(UserError, match="line 1: has 'tools', which the chat template does not read"):
+            splits(path, directory, **more, **options)
+    (directory / "chat_template.jinja").write_text(CHATML + asks)
+    with pytest.raises(UserError, match="line 1: has 'tools', which the chat template does not read"):
+        splits(path, directory, **options)
 
 
 @pytest.mark.parametrize(("train_on", "first"), [("all", "Alice.<|im_end|>"), ("last", "")])

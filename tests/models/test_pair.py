@@ -304,8 +304,8 @@ def test_the_real_command_says_it_in_one_line(teacher_dir, student_dir, alice_js
     )
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.splitlines() == [
-        f"error: The student's checkpoint directory {tmp_path / 'absent'} does not exist. Give a LitGPT checkpoint"
-        " directory, or a model id from `litgpt download list`."
+        f"error: The student's checkpoint directory {tmp_path / 'absent'} does not exist.",
+        "Give a LitGPT checkpoint directory, or a model id from `litgpt download list`, as checkpoint_dir.",
     ]
     assert not (tmp_path / "out").exists()
 

@@ -208,8 +208,8 @@ def finetune(student: str = "student", teacher: str = "teacher", data: str = DAT
 
 
 PATHS = [
-    Row(finetune(student="missing"), ["missing", "does not exist"], F),
-    Row(finetune(teacher="missing"), ["missing", "does not exist"], F),
+    Row(finetune(student="missing"), ["missing", "does not exist", "as checkpoint_dir"], F),
+    Row(finetune(teacher="missing"), ["missing", "does not exist", "as --teacher_checkpoint_dir"], F),
     Row(finetune(student="data/file.txt"), ["data/file.txt"], F),
     Row(finetune(student="empty"), ["empty"], F),
     Row(finetune(teacher="data"), ["data"], F),
@@ -220,12 +220,28 @@ PATHS = [
     Row(
         f"{F} --teacher.cache_dir data/file.txt", ["--teacher.cache_dir", "data/file.txt"], f"{F} --teacher.cache_dir c"
     ),
-    Row(f"{NO_DATA} --data JSON --data.json_path missing.json", ["missing.json", "does not exist"], F),
+    Row(
+        f"{NO_DATA} --data JSON --data.json_path missing.json",
+        ["--data.json_path", "missing.json", "does not exist"],
+        F,
+    ),
 ]
 SAMPLES = [
     Row(f"{STREAMED} {wrong}", named.split("|"), f"{STREAMED} {mended}")
     for wrong, named, mended in [
-        ("data/missing.jsonl", "data/missing.jsonl|does not exist", "texts/records.jsonl"),
+        ("data/missing.jsonl", "--data.path data/missing.jsonl|does not exist", "texts/records.jsonl"),
+        (
+            "texts/records.jsonl --data.val_path missing",
+            "--data.val_path missing|does not exist",
+            "texts/records.jsonl",
+        ),
+        ("'texts/*.parquet'", "--data.path texts/*.parquet|no file matches it", "'texts/*.jsonl'"),
+        ("'texts/{records,more}.jsonl'", "--data.path texts/{|Braces|'texts/*.jsonl'", "'texts/*.jsonl'"),
+        (
+            "texts/records.jsonl --data.chat_template chat.jinja",
+            "--data.chat_template chat.jinja|neither a file",
+            "texts/records.jsonl",
+        ),
         ("data/empty.jsonl", "data/empty.jsonl", "texts/records.jsonl"),
         ("data/broken.jsonl", "data/broken.jsonl|line 2", "data/broken.jsonl --data.on_error skip"),
         ("data/columns.jsonl", "data/columns.jsonl|line 1|no field|generate_responses", "texts/records.jsonl"),
@@ -336,7 +352,11 @@ EVALUATED = [
         ("--batch_size two", "--batch_size|two|a whole number", "--batch_size 2"),
         until="missing does not exist",
     ),
-    Row(f"{E} --before_checkpoint_dir missing", ["missing", "does not exist"], f"{E} --before_checkpoint_dir student"),
+    Row(
+        f"{E} --before_checkpoint_dir missing",
+        ["missing", "does not exist", "as --before_checkpoint_dir"],
+        f"{E} --before_checkpoint_dir student",
+    ),
     Row(f"{E} --out_dir teacher", ["--out_dir", "teacher"], f"{E} --out_dir out/evaluated"),
     Row(f"evaluate_akl student {DATA}", ["--teacher_checkpoint_dir is missing"], E),
     Row(f"evaluate_akl {MODELS}", ["--data is missing", "--data Alpaca"], E),
@@ -375,7 +395,7 @@ GENERATED = [
     ),
     Row(
         f"{G.replace('teacher', 'missing')} --out taught.jsonl",
-        ["missing", "does not exist"],
+        ["missing", "does not exist", "as checkpoint_dir"],
         f"{G} --out taught.jsonl",
     ),
     Row(
@@ -402,12 +422,12 @@ MADE = [
     Row("make_student teacher made --num_layers 2", ["no option --num_layers", "--layers"], M),
     Row("make_student teacher teacher --layers 2", ["out_dir", "teacher"], M),
     Row("make_student teacher data --layers 2", ["data"], M),
-    Row("make_student missing made --layers 2", ["missing", "does not exist"], M),
+    Row("make_student missing made --layers 2", ["missing", "does not exist", "as teacher_dir"], M),
     Row("make_student --teacher teacher made --layers 2", ["give teacher_dir without a name"], M),
 ]
 EXPORTED = [
     Row("export_hf student", ["out_dir is missing"], X),
-    Row("export_hf missing exported", ["missing", "does not exist"], X),
+    Row("export_hf missing exported", ["missing", "does not exist", "as checkpoint_dir"], X),
     Row("export_hf hf exported", ["hf"], X),
     Row("export_hf empty exported", ["empty"], X),
     Row("export_hf student data", ["data"], X),
@@ -419,6 +439,11 @@ REPORTED = [
     Row("report_akl", ["runs is missing"], R),
     Row("report_akl missing", ["missing"], R),
     Row("report_akl data", ["data"], R),
+    Row(
+        "report_akl run --out new/page.html",
+        ["--out new/page.html", "new does not exist"],
+        "report_akl run --out page.html",
+    ),
     Row("report_akl run --out data", ["--out data", "data/report.html"], "report_akl run --out data/report.html"),
     Row(
         "report_akl run --out data/file.txt",
