@@ -3,11 +3,14 @@
 import sys
 from collections import Counter
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 
 from litgpt_akl.messages import UserError, say
+
+if TYPE_CHECKING:
+    import datasets
 
 MAX_BAD_SHARE = 0.01
 """Of all records; with more bad ones than this, something is wrong with the data or with how it is read."""
@@ -16,7 +19,7 @@ SHOWN = 10
 
 
 def tell_what_is_left_out(
-    rows: datasets.Dataset, name: str, place: Callable[[int, int, int], str], cut_by: str, may_be_bad: bool
+    rows: "datasets.Dataset", name: str, place: Callable[[int, int, int], str], cut_by: str, may_be_bad: bool
 ) -> int:
     """Say how many records are dropped, bad, or read otherwise than a user may think.
 
@@ -63,7 +66,7 @@ def tell_what_is_left_out(
     return by_template
 
 
-def tell_what_occurs_twice(training: datasets.Dataset, validation: datasets.Dataset) -> None:
+def tell_what_occurs_twice(training: "datasets.Dataset", validation: "datasets.Dataset") -> None:
     """Say how many of the validation records are training records, too: what they measure is no promise then."""
     held_out = _hashes(validation)
     both = np.zeros(len(held_out), dtype=bool)
@@ -73,13 +76,13 @@ def tell_what_occurs_twice(training: datasets.Dataset, validation: datasets.Data
         _say(f"{_share(int(both.sum()), len(held_out))} validation records are in the training data, too.")
 
 
-def _hashes(rows: datasets.Dataset) -> np.ndarray:
+def _hashes(rows: "datasets.Dataset") -> np.ndarray:
     table = rows.select_columns(["draw", "length"]).with_format("arrow")[:]
     return table["draw"].to_numpy()[table["length"].to_numpy() > 0]
 
 
 def _tell_bad(
-    rows: datasets.Dataset, bad: np.ndarray, name: str, place: Callable[[int, int, int], str], cut_by: str
+    rows: "datasets.Dataset", bad: np.ndarray, name: str, place: Callable[[int, int, int], str], cut_by: str
 ) -> None:
     if len(bad) == 0:
         return

@@ -4,10 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 import xxhash
 from torch import Tensor
@@ -15,6 +14,10 @@ from torch import Tensor
 from litgpt_akl.data.encoding import make_labels
 from litgpt_akl.files.directories import explain_failure
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
 
 SEEN = 256
 """Samples by which it is seen how responses end."""
@@ -121,14 +124,14 @@ ALL = (0.0, math.inf)
 
 
 class ArrowDataset(TokenizedDataset):
-    """Rows of a prepared dataset, all of them good; see ``preparation.COLUMNS``.
+    """Rows of a prepared dataset, all of them good; see ``preparation.row_schema``.
 
     Given are the ends ``[low, high)`` between which their draws lie, or the rows' numbers, ``[samples]``, in order.
     """
 
     def __init__(
         self,
-        dataset: datasets.Dataset,
+        dataset: "datasets.Dataset",
         draws: tuple[float, float] = ALL,
         *,
         numbers: np.ndarray | None = None,
@@ -177,7 +180,7 @@ class ArrowDataset(TokenizedDataset):
     def __len__(self) -> int:
         return len(self._views[("length",)]) if self._numbers is None else len(self._numbers)
 
-    def _columns(self, numbers: Sequence[int], *names: str) -> list[pa.ChunkedArray]:
+    def _columns(self, numbers: Sequence[int], *names: str) -> list["pa.ChunkedArray"]:
         rows = self._views[names][numbers if self._numbers is None else self._numbers[numbers]]
         return [rows[name] for name in names]
 
@@ -216,7 +219,7 @@ class ArrowDataset(TokenizedDataset):
         return self._place(file, line, int(number if self._numbers is None else self._numbers[number]))
 
 
-def _split(column: pa.ChunkedArray) -> list[np.ndarray]:
+def _split(column: "pa.ChunkedArray") -> list[np.ndarray]:
     lists = column.combine_chunks()
     values, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
     return np.split(values[: offsets[-1]], offsets[:-1])[1:]
@@ -226,14 +229,14 @@ CHOSEN_BY = ["length", "draw", "response_tokens"]
 """Columns."""
 
 
-def _choose(table: pa.Table, low: float, high: float, least_response: int) -> np.ndarray:
+def _choose(table: "pa.Table", low: float, high: float, least_response: int) -> np.ndarray:
     """Which rows are meant. What has no response can be answered, and not be held against one: it is never held out."""
     length, draw, count = (table[name].to_numpy() for name in CHOSEN_BY)
     is_between = (low <= draw) & (draw < high)
     return (length > 0) & (is_between & (count >= least_response) | (count == 0) & (least_response == 0))
 
 
-def _numbers_between(dataset: datasets.Dataset, low: float, high: float, least_response: int) -> np.ndarray:
+def _numbers_between(dataset: "datasets.Dataset", low: float, high: float, least_response: int) -> np.ndarray:
     """Memory-mapped, since they may be more than memory holds; raises UserError if the disk does not take them."""
     directory = Path(gettempdir())
     way_out = "Make room there, or name another directory by the environment variable TMPDIR."

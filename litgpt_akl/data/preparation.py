@@ -9,14 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 import xxhash
 from filelock import FileLock, Timeout
@@ -35,6 +33,10 @@ from litgpt_akl.files.manifest import damage, write_manifest
 from litgpt_akl.messages import UserError, progress_bar, reason, say
 from litgpt_akl.models.chat_template import ChatTemplate
 
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
 FORMAT = 9
 """Goes into every fingerprint; to be raised when the same records become other rows."""
 Portion = list[tuple[int, Record]]
@@ -43,29 +45,37 @@ PORTION, PORTION_SIZE = 256, 2**22
 """Records that are encoded together: how many at most, and about how many bytes or characters of them."""
 BATCH_BYTES = 2**22
 """Of rows that are written together: memory-mapped, each such batch takes some memory of its own."""
-COLUMNS = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "responses": datasets.List(datasets.Value("int32")),  # begin, end, begin, end, ...
-        "length": datasets.Value("int32"),  # 0 for one that is bad or dropped
-        "response_tokens": datasets.Value("int32"),
-        "draw": datasets.Value("float64"),  # from the record's hash, even over [0, 1]: held out if below a fraction
-        "file": datasets.Value("int32"),
-        "line": datasets.Value("int64"),
-        "error": datasets.Value("string"),  # why it is bad or dropped
-        "dropped": datasets.Value("bool"),  # it is good and too long
-        "said": datasets.Value("int32"),  # characters of what the assistant says, without white space
-        "lost": datasets.Value("int32"),  # of these, how many the text has not
-        "notes": datasets.Value("string"),  # of one line each
-        "by_template": datasets.Value("bool"),  # whether a chat template wrote the text, and not a prompt style
-    }
-)
 CANONICAL = json.JSONEncoder(sort_keys=True, default=repr)
 """Makes one text of equal records, by which they are drawn."""
 ROWS = "preparation-train.arrow"
 """Holds all rows of prepared data."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "generation_config.json")
 TOKENIZER_FILES += ("special_tokens_map.json",)
+
+
+@cache
+def row_schema() -> "pa.Schema":
+    """The columns of prepared data, a row for each record."""
+    from datasets import Features, List, Value  # slow to import, and only runs with records to read need it
+
+    columns = Features(
+        {
+            "input_ids": List(Value("int32")),
+            "responses": List(Value("int32")),  # begin, end, begin, end, ...
+            "length": Value("int32"),  # 0 for one that is bad or dropped
+            "response_tokens": Value("int32"),
+            "draw": Value("float64"),  # from the record's hash, even over [0, 1]: held out if below a fraction
+            "file": Value("int32"),
+            "line": Value("int64"),
+            "error": Value("string"),  # why it is bad or dropped
+            "dropped": Value("bool"),  # it is good and too long
+            "said": Value("int32"),  # characters of what the assistant says, without white space
+            "lost": Value("int32"),  # of these, how many the text has not
+            "notes": Value("string"),  # of one line each
+            "by_template": Value("bool"),  # whether a chat template wrote the text, and not a prompt style
+        }
+    )
+    return columns.arrow_schema
 
 
 def probe(style: PromptStyle) -> list[str]:
@@ -203,12 +213,14 @@ class Rows(Dataset):
     def _encoder(self) -> Encoder:
         return self.settings.encoder()
 
-    def __getitem__(self, packed: Portion | bytes) -> tuple[int, int, pa.RecordBatch]:
+    def __getitem__(self, packed: Portion | bytes) -> tuple[int, int, "pa.RecordBatch"]:
         """The number of the last record's file, how many of its bytes had been read, and the rows."""
+        import pyarrow as pa
+
         portion = pickle.loads(packed) if isinstance(packed, bytes) else packed
         rows = [self._row(record) | {"file": file, "line": record.line} for file, record in portion]
         file, record = portion[-1]
-        return file, record.bytes_read, pa.RecordBatch.from_pylist(rows, schema=COLUMNS.arrow_schema)
+        return file, record.bytes_read, pa.RecordBatch.from_pylist(rows, schema=row_schema())
 
     def _row(self, record: Record) -> dict:
         dropped = False
@@ -260,12 +272,14 @@ def _printable(text: str) -> str:
 
 def _write_rows(path: Path, source: Source, settings: Settings, num_proc: int) -> int:
     """Reads all records here, encodes them in other processes, writes the rows in their order; returns how many."""
+    import pyarrow as pa
+
     starts, keys = list(accumulate(source.sizes, initial=0)), portions(source)
     batches, size, count = [], 0, 0
     with (
         progress_bar(total=starts[-1], desc="preparing data", unit=source.unit, unit_scale=True, leave=False) as bar,
         path.open("wb") as file,
-        pa.ipc.new_stream(file, COLUMNS.arrow_schema) as writer,
+        pa.ipc.new_stream(file, row_schema()) as writer,
     ):
         fewer = settings.fewer_processes.format(num_proc)
         results = fetch(Rows(settings), map(_pack, keys) if num_proc > 0 else keys, num_proc, fewer)
@@ -282,7 +296,7 @@ def _write_rows(path: Path, source: Source, settings: Settings, num_proc: int) -
                     batches, size = [], 0
         finally:
             results.stop()
-        writer.write_table(pa.Table.from_batches(batches, COLUMNS.arrow_schema).combine_chunks())
+        writer.write_table(pa.Table.from_batches(batches, row_schema()).combine_chunks())
     return count
 
 
@@ -318,7 +332,7 @@ def _sendable(record: Record) -> Record:
     return record
 
 
-def check_rows(rows: pa.RecordBatch, first_row: int, source: Source, settings: Settings) -> None:
+def check_rows(rows: "pa.RecordBatch", first_row: int, source: Source, settings: Settings) -> None:
     """See that no row is bad, of which the first is the ``first_row``-th of all; raises UserError."""
     dropped = rows["dropped"].to_numpy(zero_copy_only=False)
     for bad in np.flatnonzero((rows["length"].to_numpy() == 0) & ~dropped):
@@ -344,19 +358,21 @@ def folder_of(source: Source, settings: Settings, cache_dir: Path) -> Path:
     return cache_dir / _hash([settings.fingerprint, source.identity])
 
 
-RowsOf = Callable[[Source, Settings, Path, int], datasets.Dataset]
+RowsOf = Callable[[Source, Settings, Path, int], "datasets.Dataset"]
 """What makes rows of records, as :func:`prepare` does."""
 LARGE = 2**30
 """Bytes of prepared data that take more than a second to read."""
 
 
-def prepare(source: Source, settings: Settings, cache_dir: Path, num_proc: int) -> datasets.Dataset:
+def prepare(source: Source, settings: Settings, cache_dir: Path, num_proc: int) -> "datasets.Dataset":
     """One row for each record, in their order, memory-mapped; what was prepared before is found again.
 
     It is kept in a folder of ``cache_dir`` for each fingerprint of records and settings. So many processes encode; with
     ``num_proc`` 0 this one does. Raises UserError for a bad record, unless they are to be skipped, for files that are
     unreadable or change meanwhile, and for a full disk.
     """
+    import datasets
+
     folder = folder_of(source, settings, cache_dir)
     check_name(folder.absolute(), "The directory for prepared data", settings.other_cache)
     with explain_failure(folder, settings.other_cache):

@@ -7,16 +7,13 @@ from dataclasses import dataclass, field
 from heapq import nlargest
 from pathlib import Path
 from statistics import NormalDist
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import datasets
 import numpy as np
-import pyarrow as pa
 
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.files import file_format
 from litgpt_akl.data.preparation import (
-    COLUMNS,
     ROWS,
     FileRecords,
     Portion,
@@ -25,11 +22,16 @@ from litgpt_akl.data.preparation import (
     check_rows,
     folder_of,
     portions,
+    row_schema,
 )
 from litgpt_akl.data.records import Record, has_plain_lines, read_longest_lines, read_part
 from litgpt_akl.data.steps import PART
 from litgpt_akl.files.manifest import Damaged, read_manifest
 from litgpt_akl.messages import progress_bar, say
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
 
 WHOLE = 2**25
 """Bytes of records that are all read, though perhaps not all encoded."""
@@ -71,11 +73,13 @@ class Preview:
     looks: list[Look] = field(default_factory=list)
     """At the records of training, and at those of validation if they are others."""
 
-    def __call__(self, source: FileRecords, settings: Settings, cache_dir: Path, num_proc: int) -> datasets.Dataset:
+    def __call__(self, source: FileRecords, settings: Settings, cache_dir: Path, num_proc: int) -> "datasets.Dataset":
         """The rows; if all records were looked at, those that ``prepare`` would give.
 
         Raises UserError for files that cannot be read, and for bad records if they are not to be skipped.
         """
+        import datasets  # slow to import, and only runs with records to read need it
+
         folder = folder_of(source, settings, cache_dir)
         if is_whole(folder):
             rows = datasets.Dataset.from_file(str(folder / ROWS))
@@ -88,7 +92,7 @@ class Preview:
         self.looks.append(look)
         return datasets.Dataset(table)
 
-    def _read(self, source: FileRecords, settings: Settings) -> tuple[pa.Table, Look]:
+    def _read(self, source: FileRecords, settings: Settings) -> tuple["pa.Table", Look]:
         records = [entry for portion in portions(source) for entry in portion]
         sizes = np.array([len(repr(record.value)) for _, record in records])
         order = np.random.default_rng(0).permutation(len(records))
@@ -103,7 +107,7 @@ class Preview:
         how = "all" if len(rows) == len(records) else "largest"
         return rows, Look(how, len(rows), len(records))
 
-    def _read_parts(self, source: FileRecords, settings: Settings) -> tuple[pa.Table, Look]:
+    def _read_parts(self, source: FileRecords, settings: Settings) -> tuple["pa.Table", Look]:
         ends = np.cumsum(source.sizes)
         places = np.bincount(np.searchsorted(ends, np.linspace(0, ends[-1], PLACES, endpoint=False), side="right"))
         read, count, size = [], 0.0, 0
@@ -121,8 +125,10 @@ class Preview:
         look = Look("largest" if largest else "spread", looked, round(count * ends[-1] / size))
         return rows.take(np.setdiff1d(np.arange(looked), bad)), look
 
-    def _encode(self, records: Sequence[tuple[int, Record]], order: np.ndarray, settings: Settings) -> pa.Table:
+    def _encode(self, records: Sequence[tuple[int, Record]], order: np.ndarray, settings: Settings) -> "pa.Table":
         """Rows of as many records as time allows, in that order."""
+        import pyarrow as pa
+
         rows, encoded, until = Rows(settings), [], time.monotonic() + self.seconds
         with progress_bar(total=len(order), desc="looking at the data", unit=" records", leave=False, delay=1.0) as bar:
             for start in range(0, len(order), AT_ONCE):
@@ -131,7 +137,7 @@ class Preview:
                 portion: Portion = [records[number] for number in order[start : start + AT_ONCE]]
                 encoded.append(rows[portion][2])
                 bar.update(len(portion))
-        return pa.Table.from_batches(encoded, COLUMNS.arrow_schema)
+        return pa.Table.from_batches(encoded, row_schema())
 
 
 def _find_largest(source: FileRecords) -> list[tuple[int, Record]]:
@@ -149,7 +155,7 @@ def _packing(file: str) -> str | None:
     return compression or form
 
 
-def _bad(rows: pa.Table) -> np.ndarray:
+def _bad(rows: "pa.Table") -> np.ndarray:
     return np.flatnonzero((rows["length"].to_numpy() == 0) & ~rows["dropped"].to_numpy())
 
 

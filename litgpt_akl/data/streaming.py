@@ -5,9 +5,8 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
 from litgpt.data import DataModule
 from litgpt.model import Config
 from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
@@ -25,6 +24,9 @@ from litgpt_akl.files.reading import explain_damage
 from litgpt_akl.messages import UserError, say
 from litgpt_akl.models.chat_template import ChatTemplate, named_templates
 from litgpt_akl.models.model_files import read_tokenizer
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass
@@ -253,7 +255,9 @@ class StreamingSFT(DataModule):
         say(f"{self.path}: {', '.join(counts)}.", file=sys.stderr)
         return groups[name], held_out
 
-    def _prepared(self, files: list[str], settings: Settings, rows_of: RowsOf) -> tuple[datasets.Dataset, FileRecords]:
+    def _prepared(
+        self, files: list[str], settings: Settings, rows_of: RowsOf
+    ) -> tuple["datasets.Dataset", FileRecords]:
         records = FileRecords(files)
         rows = rows_of(records, settings, self.cache_dir or default_cache_dir(), self.num_proc or available_cores())
         if len(rows) == 0:
@@ -267,7 +271,7 @@ class StreamingSFT(DataModule):
 
     def _dataset(
         self,
-        rows: datasets.Dataset,
+        rows: "datasets.Dataset",
         records: FileRecords,
         settings: Settings,
         draws: tuple[float, float],
