@@ -17,18 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from litgpt_akl.loss.divergences import (
-    NO_SCRATCH,
-    Comparison,
-    Head,
-    Number,
-    Scratch,
-    Tile,
-    compare,
-    find_divergence,
-    find_head,
-)
+from litgpt_akl.loss.comparison import NO_SCRATCH, Comparison, Head, Scratch, compare, find_head
+from litgpt_akl.loss.divergences import find_divergence
 from litgpt_akl.loss.objective import Objective
+from litgpt_akl.loss.tile import Number, Tile
 
 IGNORE_INDEX = -100
 

@@ -16,8 +16,8 @@ from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import MicroBatch, collate, in_order, together
 from litgpt_akl.files.examples import HIGHEST, take_examples, write_examples
 from litgpt_akl.files.manifest import EXAMPLES
+from litgpt_akl.loss.comparison import compare, in_head
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
-from litgpt_akl.loss.divergences import compare, in_head
 from litgpt_akl.messages import reason, tell
 from litgpt_akl.models.generation import generate, longest_prompt, without_end
 from litgpt_akl.models.gpt import Head

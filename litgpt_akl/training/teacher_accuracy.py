@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from litgpt_akl.data.dataset import TokenizedDataset, digest
 from litgpt_akl.data.steps import MicroBatch, in_order
 from litgpt_akl.files.directories import write_file
-from litgpt_akl.loss.divergences import compare
+from litgpt_akl.loss.comparison import compare
 from litgpt_akl.messages import entry, reason, say
 from litgpt_akl.models.gpt import Head, build_model, finish, hidden_states
 from litgpt_akl.models.parallel import broadcast_object, rank, reshard
