@@ -79,7 +79,7 @@ def nan_as_null(value: Any) -> Any:
 
 RESULTS, ANSWERS = "evaluation.json", "answers.jsonl"
 """In ``out_dir``."""
-VERSIONS = ("litgpt-akl", "litgpt", "torch", "rouge-score", "torchmetrics")
+VERSIONS = ("litgpt-akl", "litgpt", "torch", "rouge-score")
 SETTINGS = (
     *"checkpoint_dir teacher_checkpoint_dir before_checkpoint_dir split max_records max_seq_length".split(),
     *"mu head_rule generation tasks task_limit num_fewshot precision".split(),

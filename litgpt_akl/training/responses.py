@@ -149,8 +149,8 @@ def rate(questions: Sequence[Question], responses: Sequence[Responses]) -> dict[
 
     Returns:
         ``rouge_l``: F-measure times 100 to the best reference, mean over questions, with its standard deviation over
-        seeds ``rouge_l_std`` (NaN for one seed); ``distinct_2``: different pairs of neighbouring words among all pairs
-        of a seed's responses; ``answer_tokens``: mean length.
+        seeds ``rouge_l_std`` (NaN for one seed); ``distinct_2``: different pairs of neighbouring words of a seed's
+        responses, per word; ``answer_tokens``: mean length.
     """
     # it imports nltk, half a second that other commands are not to wait for
     from rouge_score.rouge_scorer import RougeScorer
@@ -170,9 +170,14 @@ def rate(questions: Sequence[Question], responses: Sequence[Responses]) -> dict[
 
 
 def distinct_pairs(texts: Sequence[str]) -> float:
-    """Different pairs of neighbouring words among all pairs (distinct-2, Li et al., arXiv 1510.03055); 0 of none."""
-    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
+    """Different pairs of neighbouring words, divided by the number of words; 0 of no words.
+
+    This is distinct-2 of Li et al., arXiv 1510.03055: it is scaled by all words, not by the pairs. Words are what white
+    space parts.
+    """
+    words = [text.split() for text in texts]
+    pairs = {pair for each in words for pair in zip(each, each[1:], strict=False)}
+    return len(pairs) / max(1, sum(map(len, words)))
 
 
 def as_lines(questions: Sequence[Question], responses: dict[str, list[Responses]]) -> str:

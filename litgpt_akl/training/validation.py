@@ -9,7 +9,6 @@ import lightning as L
 import torch
 from litgpt.model import GPT
 from torch import Tensor, nn
-from torchmetrics.functional.classification import binary_calibration_error
 
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import in_order
@@ -21,7 +20,7 @@ from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.run import Run
 
 BINS = 15
-"""Of the calibration error, of equal width (Guo et al., arXiv 1706.04599)."""
+"""Of the calibration error, of equal width."""
 
 SHORT = 2.0
 """Seconds of a validation that needs no progress line."""
@@ -105,6 +104,18 @@ def measure(
     return _measures(means, torch.cat(all_gather_object(torch.cat(calibration, dim=1)), dim=1), round(tokens))
 
 
+def expected_calibration_error(confidence: Tensor, correct: Tensor) -> float:
+    """Mean over bins of ``|accuracy - mean confidence|``, weighted by how many of the tokens ``[n]`` are in each.
+
+    Of 15 bins of equal width each has its upper end and not its lower one, so that a confidence of 1 is in the last
+    bin. Source: Guo et al., arXiv 1706.04599. (torchmetrics takes the lower ends, and one more bin for 1 itself.)
+    """
+    ends = torch.arange(1, BINS, dtype=torch.float64) / BINS
+    bins = torch.bucketize(confidence.double(), ends)
+    gaps = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, correct.double() - confidence.double())
+    return gaps.abs().sum().item() / len(confidence)
+
+
 def _measures(means: dict[str, float], calibration: Tensor, response_tokens: int) -> Measures:
     """What is told of both models, from the means of what the loss tells and the ``CALIBRATION``, ``[4, n]``."""
     calibration = dict(zip(CALIBRATION, calibration, strict=True))
@@ -113,12 +124,9 @@ def _measures(means: dict[str, float], calibration: Tensor, response_tokens: int
             "cross_entropy": means[f"{prefix}cross_entropy"],
             "perplexity": math.exp(min(means[f"{prefix}cross_entropy"], 700.0)),
             "accuracy": means[f"{prefix}accuracy"],
-            "calibration_error": binary_calibration_error(
-                # beyond 1 torchmetrics takes them for logits
-                calibration[f"{prefix}confidence"].clamp(max=1),
-                calibration[f"{prefix}accuracy"].int(),
-                n_bins=BINS,
-            ).item(),
+            "calibration_error": expected_calibration_error(
+                calibration[f"{prefix}confidence"], calibration[f"{prefix}accuracy"]
+            ),
         }
         for prefix in ("", "teacher_")
     )
@@ -149,6 +157,8 @@ def validate(fabric: L.Fabric, run: Run, state: dict) -> dict[str, float] | None
         (NaN if there was no gap, or no validation at the start).
     """
     student, teacher, cache = state["student"], state["teacher"], state["caches"].validation
+    # at its end, where a schedule leads to: validations can be compared with each other
+    loss = run.distill.loss()
     sums, records = Sums(fabric, torch.float64), len(run.validation_records(state["validation_dataset"]))
     bar = progress_bar(total=records, desc="validating", unit="record", leave=False, delay=SHORT, disable=rank() > 0)
     student.eval()
@@ -157,7 +167,7 @@ def validate(fabric: L.Fabric, run: Run, state: dict) -> dict[str, float] | None
             break
         for moved, teacher_hidden in teacher.hidden_states([batch], cache):
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
-            result = distillation_loss(student, teacher.model, state["loss"], *targets, state["vocab_size"])
+            result = distillation_loss(student, teacher.model, loss, *targets, state["vocab_size"])
             sums.add(loss=result.loss, tokens=result.loss.new_tensor(result.tokens), **result.stats)
         bar.update(min(fabric.world_size * len(batch.input_ids), records - bar.n))
     bar.close()

@@ -26,6 +26,7 @@ from litgpt_akl.messages import UserError
 from litgpt_akl.models.gpt import build_model
 from litgpt_akl.models.weights import open_weights, read_config
 from litgpt_akl.training.responses import Question, Responses, distinct_pairs, find_questions, rate
+from litgpt_akl.training.validation import expected_calibration_error
 
 
 def answers_in(out_dir: Path) -> list[dict]:
@@ -90,10 +91,26 @@ def test_measures_equal_those_of_logits(found, student_dir, teacher_dir, alice_j
 def calibration_error(confidence: torch.Tensor, correct: torch.Tensor) -> float:
     total = 0.0
     for number in range(15):
-        inside = (confidence >= number / 15) & (confidence < (number + 1) / 15)
+        inside = (confidence > number / 15) & (confidence <= (number + 1) / 15)
         if inside.any():
             total += inside.sum().item() * abs(confidence[inside].mean() - correct[inside].mean()).item()
     return total / len(confidence)
+
+
+def test_calibration_error_at_the_ends_of_bins():
+    # a confidence of 1, which rounding often makes, is in the last bin with others, as an end is in the bin below it
+    confidence = torch.tensor([1.0, 1.0, 0.95, 0.95, 1 / 15, 0.05], dtype=torch.float64)
+    correct = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    last, first = abs(3 / 4 - (1 + 1 + 0.95 + 0.95) / 4), abs(1 / 2 - (1 / 15 + 0.05) / 2)
+    expected = (4 * last + 2 * first) / 6
+    assert calibration_error(confidence, correct) == pytest.approx(expected)
+    assert expected_calibration_error(confidence, correct) == pytest.approx(expected)
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.rand(500, generator=generator, dtype=torch.float64).sqrt()
+    correct = (torch.rand(500, generator=generator) < 0.6).double()
+    assert expected_calibration_error(confidence, correct) == pytest.approx(calibration_error(confidence, correct))
+    # rounding in float32 goes beyond 1
+    assert expected_calibration_error(torch.tensor([1.0000001]), torch.tensor([1.0])) < 1e-6
 
 
 def whole_model(directory: Path):
@@ -135,8 +152,14 @@ def test_the_best_of_several_references_counts():
 
 
 def test_distinct_pairs():
-    assert distinct_pairs(["a b a b", "a b", "c", ""]) == 2 / 4
-    assert distinct_pairs(["a"]) == 0
+    # two different pairs of seven words; of the pairs themselves they would be half
+    assert distinct_pairs(["a b a b", "a b", "c", ""]) == 2 / 7
+    assert distinct_pairs(["a"]) == distinct_pairs([""]) == distinct_pairs([]) == 0
+    # pairs do not reach from one response into the next
+    texts = ["the cat sat on the cat", "on the mat the cat"]
+    words = [text.split() for text in texts]
+    pairs = {(each[n], each[n + 1]) for each in words for n in range(len(each) - 1)}
+    assert distinct_pairs(texts) == len(pairs) / 11
 
 
 def test_samples_with_one_prompt_are_one_question(teacher_dir, student_dir, tmp_path):
