@@ -16,6 +16,8 @@ _MODULES = {
     "token_wise_kl": "litgpt_akl.loss.divergences",
     "alpha_beta_divergence": "litgpt_akl.loss.divergences",
     "tail_aware_kl": "litgpt_akl.loss.divergences",
+    "concrete_score_divergence": "litgpt_akl.loss.divergences",
+    "diversity_aware_reverse_kl": "litgpt_akl.loss.divergences",
     "DistillationLoss": "litgpt_akl.loss.distillation_loss",
 }
 

@@ -271,6 +271,8 @@ def _describe(accepted: Any) -> str:
     for member in _members(accepted):
         if get_origin(member) is Literal:
             names += map(str, get_args(member))
+        elif get_origin(member) is tuple:
+            names.append(f"a list of {len(get_args(member))} values, such as {list(range(len(get_args(member))))}")
         elif member in TYPE_NAMES:
             names.append(TYPE_NAMES[member])
         elif inspect.isclass(member):

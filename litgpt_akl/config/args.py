@@ -12,7 +12,7 @@ from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import DataModule
 
 from litgpt_akl.loss.distillation_loss import DistillationLoss
-from litgpt_akl.loss.objective import DivergenceName, HeadRule
+from litgpt_akl.loss.objective import DivergenceName, HeadRule, PairWeight, TailWeighting
 from litgpt_akl.messages import UserError
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
@@ -29,6 +29,9 @@ KEYWORDS = {
     "alpha_beta.beta": "beta",
     "tad.top_k": "top_k",
     "tad.tail_weight": "tail_weight",
+    "tad.weighting": "tail_weighting",
+    "csd.weight": "weight",
+    "drkl.gamma": "gamma",
 }
 """The options of one divergence, and the keywords that the loss has for them."""
 TAKERS = {
@@ -37,8 +40,12 @@ TAKERS = {
     "skewed": ("skewed_fkl", "skewed_rkl"),
     "alpha_beta": ("alpha_beta",),
     "tad": ("tad",),
+    "csd": ("csd",),
+    "drkl": ("drkl",),
 }
 """The divergences that alone depend on a group of options."""
+SCHEDULED = {"mix_ratio": "mix.ratio", "skew": "skewed.skew", "temperature": "temperature"}
+"""Keywords of the loss that may change from step to step, and the options that they stand in place of."""
 OF_EVERY_DIVERGENCE = ("temperature", "kd_ratio", "block_tokens", "compile")
 
 
@@ -118,7 +125,55 @@ class TADArgs:
     top_k: int = 10
     """How many of the teacher's most probable ids stand apart from all others"""
     tail_weight: float = 1.0
-    """Weight of KL among those others, renormalised"""
+    """Weight of KL among those others, renormalised; its mean over the tokens of a sequence"""
+    weighting: TailWeighting = "sequence"
+    """Whether that weight goes with the teacher's mass of those others, token by token (sequence), or is the same for
+    all tokens (constant)"""
+
+
+@dataclass
+class CSDArgs:
+    """Options of the concrete score divergence"""
+
+    weight: PairWeight = "mean"
+    """By what a pair of ids counts: both ids by the mean of teacher and student (mean), by the student (student) or by
+    the teacher (teacher); or one by the teacher and the other one by the student (teacher_student)"""
+
+
+@dataclass
+class DRKLArgs:
+    """Options of diversity-aware reverse KL"""
+
+    gamma: float = 0.5
+    """Weight of reverse KL among all ids but the label, renormalised"""
+
+
+@dataclass
+class ScheduleArgs:
+    """Options that change evenly over the steps of a run: each is [at the first step, at the last step]"""
+
+    mix_ratio: tuple[float, float] | None = None
+    """In place of mix.ratio"""
+    skew: tuple[float, float] | None = None
+    """In place of skewed.skew"""
+    temperature: tuple[float, float] | None = None
+    """In place of temperature"""
+
+    def __post_init__(self) -> None:
+        for name, ends in self.given.items():
+            if len(ends) != 2:
+                raise UserError(
+                    f"--distill.schedule.{name} takes two numbers, of the first step and of the last, got {ends}."
+                )
+
+    @property
+    def given(self) -> dict[str, list[float]]:
+        """Both ends of those that change, by their keywords."""
+        return {name: list(ends) for name, ends in vars(self).items() if ends is not None}
+
+    def at(self, done: float) -> dict[str, float]:
+        """Their values where a share ``done``, from 0 to 1, of the way lies behind; at the ends they are exact."""
+        return {name: (1 - done) * first + done * last for name, (first, last) in self.given.items()}
 
 
 @dataclass
@@ -128,9 +183,10 @@ class DistillArgs:
     divergence: DivergenceName | str = "akl"
     """What to minimise between teacher and student: adaptive KL (akl), forward KL (fkl), reverse KL (rkl), a fixed mix
     of the two (mix), generalised Jensen-Shannon divergence (jsd), skewed forward or reverse KL (skewed_fkl,
-    skewed_rkl), total variation (tv), token-wise KL (todi), alpha-beta divergence (alpha_beta), tail-aware KL (tad), or
-    a function of your own by its import path, such as my.module.function: it takes the teacher's and the student's
-    logits, [n, vocab] each, divided by the temperature, and gives [n] numbers"""
+    skewed_rkl), total variation (tv), token-wise KL (todi), alpha-beta divergence (alpha_beta), tail-aware KL (tad),
+    concrete score divergence (csd), diversity-aware reverse KL (drkl), or a function of your own by its import path,
+    such as my.module.function: it takes the teacher's and the student's logits, [n, vocab] each, divided by the
+    temperature, and gives [n] numbers"""
     temperature: float = 1.0
     """Divides both models' logits in the divergence, whose value and gradient are multiplied by its square"""
     kd_ratio: float = 0.5
@@ -147,6 +203,12 @@ class DistillArgs:
     """Alpha-beta divergence (alpha_beta)"""
     tad: TADArgs = field(default_factory=TADArgs)
     """Tail-aware KL (tad)"""
+    csd: CSDArgs = field(default_factory=CSDArgs)
+    """Concrete score divergence (csd)"""
+    drkl: DRKLArgs = field(default_factory=DRKLArgs)
+    """Diversity-aware reverse KL (drkl)"""
+    schedule: ScheduleArgs = field(default_factory=ScheduleArgs)
+    """Options that change over the run, such as {mix_ratio: [1.0, 0.5]}"""
     block_tokens: int | None = None
     """Tokens that go through the LM heads at a time (default: as many as 100 MiB of logits hold on a CPU, 1 GiB on a
     GPU). Changes memory and speed, never the result"""
@@ -164,11 +226,14 @@ class DistillArgs:
 
     def __post_init__(self) -> None:
         self._check_on_policy()
-        try:
-            self.loss()
-        except ValueError as error:
-            keyword, _, rest = str(error).partition(" ")
-            raise UserError(f"--distill.{self._options().get(keyword, keyword)} {rest}") from None
+        names = self._options() | {keyword: f"schedule.{keyword}" for keyword in self.schedule.given}
+        for done in (0.0, 1.0):
+            try:
+                self.loss(done)
+            except ValueError as error:
+                keyword, _, rest = str(error).partition(" ")
+                raise UserError(f"--distill.{names.get(keyword, keyword)} {rest}") from None
+        self._check_schedule()
         for group, divergences in TAKERS.items():
             if self.divergence not in divergences:
                 way_out = f"Use --distill.divergence {' or '.join(divergences)}"
@@ -190,16 +255,34 @@ class DistillArgs:
             way_out = "Give --distill.on_policy"
             _refuse_changed("distill", self, "on_policy_", "without on-policy samples", way_out)
 
+    def _check_schedule(self) -> None:
+        """See that what changes is an option of the divergence, and has no other value; raises UserError."""
+        for keyword, ends in self.schedule.given.items():
+            name, given = SCHEDULED[keyword], f"--distill.schedule.{keyword} {ends}"
+            takers = TAKERS.get(name.partition(".")[0], (self.divergence,))
+            if self.divergence not in takers:
+                raise UserError(
+                    f"{given} has no effect with --distill.divergence {self.divergence}."
+                    f" Use --distill.divergence {' or '.join(takers)}, or leave it out."
+                )
+            value = attrgetter(name)(self)
+            if value != attrgetter(name)(DistillArgs()):
+                raise UserError(f"--distill.{name} {value} has no effect with {given}; remove it.")
+
     def _options(self) -> dict[str, str]:
         """The options that the divergence takes: keywords of the loss, and their names here."""
         groups = ["akl", *(group for group, divergences in TAKERS.items() if self.divergence in divergences)]
         return {keyword: name for name, keyword in KEYWORDS.items() if name.partition(".")[0] in groups}
 
-    def loss(self) -> DistillationLoss:
-        """The loss that these arguments describe."""
+    def loss(self, done: float = 1.0) -> DistillationLoss:
+        """The loss where a share ``done``, from 0 to 1, of the run lies behind; by default that of its end."""
         options = {name: getattr(self, name) for name in ("divergence", *OF_EVERY_DIVERGENCE)}
         own = {keyword: attrgetter(name)(self) for keyword, name in self._options().items()}
-        return DistillationLoss(**options, **own)
+        return DistillationLoss(**options | own | self.schedule.at(done))
+
+    def loss_of_step(self, step: int, steps: int) -> DistillationLoss:
+        """The loss of a step, counted from 0, of a run of so many: a resumed run needs to know nothing else."""
+        return self.loss(step / (steps - 1) if steps > 1 else 0.0)
 
 
 @dataclass

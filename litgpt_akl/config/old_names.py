@@ -5,7 +5,9 @@ from typing import Any
 from litgpt_akl.config.args import KEYWORDS
 from litgpt_akl.messages import UserError
 
-OLD_NAMES = {old: [new for new, keyword in KEYWORDS.items() if keyword == old] for old in KEYWORDS.values()}
+_ALWAYS_GROUPED = ("tad.weighting", "csd.weight", "drkl.gamma")
+_RENAMED = {new: old for new, old in KEYWORDS.items() if new not in _ALWAYS_GROUPED}
+OLD_NAMES = {old: [new for new in _RENAMED if _RENAMED[new] == old] for old in _RENAMED.values()}
 """Members of ``distill``, and where they are now; of two the divergence decides."""
 
 

@@ -30,6 +30,8 @@ NO_EFFECT = re.compile(
 compared by what they are, not by where they lie."""
 DEFAULTS = {f"distill.{name}": attrgetter(name)(DistillArgs()) for name in KEYWORDS}
 """Of the options that belong to one divergence."""
+BEFORE = {"distill.tad.weighting": "constant"}
+"""What runs did that know no such option yet, where it is not the default."""
 
 
 class Dumper(yaml.SafeDumper):
@@ -63,7 +65,7 @@ def check_masked(arguments: dict[str, Any]) -> None:
 
 def differences(saved: str, current: str) -> list[str]:
     """What differs between two recipes, as YAML, in arguments that change the result of a run."""
-    saved, current = options_of(yaml.safe_load(saved)), options_of(yaml.safe_load(current))
+    saved, current = (_with_later_options(options_of(yaml.safe_load(text))) for text in (saved, current))
     return [
         f"{name} {saved.get(name)} -> {current.get(name)}"
         for name in dict.fromkeys([*saved, *current])
@@ -71,12 +73,18 @@ def differences(saved: str, current: str) -> list[str]:
     ]
 
 
+def _with_later_options(options: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's options, and those of divergences that have come since, as they were without a name."""
+    own = f"distill.{options.get('distill.divergence')}."
+    return {**DEFAULTS, **{name: value for name, value in BEFORE.items() if name.startswith(own)}, **options}
+
+
 def options_of(recipe: dict[str, Any]) -> dict[str, Any]:
     """The options of a recipe, flat, under their names of today; raises UserError if one has two values."""
     recipe, found = with_new_names(recipe)
     options = flatten(recipe)
     # an option that two divergences had is null in older recipes, where it is not the own one's
-    return {**DEFAULTS, **options} if found else options
+    return _with_later_options(options) if found else options
 
 
 def given(recipe: str, function: Callable) -> dict[str, Any]:

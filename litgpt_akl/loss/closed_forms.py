@@ -152,7 +152,9 @@ def tail_aware_kl(tile: Tile, *, top_k: int, tail_weight: Number) -> ValueAndGra
     """KL over the teacher's ``top_k`` ids and all others as one, plus ``tail_weight`` times KL among those others.
 
     The second KL is of the two distributions renormalised over the others, and 0 if the teacher has no mass there. With
-    the teacher's mass there for a weight it is forward KL. Source: TAD, arXiv 2602.20816; the default weight is ours.
+    the teacher's mass there for a weight it is forward KL. ``tail_weighting`` ``sequence`` multiplies a token's weight
+    by that mass, divided by its mean over the tokens of the sequence, the last dimension but the vocabulary's; with
+    ``constant`` it is the same for all. Source: TAD, arXiv 2602.20816, equation 3; a constant weight is ours.
     """
     # value = sum over the top of p log(p / q) + P log(P / Q) + tail_weight * sum over the others of p' log(p' / q')
     # gradient = q - p at a top id, q' (Q - P) + tail_weight (q' - p') at another
@@ -172,11 +174,73 @@ def tail_aware_kl(tile: Tile, *, top_k: int, tail_weight: Number) -> ValueAndGra
     no_tail = log_mass_p.isneginf()
     among_others = without_nan(log_p.sub_(log_q).mul_(p)).sum(dim=-1) - (log_mass_p - log_mass_q)
     among_others = torch.where(no_tail | log_mass_q.isneginf(), 0, among_others)
+    weight = tail_weight * (torch.ones_like(mass_p) if tile.tails is None else tile.tails)
     # a weight of 0 makes nothing of an infinite one
-    value = value + without_nan(tail_weight * among_others)
-    weight = torch.where(no_tail, 0, tail_weight * torch.ones_like(mass_p))
+    value = value + without_nan(weight * among_others)
+    weight = torch.where(no_tail, 0, weight)
     change = torch.sub(q, p, out=tile.scratch[2]).mul_(weight[:, None]).add_(q.mul_((mass_q - mass_p)[:, None]))
     change.scatter_(-1, ids, top_q - top_p)
+    q = torch.sub(tile.student, tile.comparison.student_log_sum[:, None], out=tile.scratch[4]).exp_()
+    return value + tile.broken, tile.gradient(change, torch.zeros_like(value), q)
+
+
+def concrete_score_divergence(tile: Tile, *, share: Number, difference: Number) -> ValueAndGradient:
+    """``sum a_i b_j (d_i - d_j)**2 / 4`` over all pairs of ids, with ``d = log(q / p)`` and detached weights a and b.
+
+    ``weight`` says what the two are: both ``(p + q) / 2`` (``mean``), p and q (``teacher_student``), both q
+    (``student``) or both p (``teacher``). Where they are one, the value is half the variance of d by it. Source:
+    Concrete Score Distillation, arXiv 2509.25837, whose loss is twice this, and whose code has this gradient; it curves
+    as KL does where the models agree. Its gradient is that of reverse KL if both weights are q.
+    """
+    # c is the mean of d over both weights, and delta half the difference of its means over a and over b
+    # value = sum (a + b) (d - c)^2 / 4 + delta^2 / 2
+    # gradient = ((a + b) (d - c) + delta (a - b)) / 2, where a - b = difference (p - q)
+    # the mean of d over p is minus forward KL, that over q reverse KL
+    log_p, log_q, p, q = tile.distributions()
+    forward, reverse = tile.comparison.forward_kl, tile.comparison.reverse_kl
+    center = without_nan((1 - share) * reverse) - without_nan(share * forward)
+    # the value is infinite by what is summed, whatever is near the center
+    center = torch.nan_to_num(center, nan=0.0, posinf=0.0, neginf=0.0)
+    delta = without_nan(difference * (forward + reverse)) / -2
+    off_center = tile.log_ratio(log_p, log_q).add_(center[:, None]).neg_()
+    weights = torch.mul(p, 2 * share, out=tile.scratch[1]).add_(torch.mul(q, 2 - 2 * share, out=tile.scratch[4]))
+    change = without_nan(weights.mul_(off_center), tile.finite)
+    squares = without_nan(off_center.mul_(change), tile.finite).sum(dim=-1)
+    value = squares / 4 + delta.square() / 2
+    change.add_(p.sub_(q).mul_((delta * difference)[:, None])).mul_(0.5)
+    return value + tile.broken, tile.gradient(change, torch.zeros_like(value), q)
+
+
+def diversity_aware_reverse_kl(tile: Tile, *, gamma: Number) -> ValueAndGradient:
+    """Reverse KL between the label and all other ids as one, plus ``gamma`` times reverse KL among those others.
+
+    The second KL is of the two distributions renormalised over the others. With the student's mass there for a weight
+    the value is reverse KL. A fixed weight takes the pull on the label's logit from it. Source: DRKL, arXiv 2604.00223;
+    of its equations only descriptions were at hand, by which gamma replaces that mass and the target is the label.
+    """
+    # value = q_y log(q_y / p_y) + Q log(Q / P) + gamma N, where N = sum over the others of q' log(q' / p')
+    # gradient = G at the label y, q' (gamma (log(q' / p') - N) - G) at another id
+    # P and Q are the masses of the others, p' = p / P, q' = q / Q and G = q_y Q (log(q_y / p_y) - log(Q / P))
+    log_p, log_q = tile.logarithms()
+    label_log_p, label_log_q = (logs.gather(-1, tile.labels)[:, 0] for logs in (log_p, log_q))
+    log_p.scatter_(-1, tile.labels, -torch.inf)
+    log_q.scatter_(-1, tile.labels, -torch.inf)
+    _, log_mass_p = _renormalised(log_p, tile.scratch[2])
+    q, log_mass_q = _renormalised(log_q, tile.scratch[3])
+    label_p, label_q, mass_p, mass_q = label_log_p.exp(), label_log_q.exp(), log_mass_p.exp(), log_mass_q.exp()
+    label_ratio, mass_ratio = label_log_q - label_log_p, log_mass_q - log_mass_p
+    # the differences sum to 0; with them the rounding of a log-sum, which shifts all logarithms, cancels
+    value = without_nan(label_q * label_ratio) + (label_p - label_q)
+    value = value + without_nan(mass_q * mass_ratio) + (mass_p - mass_q)
+    log_ratio = without_nan(log_q.sub_(log_p))
+    among_others = without_nan(torch.mul(log_ratio, q, out=tile.scratch[2])).sum(dim=-1) - mass_ratio
+    # where the teacher alone has no others, the first part is infinite already
+    among_others = torch.where(log_mass_p.isneginf() | log_mass_q.isneginf(), 0, among_others)
+    # a weight of 0 makes nothing of an infinite one
+    value = value + without_nan(gamma * among_others)
+    of_label = without_nan(label_q * mass_q * (label_ratio - mass_ratio))
+    change = log_ratio.sub_((mass_ratio + among_others)[:, None]).mul_(gamma).sub_(of_label[:, None]).mul_(q)
+    change = without_nan(change).scatter_(-1, tile.labels, of_label[:, None])
     q = torch.sub(tile.student, tile.comparison.student_log_sum[:, None], out=tile.scratch[4]).exp_()
     return value + tile.broken, tile.gradient(change, torch.zeros_like(value), q)
 

@@ -75,6 +75,29 @@ def without_nan(products: Tensor, finite: bool = False) -> Tensor:
     return products if finite else torch.nan_to_num_(products, nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
+def tail_mass(teacher_logits: Tensor, top_k: int) -> Tensor:
+    """The mass of all ids but the ``top_k`` most probable ones, ``[n]`` of ``[n, vocab]`` logits, which are lost."""
+    log_sum = teacher_logits.logsumexp(dim=-1)
+    ids = teacher_logits.topk(min(top_k, teacher_logits.size(-1)), dim=-1, sorted=False).indices
+    # a sum over what is left of 1 could not be told from rounding
+    return (teacher_logits.scatter_(-1, ids, -torch.inf).logsumexp(dim=-1) - log_sum).exp()
+
+
+def relative_to_mean(masses: Tensor, sequences: Tensor | None) -> Tensor:
+    """Masses of tokens ``[n]`` divided by the mean of their sequence, whose number is in ``sequences`` ``[n]``.
+
+    Where a mean is 0 they stay 0. Without ``sequences`` all are of one.
+    """
+    if sequences is None or len(masses) == 0:
+        means = masses.mean().expand(len(masses))
+    else:
+        # products have the same rounding each time, which sums by index have not on a GPU
+        numbers, inverse = sequences.unique(return_inverse=True)
+        members = torch.nn.functional.one_hot(inverse, len(numbers)).to(masses.dtype)
+        means = members @ ((masses @ members) / members.sum(dim=0))
+    return torch.where(means > 0, masses / means, 0)
+
+
 class Head(NamedTuple):
     """The head of the teacher's distribution, as the student meets it; all of shape ``[n]``."""
 

@@ -11,13 +11,22 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from types import FunctionType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from litgpt_akl.loss.comparison import NO_SCRATCH, Comparison, Head, Scratch, compare, find_head
+from litgpt_akl.loss.comparison import (
+    NO_SCRATCH,
+    Comparison,
+    Head,
+    Scratch,
+    compare,
+    find_head,
+    relative_to_mean,
+    tail_mass,
+)
+from litgpt_akl.loss.compilation import as_tensor, can_compile, compiled, eager
 from litgpt_akl.loss.divergences import find_divergence
 from litgpt_akl.loss.objective import Objective
 from litgpt_akl.loss.tile import Number, Tile
@@ -102,6 +111,7 @@ class DistillationLoss(Objective):
         student_softcap: float | None = None,
         teacher_softcap: float | None = None,
         vocab_size: int | None = None,
+        sequences: Tensor | None = None,
         all_count: bool = False,
     ) -> HeadLoss:
         """Sum the loss over the tokens whose label is not -100.
@@ -117,6 +127,7 @@ class DistillationLoss(Objective):
             student_softcap: the student's ``final_logit_softcapping``.
             teacher_softcap: the teacher's ``final_logit_softcapping``.
             vocab_size: ids from here on are padding and get no mass; default: the narrower of the two heads.
+            sequences: ``[n]``, the number of the sequence that each position is of, for tad; default: all are of one.
             all_count: promises that no label is -100; to look would let the host wait for a GPU.
 
         Raises:
@@ -128,6 +139,7 @@ class DistillationLoss(Objective):
         rows = None if all_count else (labels != IGNORE_INDEX).nonzero()[:, 0]
         if rows is not None and len(rows) < len(labels):
             student_hidden, teacher_hidden, labels = student_hidden[rows], teacher_hidden[rows], labels[rows]
+            sequences = None if sequences is None else sequences[rows]
         dtype = _product_dtype(student_hidden)
         student = student_hidden.to(dtype), student_head_weight.to(dtype), student_bias
         teacher = _LMHead(
@@ -138,7 +150,7 @@ class DistillationLoss(Objective):
         )
         wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
         with torch.autocast(student_hidden.device.type, enabled=False):
-            loss, values = _BlockwiseLoss.apply(*student, teacher, student_softcap, labels, wanted, self)
+            loss, values = _BlockwiseLoss.apply(*student, teacher, student_softcap, labels, sequences, wanted, self)
         return HeadLoss(loss, len(labels), dict(zip(STATISTICS, values.unbind(), strict=True)))
 
     def tokens_per_block(self, vocab_size: int, device_type: str) -> int:
@@ -165,7 +177,7 @@ class DistillationLoss(Objective):
 
 class _BlockwiseLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, teacher: _LMHead, softcap, labels, wanted, options: DistillationLoss):
+    def forward(ctx, hidden, weight, bias, teacher: _LMHead, softcap, labels, sequences, wanted, options):
         vocab_size, device = len(teacher.weight), hidden.device.type
         student = _LMHead(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size], softcap)
         gradients = _Gradients.like(student, wanted, len(weight), empty=len(labels) == 0)
@@ -183,12 +195,14 @@ class _BlockwiseLoss(torch.autograd.Function):
             finite=all(_allows_all(head.bias) for head in (student, teacher)),
             want_gradient=any(wanted),
         )
-        for start in range(0, len(labels), size or 1):
-            rows = slice(start, min(start + size, len(labels)))
+        parts = [slice(start, min(start + size, len(labels))) for start in range(0, len(labels), size or 1)]
+        tails = _relative_tails(options, teacher, buffers[1], parts, sequences) if options.weighs_tails else None
+        for rows in parts:
             student_logits, teacher_logits = (buffer[: rows.stop - rows.start] for buffer in buffers)
             student.logits_into(student_logits, rows)
             teacher.logits_into(teacher_logits, rows)
-            score(teacher_logits, student_logits, labels[rows], {name: value[rows] for name, value in by_name.items()})
+            out = {name: value[rows] for name, value in by_name.items()}
+            score(teacher_logits, student_logits, labels[rows], out, None if tails is None else tails[rows])
             gradients.add(student_logits, student, rows)
         ctx.gradients, ctx.inputs = gradients, (hidden, weight, bias)
         ctx.mark_non_differentiable(values)
@@ -201,7 +215,22 @@ class _BlockwiseLoss(torch.autograd.Function):
             raise RuntimeError("the gradients of this loss were already handed out; call the loss again")
         # the loss may outlive its backward; what it was computed from need not
         gradients, inputs, ctx.gradients, ctx.inputs = ctx.gradients, ctx.inputs, None, None
-        return *gradients.scaled(grad_output, inputs), None, None, None, None, None
+        return *gradients.scaled(grad_output, inputs), *[None] * 6
+
+
+def _relative_tails(
+    loss: DistillationLoss, teacher: _LMHead, buffer: Tensor, parts: list[slice], sequences: Tensor | None
+) -> Tensor:
+    """The teacher's mass beyond its top ids, ``[n]``, divided by its mean over the tokens of each sequence.
+
+    A token needs the others of its sequence: the teacher's head is read once more before, a block at a time.
+    """
+    masses = buffer.new_empty(len(teacher.hidden))
+    for rows in parts:
+        logits = buffer[: rows.stop - rows.start]
+        teacher.logits_into(logits, rows)
+        masses[rows] = tail_mass(logits.div_(loss.temperature), loss.top_k)
+    return relative_to_mean(masses, sequences)
 
 
 def _weighted(kd_ratio: float, divergence: Tensor, cross_entropy: Tensor) -> Tensor:
@@ -264,13 +293,13 @@ class Scorer:
         self, loss: DistillationLoss, block: Tensor, *, softcap: float | None, finite: bool, want_gradient: bool
     ) -> None:
         self.loss, self.finite, self.want_gradient = loss, finite, want_gradient
-        self.tile, self.scratch, compiled = len(block), NO_SCRATCH, loss.compiles_on(block.device.type)
+        self.tile, self.scratch, compiles = len(block), NO_SCRATCH, loss.compiles_on(block.device.type)
         if block.device.type == "cpu":
             self.tile = max(1, _TILE_ELEMENTS // block.size(1))
-            if not compiled:
+            if not compiles:
                 self.scratch = tuple(block.new_empty(len(NO_SCRATCH), self.tile, block.size(1)))
-        make = _compiled if compiled else _eager
-        number = partial(_as_tensor, like=block) if compiled else float
+        make = compiled if compiles else eager
+        number = partial(as_tensor, like=block) if compiles else float
         kd_ratio, temperature = loss.kd_ratio, loss.temperature
         # an infinite divergence without a share has no part in the gradient
         counts = want_gradient and kd_ratio > 0
@@ -283,15 +312,23 @@ class Scorer:
         options = {name: number(x) if isinstance(x, float) else x for name, x in loss.options.items()}
         switches = {name: options.pop(name) for name, x in loss.options.items() if isinstance(x, bool)}
         self.fused = divergence.function if counts and divergence.compiled == "with the loss" else None
+        self.takes_labels = divergence.takes_labels
         self.compare = make(compare, finite=finite)
-        make_divergence = make if divergence.compiled == "alone" else _eager
+        make_divergence = make if divergence.compiled == "alone" else eager
         self.divergence = partial(make_divergence(divergence.function, finite, counts, **switches), **options)
         softcap = None if softcap is None else number(softcap)
         variant = finite, cross_entropy is None, softcap is None, temperature == 1
         replace = make(_replace_by_gradient, *variant, fused=self.fused, shared=shared)
         self.replace = partial(replace, options=options, cross_entropy=cross_entropy, softcap=softcap)
 
-    def __call__(self, teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, out: dict[str, Tensor]) -> None:
+    def __call__(
+        self,
+        teacher_logits: Tensor,
+        student_logits: Tensor,
+        labels: Tensor,
+        out: dict[str, Tensor],
+        tails: Tensor | None = None,
+    ) -> None:
         """Fill the :data:`STATISTICS` ``[block]``, by their names, for blocks of logits ``[block, vocab]``."""
         temperature = self.loss.temperature
         teacher, student = teacher_logits, student_logits
@@ -310,11 +347,14 @@ class Scorer:
         for rows, scratch in tiles:
             known = teacher[rows], student[rows], comparison.of_rows(rows), head.weight[rows], self.finite, scratch
             tile = Tile(*known, self.scale, self.student_scale)
-            value, gradient = self.divergence(tile if self.fused is None else Tile(*known, None))
+            label = labels[rows, None]
+            own = {"labels": label} if self.takes_labels else {} if tails is None else {"tails": tails[rows]}
+            asked = tile._replace(**own)
+            value, gradient = self.divergence(asked if self.fused is None else Tile(*known, None))
             out["divergence"][rows] = value * temperature**2
             if self.want_gradient:
                 logits = None if temperature == 1.0 else student_logits[rows]
-                self.replace(tile, logits, log_sums[1][rows], labels[rows, None], gradient)
+                self.replace(tile, logits, log_sums[1][rows], label, gradient)
 
     def _statistics(
         self, logits: Sequence[Tensor], log_sums: Sequence[Tensor], labels: Tensor, comparison: Comparison, head: Head
@@ -385,52 +425,6 @@ def _replace_by_gradient(
     if softcap is not None:
         gradient.mul_(1 - (logits / softcap).square_())
     logits.copy_(gradient)
-
-
-@cache
-def can_compile(device_type: str) -> bool:
-    """Whether torch.compile works there; only a trial tells, since it needs a compiler and its headers."""
-    try:
-        torch.compile(lambda x: x.exp().sum(dim=-1), dynamic=True)(torch.ones(2, 8, device=device_type))
-    except Exception:
-        return False
-    return True
-
-
-def _as_tensor(number: float, like: Tensor) -> Tensor:
-    """A tensor of shape ``[]``; filled by the device itself, the host does not wait as it would for a copy."""
-    return torch.full((), number, dtype=like.dtype, device=like.device)
-
-
-def _eager(function: Callable, *_, **switches: bool) -> Callable:
-    return partial(function, **switches)
-
-
-@cache
-def _compiled(function: FunctionType, *variant: bool, **switches: bool | Callable | None) -> Callable:
-    """``function`` as torch.compile fuses it; what it is called with must have no Python float in it.
-
-    torch.compile would make a symbol of the float, specialise the code to its value, and take that code from its cache
-    for another value (pytorch issues 194976 and 197889).
-    """
-    # how much is compiled of a code object is limited, and all partials share one: each variant has its own
-    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    own.__kwdefaults__ = {**(function.__kwdefaults__ or {}), **switches}
-    fused = torch.compile(own, dynamic=True, fullgraph=True)
-
-    def call(*args, **kwargs):
-        try:
-            return fused(*args, **kwargs)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:
-            warnings.warn(
-                f"torch.compile has compiled as many variants of {function.__name__} as it may"
-                f" ({torch._dynamo.config.recompile_limit}, torch._dynamo.config.recompile_limit). Others are computed"
-                " without it, which is slower.",
-                stacklevel=2,
-            )
-            return function(*args, **kwargs, **switches)
-
-    return call
 
 
 def _check(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, vocab_size: int) -> None:

@@ -12,17 +12,21 @@ from torch import Tensor
 from litgpt_akl.messages import UserError, reason
 
 DivergenceName = Literal[
-    "akl", "fkl", "rkl", "mix", "jsd", "skewed_fkl", "skewed_rkl", "tv", "todi", "alpha_beta", "tad"
+    "akl", "fkl", "rkl", "mix", "jsd", "skewed_fkl", "skewed_rkl", "tv", "todi", "alpha_beta", "tad", "csd", "drkl"
 ]
 HeadRule = Literal["paper", "official"]
+TailWeighting = Literal["sequence", "constant"]
+PairWeight = Literal["mean", "teacher_student", "student", "teacher"]
 
-OPTIONS: dict[str, dict[str, float]] = {
+OPTIONS: dict[str, dict[str, float | str]] = {
     "mix": {"mix_ratio": 0.5},
     "jsd": {"beta": 0.5},
     "skewed_fkl": {"skew": 0.1},
     "skewed_rkl": {"skew": 0.1},
     "alpha_beta": {"alpha": 0.2, "beta": 0.7},
-    "tad": {"top_k": 10, "tail_weight": 1.0},
+    "tad": {"top_k": 10, "tail_weight": 1.0, "tail_weighting": "sequence"},
+    "csd": {"weight": "mean"},
+    "drkl": {"gamma": 0.5},
 }
 """The options that belong to some divergences alone, and their defaults; ``mu`` and ``head_rule`` are in statistics of
 every one."""
@@ -36,6 +40,14 @@ _LIMITS: dict[str, dict[tuple[float, ...], str]] = {
 }
 """Values of the options at which a divergence is another one, whose code is simpler and exact there."""
 
+_PAIR_SHARES: dict[PairWeight, dict[str, float]] = {
+    "mean": {"share": 0.5, "difference": 0.0},
+    "teacher_student": {"share": 0.5, "difference": 1.0},
+    "student": {"share": 0.0, "difference": 0.0},
+    "teacher": {"share": 1.0, "difference": 0.0},
+}
+"""The teacher's share in the weights of the two ids of a pair: its mean, and how much larger the first one's is."""
+
 _INFINITY = float("inf")
 _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "mu": ("above 0 and at most 1", lambda mu: 0 < mu <= 1),
@@ -43,6 +55,7 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "skew": ("at least 0 and below 1", lambda skew: 0 <= skew < 1),
     "top_k": ("at least 1", lambda top_k: top_k >= 1),
     "tail_weight": ("at least 0", lambda tail_weight: 0 <= tail_weight < _INFINITY),
+    "gamma": ("at least 0", lambda gamma: 0 <= gamma < _INFINITY),
     "temperature": ("above 0", lambda temperature: 0 < temperature < _INFINITY),
     "kd_ratio": ("between 0 and 1", lambda kd_ratio: 0 <= kd_ratio <= 1),
 }
@@ -74,7 +87,13 @@ class Objective:
     top_k: int = 10
     """How many of the teacher's most probable ids stand apart from the rest, for tad."""
     tail_weight: float = 1.0
-    """Weight of the divergence among the rest, for tad."""
+    """Weight of the divergence among the rest, for tad; its mean over the tokens of a sequence."""
+    tail_weighting: TailWeighting = "sequence"
+    """Whether that weight goes with the teacher's mass of the rest, token by token, or is the same for all, for tad."""
+    weight: PairWeight = "mean"
+    """By what a pair of ids counts, for csd."""
+    gamma: float = 0.5
+    """Weight of the divergence among all ids but the label, for drkl."""
     temperature: float = 1.0
     """Divides both models' logits in the divergence; value and gradient are multiplied by its square."""
     kd_ratio: float = 0.5
@@ -94,16 +113,17 @@ class Objective:
                     f" got {self.divergence!r}"
                 )
             user_function(self.divergence)
-        if self.head_rule not in get_args(HeadRule):
-            raise ValueError(f"head_rule must be one of {', '.join(get_args(HeadRule))}, got {self.head_rule!r}")
+        for name, of in (("head_rule", HeadRule), ("tail_weighting", TailWeighting), ("weight", PairWeight)):
+            if getattr(self, name) not in get_args(of):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(of))}, got {getattr(self, name)!r}")
         for name, allowed in _RANGES.items():
             _check(name, getattr(self, name), *allowed)
         if self.computed == self.divergence in ("jsd", "alpha_beta"):
-            for name, value in self._numbers.items():
+            for name, value in self._own.items():
                 _check(name, value, *(_JSD_RANGE if self.divergence == "jsd" else _ALPHA_BETA_RANGE))
 
     @property
-    def _numbers(self) -> dict[str, float]:
+    def _own(self) -> dict[str, float | str]:
         """The options that belong to the divergence alone, in the types of their defaults."""
         defaults = OPTIONS.get(self.divergence, {})
         given = {name: getattr(self, name) for name in defaults}
@@ -114,7 +134,12 @@ class Objective:
     @property
     def computed(self) -> str:
         """The divergence that is computed: at the limits of its options it is another one than is named."""
-        return _LIMITS.get(self.divergence, {}).get(tuple(self._numbers.values()), self.divergence)
+        return _LIMITS.get(self.divergence, {}).get(tuple(self._own.values()), self.divergence)
+
+    @property
+    def weighs_tails(self) -> bool:
+        """Whether tokens of one sequence are weighed against each other, by the teacher's mass beyond its top ids."""
+        return self.divergence == "tad" and self.tail_weighting == "sequence"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -123,7 +148,11 @@ class Objective:
             return {"function": user_function(self.divergence)}
         if self.computed != self.divergence:
             return {}
-        options = self._numbers
+        options = self._own
+        if self.divergence == "tad":
+            return {name: options[name] for name in ("top_k", "tail_weight")}
+        if self.divergence == "csd":
+            return _PAIR_SHARES[options["weight"]]
         return {**options, "teacher_outweighs": options["beta"] > 0.5} if self.divergence == "jsd" else options
 
 

@@ -36,6 +36,10 @@ class Tile(NamedTuple):
     """Factor of the gradient; None if none is wanted."""
     student_scale: Number = 0.0
     """``student_scale * q`` is added to it: the part of a cross-entropy's gradient that does not depend on a label."""
+    tails: Tensor | None = None
+    """Weights of what is beyond the teacher's top ids, ``[n]``, whose mean over a sequence is 1; None for 1 always."""
+    labels: Tensor | None = None
+    """The ids that follow, ``[n, 1]``; None for divergences that do not ask for them."""
 
     @property
     def broken(self) -> Tensor:

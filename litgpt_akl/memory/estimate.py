@@ -329,6 +329,11 @@ def _position_tables(config: Config) -> int:
     return (2 if config.rope_local_base_freq is None else 4) * config.block_size * config.rope_n_elem * FLOAT32
 
 
+def largest_loss(distill: DistillArgs) -> DistillationLoss:
+    """The loss of a run, of a schedule one within it: at its ends a divergence may be another one that needs less."""
+    return max(map(distill.loss, (0.0, 0.4, 1.0)), key=lambda loss: loss.working_blocks + 2 * (loss.temperature != 1.0))
+
+
 def make_estimate(
     options: Options, models: Models, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
 ) -> MemoryEstimate:
@@ -362,7 +367,7 @@ def make_estimate(
         student_tied=models.student_tied if train.tie_embeddings is None else train.tie_embeddings,
         teacher_tied=models.teacher_tied,
         vocab_size=models.vocab_size,
-        loss=distill.loss(),
+        loss=largest_loss(distill),
         device=device,
         devices=options.devices,
         num_nodes=options.num_nodes,

@@ -215,6 +215,7 @@ def distillation_loss(
             student_softcap=head.softcap,
             teacher_softcap=teacher_head.softcap,
             vocab_size=vocab_size,
+            sequences=positions // input_ids.size(1),
             all_count=True,
         )
 

@@ -118,7 +118,7 @@ def _recorded(
     spread = sorted({count * (2 * n + 1) // (2 * POSITIONS) for n in range(POSITIONS if count else 0)})
     compared = _compare(fabric, run, state, batch, spread, cache)
     p, q = (
-        torch.softmax(logits[:, : run.pair.vocab_size].double().cpu() / run.distill.temperature, dim=-1)
+        torch.softmax(logits[:, : run.pair.vocab_size].double().cpu() / run.distill.loss().temperature, dim=-1)
         for logits in compared.logits
     )
     positions = []
@@ -193,7 +193,7 @@ def _compare(
     student, teacher = state["student"], state["teacher"]
     student.eval()
     ((moved, hidden),) = teacher.hidden_states([batch], cache)
-    look = partial(_look, run, state["loss"], teacher.model, hidden, moved.positions, list(spread))
+    look = partial(_look, run, run.distill.loss(), teacher.model, hidden, moved.positions, list(spread))
     with student.lm_head.output_of_head(look):
         compared = student(moved.input_ids)
     reshard(teacher.model)
@@ -216,7 +216,7 @@ def _look(run: Run, loss: Any, teacher: Any, hidden: Tensor, places: Tensor, spr
     size = loss.tokens_per_block(vocab_size, own.device.type)
     for start in range(0, min(len(places), COMPARED), size):
         rows = slice(start, min(start + size, COMPARED))
-        scaled = [each[:, :vocab_size].float() / run.distill.temperature for each in logits(rows)]
+        scaled = [each[:, :vocab_size].float() / loss.temperature for each in logits(rows)]
         found = compare(*scaled)
         # rounding may make it negative, and JSON knows no infinity; NaN stays
         parts.append([found.forward_kl.clamp(0, HIGHEST)])

@@ -46,6 +46,7 @@ def fit(fabric: L.Fabric, run: Run, state: dict) -> None:
         for step_batch in step_batches:
             if step_batch.epoch > state["epoch"]:
                 state["caches"].share(fabric)
+            state["loss"] = run.distill.loss_of_step(state["step_count"], steps)
             seen = partial(progress.within_step, state["step_count"] + 1)
             result = take_step(fabric, state, step_batch, train.max_norm, seen)
             state.update(epoch=step_batch.epoch, step_count=state["step_count"] + 1)
@@ -61,7 +62,9 @@ def fit(fabric: L.Fabric, run: Run, state: dict) -> None:
                 # what the student writes no teacher needs to know
                 doubt_teacher(run, state, result.means["teacher_cross_entropy"])
             if step % train.log_interval == 0 or step == steps:
-                progress.log(state, {"loss": result.loss, **result.means, "gradient_norm": result.gradient_norm})
+                scheduled = {name: getattr(state["loss"], name) for name in run.distill.schedule.given}
+                told = {"loss": result.loss, **result.means, **scheduled, "gradient_norm": result.gradient_norm}
+                progress.log(state, told)
             _validate_if_due(fabric, run, state, progress)
             now = time.perf_counter()
             over = now - start >= (train.max_time or math.inf)

@@ -198,7 +198,8 @@ def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> di
         "on_policy_samples": own,
         "optimizer": optimizer,
         "scheduler": make_scheduler(optimizer, warmup, steps, run.train.min_lr),
-        "loss": run.distill.loss(),
+        # of the next step
+        "loss": run.distill.loss(0.0),
         "vocab_size": run.pair.vocab_size,
         # merged into the head alone, its adapter makes two matrices of one
         "tied": tied and not run.lora.head,

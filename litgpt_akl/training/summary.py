@@ -108,11 +108,12 @@ def _data(run: Run, splits: Splits) -> str:
 def _objective(run: Run) -> str:
     distill, loss = run.distill, run.distill.loss()
     names = ("mu", "head_rule") if distill.divergence == "akl" else OPTIONS.get(distill.divergence, ())
-    own = ", ".join(f"{name} {getattr(loss, name)}" for name in names)
+    changing = {name: f"{first:g} to {last:g}" for name, (first, last) in distill.schedule.given.items()}
+    own = ", ".join(f"{name} {changing.get(name, getattr(loss, name))}" for name in names)
     fused = ", fused by torch.compile" if loss.compiles_on(run.memory.device) else ""
     return (
         f"{distill.divergence}{f' ({own})' if own else ''}, kd_ratio {distill.kd_ratio},"
-        f" temperature {distill.temperature}{fused}"
+        f" temperature {changing.get('temperature', distill.temperature)}{fused}"
     )
 
 

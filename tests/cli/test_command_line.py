@@ -10,7 +10,8 @@ from helpers.options import MODELS, arguments_of, make_parser
 from helpers.runs import distil
 
 from litgpt_akl.cli.parser import Parser
-from litgpt_akl.config.args import KEYWORDS, AlphaBetaArgs, JSDArgs, SkewedArgs, TADArgs
+from litgpt_akl.config.args import AlphaBetaArgs, JSDArgs, SkewedArgs, TADArgs
+from litgpt_akl.config.old_names import OLD_NAMES
 from litgpt_akl.config.recipe import differences, recipe_as_yaml
 from litgpt_akl.files.manifest import MANIFEST, read_manifest, write_manifest
 from litgpt_akl.messages import UserError
@@ -119,7 +120,7 @@ def test_an_old_name_goes_on_and_says_the_new_one(parser, capsys, line):
 
 
 def test_every_old_name_is_tried():
-    assert {f"{group}.{name}" for group, name, _ in NOW.values()} == set(KEYWORDS)
+    assert {f"{group}.{name}" for group, name, _ in NOW.values()} == {new for of in OLD_NAMES.values() for new in of}
 
 
 def test_old_names_in_a_file(parser, files, capsys, monkeypatch):
@@ -177,7 +178,7 @@ OLD_RECIPE = {
         ({"divergence": "jsd"}, {"divergence": "jsd"}),
         ({"divergence": "alpha_beta", "alpha": 0.3}, {"divergence": "alpha_beta", "alpha_beta": AlphaBetaArgs(0.3)}),
         ({"divergence": "skewed_fkl", "skew": 0.3}, {"divergence": "skewed_fkl", "skewed": SkewedArgs(0.3)}),
-        ({"divergence": "tad", "top_k": 3}, {"divergence": "tad", "tad": TADArgs(3)}),
+        ({"divergence": "tad", "top_k": 3}, {"divergence": "tad", "tad": TADArgs(3, weighting="constant")}),
     ],
 )
 def test_a_run_of_an_earlier_release_differs_in_nothing(parser, old, new):
@@ -188,6 +189,19 @@ def test_a_run_of_an_earlier_release_differs_in_nothing(parser, old, new):
     assert differences(yaml.safe_dump(earlier), recipe) == []
     earlier["distill"]["mu"] = 0.3
     assert differences(yaml.safe_dump(earlier), recipe) == ["distill.akl.mu 0.3 -> 0.5"]
+
+
+@pytest.mark.parametrize(
+    ("divergence", "expected"), [("akl", []), ("tad", ["distill.tad.weighting constant -> sequence"])]
+)
+def test_options_that_a_run_did_not_know_are_as_they_were(parser, divergence, expected):
+    arguments = arguments_of(parser, MODELS) | {"distill": arguments_of_distill(parser, {"divergence": divergence})}
+    recipe = recipe_as_yaml(arguments)
+    earlier = yaml.safe_load(recipe)
+    for group in ("csd", "drkl", "schedule"):
+        del earlier["distill"][group]
+    del earlier["distill"]["tad"]["weighting"]
+    assert differences(yaml.safe_dump(earlier), recipe) == expected
 
 
 def arguments_of_distill(parser: Parser, changes: dict[str, Any]) -> Any:

@@ -17,11 +17,14 @@ from litgpt_akl.commands.finetune_akl import setup
 from litgpt_akl.config.args import (
     TAKERS,
     AlphaBetaArgs,
+    CSDArgs,
     DistillArgs,
+    DRKLArgs,
     GenerationArgs,
     JSDArgs,
     LoRAArgs,
     MixArgs,
+    ScheduleArgs,
     SkewedArgs,
     TADArgs,
     TeacherArgs,
@@ -120,6 +123,17 @@ REFUSED = [
         lambda: {"distill": DistillArgs(tad=TADArgs(tail_weight=3.0))},
         "tail_weight 3.0 has no effect",
     ),
+    ("distill.tad.weighting", lambda: {"distill": DistillArgs(tad=TADArgs(weighting="constant"))}, "has no effect"),
+    ("distill.csd.weight", lambda: {"distill": DistillArgs(csd=CSDArgs("student"))}, "weight student has no effect"),
+    ("distill.drkl.gamma", lambda: {"distill": DistillArgs(drkl=DRKLArgs(2.0))}, "gamma 2.0 has no effect"),
+    *(
+        (
+            f"distill.schedule.{name}",
+            lambda name=name: {"distill": DistillArgs(schedule=ScheduleArgs(**{name: (0.1, 0.5)}))},
+            f"{name} .* has no effect with --distill.divergence akl",
+        )
+        for name in ("mix_ratio", "skew")
+    ),
     ("distill.on_policy", lambda: {"distill": DistillArgs(on_policy=0.5, kd_ratio=0.0)}, "with --distill.kd_ratio 0"),
     (
         "distill.on_policy_tokens",
@@ -137,6 +151,7 @@ ALWAYS_USED = {
     *("export_hf keep_last logger_name num_nodes on_nonfinite optimizer out_dir precision resume save_minutes").split(),
     *("seed teacher_checkpoint_dir lora.r teacher.cache_dir teacher.precision teacher.quantize").split(),
     *(f"distill.{name}" for name in "block_tokens compile divergence kd_ratio temperature".split()),
+    "distill.schedule.temperature",
     # which ids are the head is logged and shown for every divergence
     *("distill.akl.mu", "distill.akl.head_rule"),
     *(f"eval.{name}" for name in "final_validation initial_validation interval max_iters max_new_tokens".split()),
@@ -151,7 +166,7 @@ def test_every_option_is_classified():
     options = {name for name in options_of("finetune_akl") if not name.endswith(".")}
     known = ALWAYS_USED | {name for name, _, _ in REFUSED}
     groups = {"train", "eval", "log", "teacher", "lora", "distill", "help", "-h"}
-    groups |= {f"distill.{group}" for group in ("akl", *TAKERS)}
+    groups |= {f"distill.{group}" for group in ("akl", "schedule", *TAKERS)}
     assert {name for name in options if not name.startswith(("data.", "optimizer.", "print_"))} - groups <= known
     assert not ALWAYS_USED & {name for name, _, _ in REFUSED}
 

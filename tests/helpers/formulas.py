@@ -10,11 +10,14 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a.exp() * (log_a - log_b)).sum(-1)
 
 
-def formula(objective: Objective, teacher: Tensor, student: Tensor, h: Tensor | None = None) -> Tensor:
-    """Value of each row, times T squared; ``h`` is the weight of forward KL in adaptive KL."""
+def formula(
+    objective: Objective, teacher: Tensor, student: Tensor, h: Tensor | None = None, labels: Tensor | None = None
+) -> Tensor:
+    """Value of each row, times T squared; ``h`` is the weight of forward KL in adaptive KL, ``labels`` are ids."""
     log_p = (teacher / objective.temperature).log_softmax(-1)
     log_q = (student / objective.temperature).log_softmax(-1)
-    return objective.temperature**2 * _FORMULAS[objective.divergence](log_p, log_q, objective, h)
+    more = labels if objective.divergence == "drkl" else h
+    return objective.temperature**2 * _FORMULAS[objective.divergence](log_p, log_q, objective, more)
 
 
 def _jsd(log_p, log_q, objective, _):
@@ -45,7 +48,29 @@ def _tail_aware(log_p, log_q, objective, _):
         lumped.append(torch.cat([logs.gather(-1, ids), mass], dim=-1))
         others.append(logs - mass)
     among = (others[0].exp() * (others[0] - others[1])).masked_fill(top, 0).sum(-1)
-    return kl(*lumped) + objective.tail_weight * among
+    if objective.tail_weighting == "constant":
+        return kl(*lumped) + objective.tail_weight * among
+    # all rows are tokens of one sequence
+    masses = (log_p.exp() * ~top).sum(-1)
+    return kl(*lumped) + objective.tail_weight * masses / masses.mean() * among
+
+
+def _concrete_score(log_p, log_q, objective, _):
+    p, q = log_p.exp().detach(), log_q.exp().detach()
+    mean, d = (p + q) / 2, log_q - log_p
+    a, b = {"mean": (mean, mean), "teacher_student": (p, q), "student": (q, q), "teacher": (p, p)}[objective.weight]
+    return (((a + b) * d * d).sum(-1) - 2 * (a * d).sum(-1) * (b * d).sum(-1)) / 4
+
+
+def _diversity_aware(log_p, log_q, objective, labels):
+    is_label = torch.zeros_like(log_p, dtype=torch.bool).scatter(-1, labels[:, None], True)
+    lumped, others = [], []
+    for logs in (log_q, log_p):
+        mass = logs.masked_fill(is_label, -torch.inf).logsumexp(-1, keepdim=True)
+        lumped.append(torch.cat([logs.gather(-1, labels[:, None]), mass], dim=-1))
+        others.append(logs - mass)
+    among = (others[0].exp() * (others[0] - others[1])).masked_fill(is_label, 0).sum(-1)
+    return kl(*lumped) + objective.gamma * among
 
 
 _FORMULAS = {
@@ -60,4 +85,6 @@ _FORMULAS = {
     "todi": _token_wise,
     "alpha_beta": _alpha_beta,
     "tad": _tail_aware,
+    "csd": _concrete_score,
+    "drkl": _diversity_aware,
 }

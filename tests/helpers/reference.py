@@ -87,6 +87,43 @@ def tail_aware_kl(log_p: list[float], log_q: list[float], top_k: int, tail_weigh
     return kl(*lumped) + (tail_weight * kl(*renormalised) if tail_weight else 0)
 
 
+def tail_masses(rows: list[list[float]], top_k: int) -> list[float]:
+    """The teacher's mass beyond its top k of each row of logarithms, divided by their mean; 0 if there is none."""
+    masses = [math.fsum(sorted((math.exp(x) for x in row), reverse=True)[top_k:]) for row in rows]
+    mean = math.fsum(masses) / len(masses)
+    return [mass / mean if mean else 0.0 for mass in masses]
+
+
+def concrete_score(log_p: list[float], log_q: list[float], weight: str) -> float:
+    """A quarter of sum a_i b_j (d_i - d_j)^2 over all pairs of ids, d = log(q/p); ids without weight count nothing."""
+    p, q = ([math.exp(x) for x in logs] for logs in (log_p, log_q))
+    mean = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
+    a, b = {"mean": (mean, mean), "teacher_student": (p, q), "student": (q, q), "teacher": (p, p)}[weight]
+    counted = [i for i in range(len(p)) if a[i] + b[i] > 0]
+    d = {i: log_q[i] - log_p[i] for i in counted}
+    if not all(math.isfinite(x) for x in d.values()):
+        return math.inf
+    # the sum over pairs, multiplied out
+    mean_a, mean_b = (math.fsum(w[i] * d[i] for i in counted) for w in (a, b))
+    return (math.fsum((a[i] + b[i]) * d[i] ** 2 for i in counted) - 2 * mean_a * mean_b) / 4
+
+
+def diversity_aware(log_p: list[float], log_q: list[float], gamma: float, label: int) -> float:
+    """Reverse KL between the label and all others as one, plus gamma times reverse KL among those, renormalised."""
+    parts = []
+    for logs in (log_p, log_q):
+        others = [x for i, x in enumerate(logs) if i != label]
+        largest = max(others)
+        if largest == -math.inf:
+            parts.append(([logs[label], -math.inf], None))
+            continue
+        mass = largest + math.log(math.fsum(math.exp(x - largest) for x in others))
+        parts.append(([logs[label], mass], [x - mass for x in others]))
+    (two_p, others_p), (two_q, others_q) = parts
+    among = 0.0 if others_p is None or others_q is None or gamma == 0 else gamma * kl(others_q, others_p)
+    return kl(two_q, two_p) + among
+
+
 def other_divergence(name: str, teacher, student, *, temperature=1.0, **options) -> float:
     """Value, times T squared, of one token's divergence beyond the two KLs, away from its limits."""
     log_p, log_q = log_softmax(teacher, temperature), log_softmax(student, temperature)
@@ -100,7 +137,9 @@ def other_divergence(name: str, teacher, student, *, temperature=1.0, **options)
     elif name == "tv":
         value = math.fsum(abs(math.exp(lp) - math.exp(lq)) for lp, lq in zip(log_p, log_q, strict=True)) / 2
     else:
-        value = {"todi": token_wise_kl, "alpha_beta": alpha_beta, "tad": tail_aware_kl}[name](log_p, log_q, **options)
+        others = {"todi": token_wise_kl, "alpha_beta": alpha_beta, "tad": tail_aware_kl}
+        others |= {"csd": concrete_score, "drkl": diversity_aware}
+        value = others[name](log_p, log_q, **options)
     return temperature**2 * value
 
 

@@ -26,6 +26,8 @@ OWN = {
     "skewed_rkl": ({"skew": 0.1}, {"skew": 0.6}),
     "alpha_beta": ({"alpha": 0.2, "beta": 0.7}, {"alpha": 1.3, "beta": 0.4}),
     "tad": ({"top_k": 10, "tail_weight": 1.0}, {"top_k": 3, "tail_weight": 0.25}),
+    "csd": ({"weight": "mean"}, {"weight": "teacher_student"}),
+    "drkl": ({"gamma": 0.5}, {"gamma": 2.0}),
 }
 SHARED = (
     {"kd_ratio": 0.5, "temperature": 2.0, "student_softcap": 3.0},
@@ -38,6 +40,7 @@ SETS = [
     # other code for other values: one pass fewer at temperature 1, and the larger share of JSD's teacher
     ("akl", [{"kd_ratio": 0.5}, {"kd_ratio": 0.9}]),
     ("jsd", [{**SHARED[0], "beta": 0.6}, {**SHARED[1], "beta": 0.8}]),
+    ("tad", [{**shared, "tail_weighting": "constant", "tail_weight": shared["temperature"]} for shared in SHARED]),
 ]
 """Options in the order in which they follow each other in one process; the second ones of a pair need no new code."""
 LEAVES = ("student_hidden", "student_head_weight")

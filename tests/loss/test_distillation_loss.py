@@ -11,7 +11,8 @@ from helpers.formulas import formula
 from helpers.marks import with_all_slow_but
 from helpers.reference import divergence as reference
 
-from litgpt_akl.loss.distillation_loss import STATISTICS, DistillationLoss, _compiled
+from litgpt_akl.loss.compilation import compiled
+from litgpt_akl.loss.distillation_loss import STATISTICS, DistillationLoss
 from litgpt_akl.loss.divergences import adaptive_kl_weight
 from litgpt_akl.loss.objective import DivergenceName
 
@@ -59,7 +60,7 @@ def dense(inputs, loss, student_softcap=None, teacher_softcap=None, vocab_size=N
     p, q = log_p.exp(), log_q.exp()
     forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
     h = adaptive_kl_weight(teacher, student, mu=loss.mu, head_rule=loss.head_rule, temperature=loss.temperature)
-    divergence = formula(loss, teacher, student, h)
+    divergence = formula(loss, teacher, student, h, labels)
     cross_entropy = torch.nn.functional.cross_entropy(student, labels, reduction="none")
     gap = (p - q).abs().sum(-1)
     sums = {
@@ -193,6 +194,26 @@ def test_the_sum_does_not_depend_on_how_tokens_are_split():
         torch.testing.assert_close(found, wanted)
 
 
+def test_tails_are_weighed_within_their_sequences():
+    inputs = problem(tokens=40)
+    sequences = torch.arange(40) // 8 % 4 * 7  # one of them lies in two places
+    loss = DistillationLoss(divergence="tad", top_k=3, tail_weight=2.0, block_tokens=6)
+    whole, parts = loss(**inputs, sequences=sequences), []
+    # each by itself, with tokens of another one beside it, and all as one
+    for numbers in ((0, 21), (7, 14)):
+        rows = torch.isin(sequences, torch.tensor(numbers))
+        cut = {name: x[rows] if name.endswith("hidden") or name == "labels" else x for name, x in inputs.items()}
+        parts.append(loss(**cut, sequences=sequences[rows]))
+    total = sum(part.loss for part in parts)
+    torch.testing.assert_close(total, whole.loss)
+    for found, wanted in zip(gradients(total, inputs), gradients(whole.loss, inputs), strict=True):
+        torch.testing.assert_close(found, wanted)
+    one = loss(**inputs, sequences=torch.full((40,), 3))
+    assert torch.equal(one.loss, loss(**inputs).loss) and not torch.allclose(one.loss, whole.loss)
+    nothing = {**inputs, "labels": torch.full((40,), -100)}
+    assert loss(**nothing, sequences=sequences).loss == 0
+
+
 def test_a_batch_without_response_tokens_keeps_its_graph():
     inputs = problem(bias=True)
     inputs["labels"].fill_(-100)
@@ -243,7 +264,7 @@ def test_compiled_gives_the_same_numbers(divergence, kd_ratio, monkeypatch):
 
 
 def test_each_variant_is_compiled_and_a_limit_is_said(monkeypatch):
-    monkeypatch.setattr("litgpt_akl.loss.distillation_loss._compiled", cache(_compiled.__wrapped__))
+    monkeypatch.setattr("litgpt_akl.loss.distillation_loss.compiled", cache(compiled.__wrapped__))
     stats = torch._dynamo.utils.counters["stats"]
     before = stats["unique_graphs"]
     with torch._dynamo.config.patch(recompile_limit=1), warnings.catch_warnings():

@@ -50,6 +50,17 @@ def forwards() -> Iterator[list[torch.Size]]:
         hook.remove()
 
 
+def test_weights_within_a_sequence_do_not_depend_on_micro_batches(student_dir, teacher_dir, short, tmp_path):
+    found = []
+    for size in (1, 4):
+        optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+        options = {"train": {"micro_batch_size": size, "max_steps": 2}, "distill": {"divergence": "tad"}}
+        options["optimizer"] = optimizer
+        found.append(distil(student_dir, teacher_dir, short, tmp_path / str(size), **options))
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name], weight, rtol=0, atol=1e-6)
+
+
 def train_on_policy(student: Path, teacher: Path, data: StreamingSFT, out_dir: Path) -> dict:
     """Steps, validations, examples, and what the student answers itself."""
     torch.set_num_threads(1)

@@ -26,6 +26,8 @@ METHODS = {
     "todi": Method("ToDi", {"divergence": "todi"}),
     "alpha_beta": Method("alpha-beta (0.2, 0.7)", {"divergence": "alpha_beta"}),
     "tad": Method("tail-aware KL (TAD)", {"divergence": "tad"}),
+    "csd": Method("concrete score (CSD)", {"divergence": "csd"}),
+    "drkl": Method("diversity-aware reverse KL (DRKL)", {"divergence": "drkl"}),
     "cross_entropy": Method("cross-entropy only", {"divergence": "fkl", "kd_ratio": 0.0}),
 }
 
