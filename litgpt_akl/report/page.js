@@ -37,7 +37,8 @@ addEventListener("beforeprint", () => {
   document.documentElement.dataset.printed = "";
   folded = [...document.querySelectorAll("details.card:not([open])")];
   for (const fold of folded) fold.open = true;
-  for (const figure of figures) figure.paint();
+  // at once, and all of it: a request would come too late
+  for (const figure of figures) { figure.invalidate_painters(); figure.paint(); }
 });
 addEventListener("afterprint", () => {
   delete document.documentElement.dataset.printed;
