@@ -1,117 +1,31 @@
 """`litgpt make_student`: a student made from some of its teacher's layers."""
 
-import math
-from dataclasses import dataclass
+import shutil
+import sys
+from contextlib import redirect_stdout
+from copy import deepcopy
+from functools import partial
+from io import TextIOBase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TextIO
 
-import torch
-from litgpt.config import Config
+import numpy as np
+from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
-from litgpt.utils import save_config
 
-from litgpt_akl.config.args import check_at_least_one
-from litgpt_akl.config.recipe import check_masked
-from litgpt_akl.files.changed_files import check_unchanged, stamp_of
-from litgpt_akl.files.directories import explain_failure, write_directory
+from litgpt_akl.commands import finetune_akl
+from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.files.directories import write_directory
 from litgpt_akl.files.lock import new_directory_locked
-from litgpt_akl.files.manifest import write_manifest
-from litgpt_akl.files.reading import explain_damage
+from litgpt_akl.files.table import read_table
 from litgpt_akl.messages import UserError, say
-from litgpt_akl.models.depth import even_layers, influential_layers
-from litgpt_akl.models.gpt import is_tied
-from litgpt_akl.models.importance import Importance
-from litgpt_akl.models.layerwise import LayerwiseModel, Sample
-from litgpt_akl.models.model_files import copy_model_files, write_json
-from litgpt_akl.models.model_size import ModelSize, measure_size
-from litgpt_akl.models.slicing import Kept, choose_parts, slice_weights, write_weights
-from litgpt_akl.models.student_config import SIZES, edit_hf_config, model_type, student_config, student_sizes
-from litgpt_akl.models.vocabulary import config_without_padding, count_ids, describe_padding, without_padding
-from litgpt_akl.models.weights import find_checkpoint_dir, model_paths, open_weights, read_config
-from litgpt_akl.training.calibration import ids_in_use, read_samples, remove_layers, score, spread
+from litgpt_akl.models.model_size import measure_size
+from litgpt_akl.models.student_checkpoint import TeacherFiles
+from litgpt_akl.models.student_config import student_sizes
+from litgpt_akl.models.vocabulary import describe_padding
 from litgpt_akl.training.logging import silence_known_noise
-from litgpt_akl.training.out_dir import check_apart
-
-RECORDS, KL_RECORDS = 256, 10
-"""Calibration records by default: for scores, and for forward KL."""
-
-
-RECORD = "make_student.json"
-"""In the student's directory: how its layers were chosen."""
-Method = Literal["greedy", "block_influence", "even"]
-
-
-@dataclass
-class StudentMaking:
-    """One call of the command, checked, under the names of its signature; what was left out is chosen."""
-
-    teacher_dir: Path
-    out_dir: Path
-    layers: int | list[int] | None
-    params: float | None
-    width: float | None
-    mlp: float | None
-    heads: float | None
-    experts: float | None
-    data: DataModule | None
-    method: Method | None
-    keep_ends: bool
-    records: int | None
-    kl_records: int | None
-    max_seq_length: int | None
-    precision: Literal["32-true", "bf16-true"] | None
-
-    def __post_init__(self) -> None:
-        if self.layers is not None and self.params is not None:
-            raise UserError(
-                f"--layers {self.layers} and --params {self.params} both tell the depth.\nGive one of them."
-            )
-        if self.layers is self.params is None and not self.narrower:
-            raise UserError(
-                "How much of the teacher to keep is not told.\nGive --layers or --params, or with --data one of"
-                " --width, --mlp, --heads and --experts."
-            )
-        if self.params is not None and self.params <= 0:
-            raise UserError(f"--params must be above 0, got {self.params}: a share up to 1, or a number of parameters.")
-        numbers = ("records", "kl_records", "max_seq_length")
-        check_at_least_one(**{name: getattr(self, name) for name in numbers})
-        self._check_effects()
-        check_masked({"data": self.data})
-        self.method = self.method or ("even" if self.data is None else "greedy")
-        self.records, self.kl_records = self.records or RECORDS, self.kl_records or KL_RECORDS
-        self.precision = self.precision or ("bf16-true" if torch.cuda.is_available() else "32-true")
-        self.teacher_dir, self.out_dir = (
-            find_checkpoint_dir(self.teacher_dir, "teacher", option="teacher_dir"),
-            Path(self.out_dir),
-        )
-        check_apart("out_dir", self.out_dir, {"teacher": self.teacher_dir})
-
-    def _check_effects(self) -> None:
-        """Refuse options that have no effect, such as those of calibration records where none are read."""
-        named = isinstance(self.layers, list)
-        if named and self.method:
-            raise UserError(f"--method {self.method} has no effect with --layers {self.layers}; remove it.")
-        if self.data is not None and not self.narrower and (named or self.method == "even"):
-            other = f"--layers {self.layers}" if named else f"--method {self.method}"
-            raise UserError(f"--data has no effect with {other}; remove it.")
-        if self.data is not None:
-            return
-        chosen = [("method", self.method)] if self.method not in (None, "even") else [*self.narrower.items()]
-        for name, value in chosen:
-            raise UserError(
-                f"--{name} {value} is decided by calibration records, and there are none.\n"
-                "Give --data, such as --data StreamingSFT --data.path records.jsonl, or leave it out."
-            )
-        for name in ("records", "kl_records", "max_seq_length", "precision"):
-            if (value := getattr(self, name)) is not None:
-                raise UserError(f"--{name} {value} has no effect where no calibration records are read; remove it.")
-        if not self.keep_ends:
-            raise UserError("--keep_ends false has no effect where no calibration records are read; remove it.")
-
-    @property
-    def narrower(self) -> dict[str, float]:
-        """Sizes that are to be smaller than the teacher's, as they were given."""
-        return {name: value for name in SIZES if (value := getattr(self, name)) is not None}
+from litgpt_akl.training.student_choice import HELD_OUT, Choice, choose, choose_candidate, plan_candidates
+from litgpt_akl.training.student_making import Method, StudentMaking, count_layers
 
 
 def make_student(
@@ -124,11 +38,14 @@ def make_student(
     mlp: float | None = None,
     heads: float | None = None,
     experts: float | None = None,
+    candidates: int | None = None,
+    trial_steps: int | None = None,
     data: DataModule | None = None,
     method: Method | None = None,
     keep_ends: bool = True,
     records: int | None = None,
     kl_records: int | None = None,
+    scores: Path | None = None,
     max_seq_length: int | None = None,
     precision: Literal["32-true", "bf16-true"] | None = None,
 ) -> None:
@@ -154,6 +71,10 @@ def make_student(
         mlp: The same of the channels within each MLP, or each expert.
         heads: The same of the query heads in each layer. Groups that share keys and values all keep as many.
         experts: The same of the experts in each layer.
+        candidates: How many students of at most ``params`` parameters are compared: of fewer layers, narrower ones, and
+            of some of both. That with the lowest forward KL to the teacher on validation records is made.
+        trial_steps: Optimizer steps of 8 records after which the three best candidates are compared again (default: 50;
+            0 compares as they are). The student that is made has none of that training.
         data: Calibration records: data-related arguments as of finetune_akl. Those of the training to come are best.
         method: How layers are chosen. ``greedy`` (the default with data) removes one layer at a time, that without
             which the forward KL to the teacher is lowest. ``block_influence``, quicker and the worse the more layers
@@ -163,6 +84,8 @@ def make_student(
         records: Calibration records to score the teacher's parts by, evenly spread over the training records (default:
             256).
         kl_records: How many of these measure the forward KL (default: 10).
+        scores: A file in which the scores of the teacher's parts are kept, and found again: another student of the same
+            teacher and records then takes seconds. It need not be there yet.
         max_seq_length: Tokens to which calibration records are cut (default: the teacher's context; longer ones are
             refused).
         precision: What the teacher is computed with on calibration records (default: bf16-true on a GPU, 32-true on a
@@ -170,134 +93,97 @@ def make_student(
     """
     silence_known_noise()
     making = StudentMaking(**locals())
-    teacher_dir, out_dir = making.teacher_dir, making.out_dir
-    stamps = [*map(stamp_of, model_paths(teacher_dir))]
-    teacher_config = read_config(teacher_dir)
-    teacher_weights, ids = open_weights(teacher_dir, teacher_config), count_ids(teacher_dir)
-    whole = config_without_padding(teacher_config, ids)
-    tied = is_tied(teacher_dir, teacher_weights, None)
-    sizes = student_sizes(teacher_config, making.narrower, model_type(teacher_dir))
-    layers = _count_layers(making, student_config(whole, range(whole.n_layer), sizes), measure_size(whole, tied), tied)
-    with new_directory_locked(out_dir):
-        kept, record = _choose(making, layers, sizes, teacher_config, teacher_weights)
-        with write_directory(out_dir) as student_dir, explain_failure(out_dir):
-            copy_model_files(teacher_dir, student_dir)
-            config = student_config(whole, kept.layers, sizes)
-            save_config(config, student_dir)
-            if (student_dir / "config.json").is_file():
-                with explain_damage(teacher_dir / "config.json", "the teacher's configuration"):
-                    edit_hf_config(student_dir / "config.json", teacher_config, config, kept.layers)
-            if record:
-                write_json(student_dir / RECORD, record)
-            weights = slice_weights(without_padding(teacher_weights, ids), teacher_config, kept)
-            write_weights(student_dir / "lit_model.pth", weights)
-            check_unchanged(stamps)
-            write_manifest(student_dir, 0, None)
-    counts = (measure_size(of, tied).whole / 1e6 for of in (config, teacher_config))
+    teacher, out_dir = TeacherFiles.open(making.teacher_dir), making.out_dir
+    sizes = student_sizes(teacher.config, making.narrower, teacher.kind)
+    if making.candidates:
+        candidates = plan_candidates(making, teacher)
+    else:
+        layers = count_layers(making, teacher, sizes)
+    with new_directory_locked(out_dir), write_directory(out_dir) as student_dir:
+        if making.candidates:
+            train = partial(_train_briefly, making, teacher, student_dir.parent / "trials")
+            choice = choose_candidate(making, teacher, candidates, train)
+        else:
+            choice = choose(making, teacher, layers, sizes)
+        teacher.write_student(student_dir, out_dir, *choice)
+    _tell(teacher, out_dir, choice)
+
+
+def _tell(teacher: TeacherFiles, out_dir: Path, choice: Choice) -> None:
+    """Say what was made of a teacher."""
+    kept, config = choice.kept, teacher.config
+    size = teacher.size_of(kept.layers, choice.sizes).whole / 1e6
+    whole = measure_size(config, teacher.tied).whole / 1e6
     say(
-        f"{out_dir}: a student with {len(kept.layers)} of the {teacher_config.n_layer} layers of {teacher_dir} "
-        f"({', '.join(map(str, kept.layers))}), {next(counts):.1f} M of its {next(counts):.1f} M parameters."
+        f"{out_dir}: a student with {len(kept.layers)} of the {config.n_layer} layers of {teacher.directory} "
+        f"({', '.join(map(str, kept.layers))}), {size:.1f} M of its {whole:.1f} M parameters."
     )
-    if padding := describe_padding(teacher_config, ids):
+    if padding := describe_padding(config, teacher.ids):
         say(f"{padding} The student has none of them.")
 
 
-def _count_layers(making: StudentMaking, config: Config, teacher: ModelSize, tied: bool) -> int | list[int]:
-    """How many layers to keep, or which; ``config`` is that of a student with all of them.
+class _StepsOnly(TextIOBase):
+    """Hands on the lines that say how far a training is, and no others."""
 
-    Raises:
-        UserError: these are no layers of the teacher, or no number of layers is as small as it should be.
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        if text.startswith("step "):
+            self._stream.write(f"{text}\n")
+            self._stream.flush()
+        return len(text)
+
+
+BATCH = {"global_batch_size": 8, "micro_batch_size": 4}
+"""Records of a step and of a micro-batch, of candidates that are trained for a few steps."""
+
+
+def _train_briefly(making: StudentMaking, teacher: TeacherFiles, work_dir: Path, choice: Choice) -> float:
+    """The forward KL on validation records of a student that was trained for a few steps, of which nothing is kept.
+
+    All that are trained within ``work_dir`` read the teacher's hidden states from one cache.
     """
-    layers, n_layer = making.layers, config.n_layer
-    least = 2 if making.data is not None and making.method != "even" and making.keep_ends and n_layer > 1 else 1
-    if making.params is not None:
-        size = measure_size(config, tied)
-        budget = making.params * teacher.whole if making.params <= 1 else making.params
-        layers = n_layer if budget >= size.whole else int((budget - size.root) // size.block)
-        if layers < least:
-            fewest = size.root + least * size.block
-            raise UserError(
-                f"--params {making.params} are {budget:,.0f} parameters, and {least} of {n_layer} layers with"
-                f" embeddings and LM head have {fewest:,}.\n"
-                f"Give --params {math.ceil(fewest / teacher.whole * 100) / 100:.2f} or more."
+    # LitGPT reads rules from a folder's name
+    student_dir, run_dir = work_dir / "student" / making.out_dir.name, work_dir / "run"
+    for directory in (student_dir, run_dir):
+        shutil.rmtree(directory, ignore_errors=True)
+    student_dir.mkdir(parents=True)
+    teacher.write_student(student_dir, making.out_dir, *choice)
+    steps = making.trial_steps
+    train = TrainArgs(
+        **BATCH,
+        save_interval=None,
+        log_interval=steps,
+        lr_warmup_steps=None,
+        epochs=None,
+        max_steps=steps,
+        max_norm=1.0,
+        min_lr=0.0,
+        max_seq_length=making.max_seq_length,
+    )
+    # LitGPT's iterations are micro-batches
+    iterations = HELD_OUT // BATCH["micro_batch_size"]
+    try:
+        with redirect_stdout(_StepsOnly(sys.stdout)):
+            finetune_akl.setup(
+                student_dir,
+                teacher_checkpoint_dir=making.teacher_dir,
+                data=deepcopy(making.data),
+                optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}},
+                out_dir=run_dir,
+                save_minutes=None,
+                teacher=TeacherArgs(cache_dir=str(work_dir / "cache")),
+                train=train,
+                eval=EvalArgs(interval=steps + 1, max_iters=iterations, max_new_tokens=None),
             )
-    if isinstance(layers, list):
-        _check_numbers(layers, n_layer)
-    elif layers is None:
-        layers = n_layer
-    elif not least <= layers <= n_layer:
-        ends = " The first and the last stay unless --keep_ends is false." if least > 1 and layers == 1 else ""
+    except UserError as error:
         raise UserError(
-            f"layers is {layers}, but the teacher has {n_layer} layers. Give a number of {least} to {n_layer}.{ends}"
-        )
-    return layers
-
-
-def _check_numbers(layers: list[int], n_layer: int) -> None:
-    if not layers:
-        raise UserError(f"layers is empty. Give at least one of the teacher's layers, 0 to {n_layer - 1}.")
-    outside = [layer for layer in layers if not 0 <= layer < n_layer]
-    if outside:
-        raise UserError(
-            f"layers names {outside}, but the teacher's {n_layer} layers are numbered 0 to {n_layer - 1}. "
-            "Leave out what is not there."
-        )
-    if layers != sorted(set(layers)):
-        raise UserError(f"layers is {layers}: not rising, or a layer twice. Give {sorted(set(layers))}.")
-
-
-def _choose(
-    making: StudentMaking,
-    layers: int | list[int],
-    sizes: dict[str, int],
-    config: Config,
-    weights: dict[str, torch.Tensor],
-) -> tuple[Kept, dict[str, Any] | None]:
-    """What of the teacher to keep, and if calibration records were read, what is known from them."""
-    n_layer = config.n_layer
-    if making.data is None:
-        if isinstance(layers, int):
-            if layers < n_layer:
-                say(f"{layers} of {n_layer} layers, evenly spread: by --data those that matter most would be found.")
-            layers = even_layers(layers, n_layer)
-        return Kept(layers), None
-    count = layers if isinstance(layers, int) else len(layers)
-    narrower = "".join(f", {name} {sizes[name]}" for name in making.narrower)
-    how = "as named" if isinstance(layers, list) else making.method
-    say(f"{making.teacher_dir}: choosing {count} of {n_layer} layers ({how}){narrower}.")
-    samples = read_samples(making.data, making.teacher_dir, config, making.records, making.max_seq_length)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if making.precision == "bf16-true" else torch.float32
-    model = LayerwiseModel(config, weights, device, dtype, max(len(sample.input_ids) for sample in samples))
-    importance = score(model, samples)
-    record = {
-        "teacher": str(making.teacher_dir),
-        "method": how,
-        "records": len(samples),
-        "tokens": sum(len(sample.input_ids) for sample in samples),
-        "block_influence": importance.blocks.tolist(),
-        "sizes": sizes,
-    }
-    if isinstance(layers, int):
-        layers, measured = _choose_layers(making, layers, model, samples, importance)
-        record |= measured
-    return choose_parts(importance, config, layers, sizes), {**record, "kept": layers}
-
-
-def _choose_layers(
-    making: StudentMaking, count: int, model: LayerwiseModel, samples: list[Sample], importance: Importance
-) -> tuple[list[int], dict[str, Any]]:
-    """Which layers to keep by the method, and what was measured for it."""
-    n_layer = model.config.n_layer
-    if making.method == "even":
-        return even_layers(count, n_layer), {}
-    if making.method == "block_influence":
-        return influential_layers(importance.blocks, count, making.keep_ends), {}
-    some = [samples[number] for number in spread(len(samples), making.kl_records)]
-    vocab_size = ids_in_use(making.teacher_dir, model.config)
-    removals = remove_layers(model, some, count, making.keep_ends, vocab_size) if count < n_layer else []
-    if removals:
-        say(f"Forward KL to the teacher on these records: {removals[-1].forward_kl:.3f} nats a response token.")
-    measured = {"kl_records": len(some), "kl_response_tokens": sum(len(sample.positions) for sample in some)}
-    layers = sorted({*range(n_layer)} - {removal.layer for removal in removals})
-    return layers, {**measured, "removed": [removal._asdict() for removal in removals]}
+            f"A candidate cannot be trained for a few steps: {' '.join(str(error).splitlines())}\n"
+            "Give --trial_steps 0 to compare candidates without training."
+        ) from error
+    except SystemExit:
+        say(f"Stopped. Nothing is in {making.out_dir}.")
+        raise
+    columns, _ = read_table(next(run_dir.rglob("metrics.csv")))
+    return columns["val_forward_kl"][~np.isnan(columns["val_forward_kl"])][-1].item()

@@ -4,13 +4,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from litgpt_akl.loss.divergences import forward_kl
 from litgpt_akl.models.layerwise import LayerwiseModel, Sample
 
 BLOCK_BYTES = 2**27
 """Of the logits that are compared with the teacher's together."""
+TOGETHER = 2048
+"""Tokens of several models that a block reads together."""
 
 
 def even_layers(count: int, n_layer: int) -> list[int]:
@@ -53,22 +55,30 @@ class DepthSearch:
         self._response_tokens = sum(len(sample.positions) for sample in samples)
         self._teacher_hidden: list[Tensor] = []
 
-    def work(self, layers: int, keep_ends: bool = True) -> int:
+    def work(self, layers: int, keep_ends: bool = True, removed: int = 0) -> int:
         """How many times a block is run, for a sample and a model each, until so many layers are left."""
         n_layer = self._model.config.n_layer
-        left = ([*range(kept)] for kept in range(n_layer, layers, -1))
+        left = ([*range(kept)] for kept in range(n_layer - removed, layers, -1))
         runs = sum(sum(_paths(kept, removable_layers(kept, len(kept), keep_ends))) for kept in left)
         return (n_layer + runs) * len(self._samples)
 
     @torch.no_grad()
     def remove(
-        self, layers: int, keep_ends: bool = True, advance: Callable[[int], object] = lambda runs: None
+        self,
+        layers: int,
+        keep_ends: bool = True,
+        advance: Callable[[int], object] = lambda runs: None,
+        removed: Sequence[Removal] = (),
     ) -> list[Removal]:
-        """Removals until so many layers are left, in order; ``advance`` is told how many of :meth:`work` were done."""
-        n_layer, found = self._model.config.n_layer, []
-        kept = [*range(n_layer)]
+        """Removals until so many layers are left, in order; ``advance`` is told how many of :meth:`work` were done.
+
+        Those that were ``removed`` before, in this order, come first.
+        """
+        n_layer, found = self._model.config.n_layer, [*removed]
         if not self._teacher_hidden:
-            self._teacher_hidden = [states[0] for states in self.final_hidden(kept, advance=advance)]
+            whole = self.final_hidden([*range(n_layer)], advance=advance)
+            self._teacher_hidden = [states[0] for states in whole]
+        kept = sorted({*range(n_layer)} - {removal.layer for removal in found})
         while len(kept) > layers:
             removable = removable_layers(kept, n_layer, keep_ends)
             losses = self.forward_kl(kept, removable, advance)
@@ -105,7 +115,7 @@ class DepthSearch:
             with self._model.block(layer) as block:
                 for number, before in enumerate(states):
                     # the first path lacks no layer yet
-                    after = self._model.run(block, before)
+                    after = self._run(block, before)
                     if layer in removable:
                         after = torch.cat((after, before[:1]))
                     states[number] = after[1:] if removable and layer == removable[-1] else after
@@ -113,6 +123,11 @@ class DepthSearch:
         return [
             self._model.ln_f(hidden[:, sample.positions]) for hidden, sample in zip(states, self._samples, strict=True)
         ]
+
+    def _run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """What a block makes of ``[models, time, n_embd]``, of a few together: its MLP takes several times that."""
+        parts = hidden.split(max(1, TOGETHER // hidden.size(1)))
+        return torch.cat([self._model.run(block, part) for part in parts])
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._model.lm_head.logits(hidden)[..., : self._vocab_size]

@@ -1,6 +1,7 @@
 """A student's weights cut out of its teacher's: layers, channels of the hidden states, of the MLPs, heads, experts."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,31 @@ def slice_weights(weights: dict[str, Tensor], config: Config, kept: Kept) -> Ite
             new_name, new = _slice_in_layer(found[2], tensor, config, kept, f"transformer.h.{found[1]}.")
             if new_name is not None:
                 yield f"transformer.h.{number_of[int(found[1])]}.{new_name}", new
+
+
+class SlicedWeights:
+    """A student's tensors by name, cut when they are asked for: in memory are those of one layer, and of no layer."""
+
+    def __init__(self, weights: dict[str, Tensor], config: Config, kept: Kept) -> None:
+        self._config, self._kept = config, kept
+        self._whole: dict[int | None, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in weights.items():
+            found = LAYER.fullmatch(name)
+            self._whole[found and int(found[1])][name] = tensor
+        self._outside = dict(slice_weights(self._whole[None], config, kept))
+        self._layer, self._within = None, {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = LAYER.fullmatch(name)
+        if found is None:
+            return self._outside[name]
+        if int(found[1]) != self._layer:
+            self._layer = int(found[1])
+            # before the next one is cut, this one is gone
+            self._within = {}
+            whole = self._whole[self._kept.layers[self._layer]]
+            self._within = dict(slice_weights(whole, self._config, self._kept))
+        return self._within[name]
 
 
 def write_weights(path: Path, weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -9,6 +9,7 @@ from litgpt.config import Config
 from litgpt.data import DataModule
 
 from litgpt_akl.data.data_module import prepare_datasets
+from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import collate
 from litgpt_akl.messages import UserError, progress_bar, say
 from litgpt_akl.models.depth import DepthSearch, Removal
@@ -32,16 +33,11 @@ def read_samples(
     Raises:
         UserError: the data cannot be read, or none of these records has a response.
     """
-    day = choose_day([teacher_dir])
-    train = TrainArgs(micro_batch_size=1, max_seq_length=max_seq_length)
-    known = {"date": day.date, "teacher_dir": teacher_dir, "vocab_size": ids_in_use(teacher_dir, config)}
-    options = train, config.block_size, teacher_dir, "--max_seq_length"
-    dataset, _ = prepare_datasets(data, read_tokenizer(teacher_dir), *options, **known)
+    dataset, _ = _read_datasets(data, teacher_dir, config, max_seq_length)
     if getattr(data, "date", None):
-        say(day)
+        say(choose_day([teacher_dir]))
     numbers = spread(len(dataset), records)
-    batches = [collate([sample]) for sample in dataset.read(numbers)]
-    samples = [Sample(batch.input_ids[0], batch.positions, batch.labels) for batch in batches if len(batch.positions)]
+    samples = _with_responses(dataset, numbers)
     if not samples:
         raise UserError(f"--data: none of {len(numbers):,} records has a response.\nGive data with responses.")
     if len(samples) < records:
@@ -50,6 +46,39 @@ def read_samples(
         )
         say(f"--records {records}: the data has {len(dataset):,}{without}.")
     return samples
+
+
+def read_held_out(
+    data: DataModule, teacher_dir: Path, config: Config, records: int, max_seq_length: int | None
+) -> list[Sample]:
+    """The first validation records of the data, so many or all, as a run of finetune_akl validates.
+
+    Raises:
+        UserError: there are none, or none of them has a response.
+    """
+    _, dataset = _read_datasets(data, teacher_dir, config, max_seq_length)
+    samples = _with_responses(dataset, range(min(records, len(dataset))))
+    if not samples:
+        raise UserError(
+            "--candidates: the data holds out no records with a response, by which candidates could be compared.\n"
+            "Hold some out by the data's own options, or leave --candidates out."
+        )
+    return samples
+
+
+def _read_datasets(
+    data: DataModule, teacher_dir: Path, config: Config, max_seq_length: int | None
+) -> tuple[TokenizedDataset, TokenizedDataset]:
+    train = TrainArgs(micro_batch_size=1, max_seq_length=max_seq_length)
+    known = {"date": choose_day([teacher_dir]).date, "teacher_dir": teacher_dir}
+    known["vocab_size"] = ids_in_use(teacher_dir, config)
+    options = train, config.block_size, teacher_dir, "--max_seq_length"
+    return prepare_datasets(data, read_tokenizer(teacher_dir), *options, **known)
+
+
+def _with_responses(dataset: TokenizedDataset, numbers: Sequence[int]) -> list[Sample]:
+    batches = [collate([sample]) for sample in dataset.read(numbers)]
+    return [Sample(batch.input_ids[0], batch.positions, batch.labels) for batch in batches if len(batch.positions)]
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -67,16 +96,24 @@ def score(model: LayerwiseModel, samples: Sequence[Sample]) -> Importance:
 
 
 def remove_layers(
-    model: LayerwiseModel, samples: Sequence[Sample], layers: int, keep_ends: bool, vocab_size: int
+    model: LayerwiseModel,
+    samples: Sequence[Sample],
+    layers: int,
+    keep_ends: bool,
+    vocab_size: int,
+    before: Sequence[Removal] = (),
 ) -> list[Removal]:
-    """Remove layers until so many are left, each time the one without which the forward KL on the samples is lowest."""
-    removed = model.config.n_layer - layers
+    """Remove layers until so many are left, each time the one without which the forward KL on the samples is lowest.
+
+    Those that were removed ``before`` come first.
+    """
+    count = f"{model.config.n_layer - layers - len(before)}{' more' if before else ''}"
     tokens = sum(len(sample.positions) for sample in samples)
     say(
-        f"Removing {removed} layers one at a time by forward KL on {len(samples)} records ({tokens:,} response tokens);"
+        f"Removing {count} layers one at a time by forward KL on {len(samples)} records ({tokens:,} response tokens);"
         " --method block_influence takes no such search."
     )
     search = DepthSearch(model, samples, vocab_size)
-    known = {"total": search.work(layers, keep_ends), "unit": " blocks", "unit_scale": True, "leave": False}
-    with progress_bar(desc="removing layers", **known) as bar:
-        return search.remove(layers, keep_ends, bar.update)
+    total = search.work(layers, keep_ends, len(before))
+    with progress_bar(desc="removing layers", total=total, unit=" blocks", unit_scale=True, leave=False) as bar:
+        return search.remove(layers, keep_ends, bar.update, before)

@@ -16,7 +16,7 @@ from litgpt.args import TrainArgs
 from litgpt.data import JSON
 from torch import Tensor
 
-from litgpt_akl.commands.make_student import RECORD, make_student
+from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.steps import collate
 from litgpt_akl.loss.divergences import forward_kl
@@ -24,6 +24,7 @@ from litgpt_akl.messages import progress_bar, say
 from litgpt_akl.models.depth import DepthSearch, even_layers, influential_layers
 from litgpt_akl.models.layerwise import LayerwiseModel, Sample
 from litgpt_akl.models.model_files import read_tokenizer
+from litgpt_akl.models.student_checkpoint import RECORD
 from litgpt_akl.models.weights import open_weights, read_config
 from litgpt_akl.training.calibration import ids_in_use
 

@@ -31,6 +31,7 @@ ELSEWHERE = {
     ("generate_responses", "litgpt_akl.data.preparation._describe_missing"): "it says that training with it is meant",
     ("make_student", "litgpt_akl.data.preparation._describe_missing"): "it says that training with it is meant",
     ("make_student", "litgpt_akl.loss.objective.UserFunction"): "the divergence is one of the package's own",
+    ("make_student", "litgpt_akl.config.args.TeacherArgs"): "it is made with a directory of the command's own",
     ("make_student", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
     ("report_akl", "litgpt_akl.config.old_names.new_name"): "it names what a run's recipe holds",
     ("report_akl", "litgpt_akl.config.old_names.two_values"): "it names what a run's recipe holds",
@@ -49,6 +50,10 @@ class Definition(NamedTuple):
 
     module: str
     name: str
+
+
+WRAPPED = {"make_student": {Definition("litgpt_akl.commands.finetune_akl", "setup")}}
+"""What a command calls with options that a user has not given: errors from there are told with a way out of its own."""
 
 
 @functools.cache
@@ -109,7 +114,7 @@ def reached(command: str) -> set[Definition]:
     while waiting:
         definition = waiting.pop()
         found.add(definition)
-        waiting |= uses(definition) - found
+        waiting |= uses(definition) - found - WRAPPED.get(command, set())
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import start
 from helpers.runs import alice
 from litgpt import Tokenizer
 from litgpt.config import Config
@@ -288,6 +289,25 @@ def test_layers_are_chosen_by_block_influence(teacher_dir, alice_json, tmp_path,
     samples = read_samples(alice(alice_json), teacher_dir, exact.config, 5, 60)
     difference = (measure_importance(exact, samples).blocks - torch.tensor(influence)).abs().max()
     assert difference < 1e-6 if precision == "32-true" else 1e-6 < difference < 1e-2
+
+
+@pytest.mark.slow  # four commands
+def test_the_documented_way_in_two_steps_works(teacher_dir, alice_records, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text()
+    (block,) = re.findall(r"prune again\n.*?```bash\n(.*?)```", page, re.DOTALL)
+    lines = block.replace("\\\n", " ").replace("TEACHER_DIR", str(teacher_dir)).splitlines()
+    records = ({"prompt": each["instruction"], "completion": each["output"]} for each in alice_records)
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
+    less = {"make_student": "--records 6 --trial_steps 2", "finetune_akl": "--train.max_steps 2 --train.epochs null"}
+    for line in lines:
+        words = [*line.split()[1:], *less[line.split()[1]].split()]
+        assert start(words, tmp_path / "log", directory=tmp_path).wait(200) == 0, (tmp_path / "log").read_text()
+    assert len(lines) == 4 and (tmp_path / "out" / "second" / "final" / "lit_model.pth").is_file()
+    sizes = [
+        measure_size(read_config(directory), True).whole
+        for directory in (teacher_dir, tmp_path / "first", tmp_path / "second")
+    ]
+    assert sizes[1] <= 0.65 * sizes[0] and sizes[2] <= 0.6 * sizes[1]
 
 
 def test_few_records_are_all_read(teacher_dir, short, tmp_path, capsys):

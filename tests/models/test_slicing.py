@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.calibration import layerwise
 from helpers.families import FAMILIES, write_family
 from helpers.marks import with_all_slow_but
 from helpers.runs import alice, gpt
@@ -15,9 +16,13 @@ from transformers import AutoModelForCausalLM
 from litgpt_akl.commands.export_hf import export_hf
 from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.messages import UserError
+from litgpt_akl.models.importance import measure_importance
+from litgpt_akl.models.layerwise import LayerwiseModel
+from litgpt_akl.models.slicing import SlicedWeights, choose_parts
 from litgpt_akl.models.student_config import FAMILIES as KINDS
-from litgpt_akl.models.student_config import IN_STEP, student_sizes
-from litgpt_akl.models.weights import read_config
+from litgpt_akl.models.student_config import IN_STEP, full_sizes, model_type, student_sizes
+from litgpt_akl.models.weights import open_weights, read_config
+from litgpt_akl.training.calibration import read_samples
 
 IDS = torch.arange(4, 124).view(2, 60)
 FEW = [("Llama-3.2-1B", True), ("Gemma-3-1b-it", True), ("pythia-14m", False), ("Qwen3-30B-A3B", False)]
@@ -150,6 +155,30 @@ def test_a_student_of_all_parts_is_the_teacher_bit_for_bit(alice_json, tmp_path,
     make_student(teacher, tmp_path / "student", **full, layers=2, data=alice(alice_json), records=3)
     assert torch.equal(gpt(tmp_path / "student").eval()(IDS), gpt(teacher).eval()(IDS))
     assert read_config(tmp_path / "student") == read_config(teacher)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["Llama-3.2-1B", "Gemma-2-2b", "Mixtral-8x7B-v0.1", "pythia-14m"])
+def test_a_student_that_is_cut_as_it_is_read_is_the_written_one_bit_for_bit(alice_json, tmp_path, name):
+    write_family(name, teacher := tmp_path / name, tied=True, layers=4)
+    config = read_config(teacher)
+    sizes = smaller(config, model_type(teacher))
+    make_student(teacher, tmp_path / "student", layers=[0, 2, 3], **sizes, data=alice(alice_json), records=3)
+    samples = read_samples(alice(alice_json), teacher, config, 3, None)
+    importance = measure_importance(layerwise(teacher), samples)
+    kept = choose_parts(importance, config, [0, 2, 3], full_sizes(config) | sizes)
+    weights = SlicedWeights(open_weights(teacher, config), config, kept)
+    student = LayerwiseModel(read_config(tmp_path / "student"), weights, torch.device("cpu"), torch.float32, 120)
+    hidden = student.embed(IDS)
+    # in any order
+    for layer in (2, 0, 1):
+        with student.block(layer):
+            pass
+    for layer in range(3):
+        with student.block(layer) as block:
+            hidden = student.run(block, hidden)
+    found = student.lm_head.logits(student.ln_f(hidden))
+    assert torch.equal(found, gpt(tmp_path / "student").eval()(IDS))
 
 
 @torch.no_grad()

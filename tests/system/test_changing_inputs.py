@@ -156,7 +156,7 @@ def test_a_checkpoint_that_changes_while_it_is_resumed_is_refused(
 @pytest.mark.parametrize("command", ["make_student", "export_hf", "evaluate_akl"])
 def test_other_commands_refuse_a_model_that_changes_meanwhile(tmp_path, pair, short, monkeypatch, command):
     out = tmp_path / "made"
-    reads = {"make_student": "commands.make_student.write_weights", "export_hf": "models.export.write"}
+    reads = {"make_student": "models.student_checkpoint.write_weights", "export_hf": "models.export.write"}
     module, _, reader = reads.get(command, "commands.evaluate_akl.load_frozen").rpartition(".")
     module = sys.modules[f"litgpt_akl.{module}"]
     for path in [pair["teacher"] / "lit_model.pth", pair["teacher"] / "tokenizer.json"]:
