@@ -15,6 +15,8 @@ COMMANDS = {
     "finetune_akl": "litgpt_akl.commands.finetune_akl:setup",
     "evaluate_akl": "litgpt_akl.commands.evaluate_akl:evaluate_akl",
     "generate_responses": "litgpt_akl.commands.generate_responses:generate_responses",
+    "export_prompts": "litgpt_akl.commands.export_prompts:export_prompts",
+    "import_hidden_states": "litgpt_akl.commands.import_hidden_states:import_hidden_states",
     "make_student": "litgpt_akl.commands.make_student:make_student",
     "export_hf": "litgpt_akl.commands.export_hf:export_hf",
     "report_akl": "litgpt_akl.commands.report_akl:report_akl",

@@ -384,8 +384,36 @@ class TeacherArgs:
 
     def dtype(self, device_type: str) -> torch.dtype:
         """Of the teacher's weights, and of what a quantized one computes in."""
-        precision = self.precision or ("bf16-true" if device_type == "cuda" else "32-true")
-        return torch.bfloat16 if precision == "bf16-true" else torch.float32
+        return _dtype(self.precision, device_type)
+
+
+def _dtype(precision: str | None, device_type: str) -> torch.dtype:
+    precision = precision or ("bf16-true" if device_type == "cuda" else "32-true")
+    return torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+
+@dataclass
+class CacheArgs:
+    """Arguments of a teacher whose hidden states come from elsewhere"""
+
+    cache_dir: str | None = None
+    """The folder that is to hold the teacher's hidden states, for finetune_akl's option of this name"""
+    precision: Literal["32-true", "bf16-true"] | None = None
+    """What the teacher's final norm and LM head are computed in, as finetune_akl will be told (default: bf16-true on a
+    GPU, 32-true on a CPU)"""
+    cache_dtype: Literal["bf16", "fp8"] | None = None
+    """What hidden states are stored as (default: the precision)"""
+
+    def __post_init__(self) -> None:
+        if self.cache_dir is not None and "://" in self.cache_dir:
+            raise UserError(
+                f"--teacher.cache_dir {self.cache_dir} is remote, and is to be written here.\n"
+                "Give a local folder, and copy it there."
+            )
+
+    def dtype(self, device_type: str) -> torch.dtype:
+        """Of the hidden states that the final norm gives, as that of :class:`TeacherArgs` with these options."""
+        return _dtype(self.precision, device_type)
 
 
 @dataclass

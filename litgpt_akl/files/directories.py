@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -103,12 +103,12 @@ def default_cache_dir() -> Path:
     return Path(config.HF_DATASETS_CACHE) / "litgpt_akl"
 
 
-def write_file(path: Path, data: bytes, replace: bool = True) -> None:
+def write_file(path: Path, data: bytes | Iterable[bytes], replace: bool = True) -> None:
     """Write a file that appears whole or not at all; what was there is replaced, or stays. Raises OSError."""
     partial = path.with_name(f".{uuid4().hex}{PARTIAL}")
     try:
         with partial.open("wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         if replace:

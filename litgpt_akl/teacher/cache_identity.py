@@ -12,7 +12,7 @@ import xxhash
 from litgpt.data import DataModule
 from litgpt.prompts import PromptStyle
 
-from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.config.args import CacheArgs, TeacherArgs
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.preparation import probe
 from litgpt_akl.data.steps import StepSampler
@@ -109,7 +109,7 @@ def read_identity(directory: str) -> dict[str, Any] | None:
 
 def make_identity(
     pair: Pair,
-    teacher: TeacherArgs,
+    teacher: TeacherArgs | CacheArgs,
     dtype: torch.dtype,
     data: DataModule,
     max_seq_length: int | None,
@@ -122,7 +122,7 @@ def make_identity(
         teacher=pair.teacher_config.name,
         teacher_weights=fingerprint(pair.teacher_dir, like=recorded) if weights_files(pair.teacher_dir) else None,
         teacher_precision=str(dtype).removeprefix("torch."),
-        teacher_quantize=teacher.quantize,
+        teacher_quantize=getattr(teacher, "quantize", None),
         stored_as=stored_type(teacher.cache_dtype, dtype),
         width=pair.teacher_config.n_embd,
         tokenizer=xxhash.xxh3_64_hexdigest(repr(tokens).encode()),

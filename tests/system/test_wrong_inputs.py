@@ -11,12 +11,15 @@ from typing import NamedTuple
 
 import materials
 import pytest
+import torch
 from helpers.commands import call, complete_call, complete_here, import_everything
 from helpers.marks import with_all_slow_but
 from helpers.options import make_parser
+from safetensors.torch import save_file
 
 from litgpt_akl.cli.main import COMMANDS
 from litgpt_akl.cli.parser import Parser
+from litgpt_akl.models.weights import read_config
 
 MODELS = "student --teacher_checkpoint_dir teacher"
 DATA = "--data JSON --data.json_path texts/records.json --data.mask_prompt true --data.val_split_fraction 0.5"
@@ -30,6 +33,9 @@ STREAMED = f"{NO_DATA} --data StreamingSFT --data.path"
 E = f"evaluate_akl {MODELS} {DATA} --max_seq_length 128 --split training --max_records 1 --generation.max_new_tokens 2"
 G = "generate_responses teacher --data StreamingSFT --data.path texts/records.jsonl --max_records 1 --truncated keep"
 M = "make_student teacher made --layers 2"
+HELD = f"--teacher_checkpoint_dir teacher {DATA} --teacher.cache_dir held"
+P = f"export_prompts prompts.jsonl {HELD}"
+IMPORT = f"import_hidden_states states {HELD}"
 X = "export_hf student exported"
 R = "report_akl run"
 
@@ -404,6 +410,24 @@ GENERATED = [
         f"{G} --out taught.jsonl",
     ),
 ]
+EXCHANGED = [
+    Row(f"export_prompts {HELD}", ["out is missing"], P),
+    Row(P.replace("prompts.jsonl", "data/file.jsonl"), ["data/file.jsonl", "--overwrite true"], P),
+    Row(P.replace(DATA, ""), ["--data is missing", "--data StreamingSFT"], P),
+    Row(P.replace("--teacher.cache_dir held", ""), ["--teacher.cache_dir is missing"], P),
+    Row(P.replace("held", "s3://bucket/held"), ["--teacher.cache_dir s3://bucket/held", "a local folder"], P),
+    Row(P.replace("dir teacher", "dir missing"), ["missing does not exist", "--teacher_checkpoint_dir"], P),
+    Row(f"{P} --max_seq_length 0", ["--max_seq_length", "0", "at least 1"], f"{P} --max_seq_length 64"),
+    Row(f"{P} --teacher.precision fp8", ["--teacher.precision", "fp8"], f"{P} --teacher.precision bf16-true"),
+    Row(f"import_hidden_states {HELD}", ["source is missing"], IMPORT),
+    Row(IMPORT.replace("states states", "states missing"), ["missing", "given as source"], IMPORT),
+    Row(IMPORT.replace("states states", "states data"), ["data", "*.jsonl", "token_ids"], IMPORT),
+    Row(IMPORT.replace(DATA, ""), ["--data is missing", "--data StreamingSFT"], IMPORT),
+    Row(IMPORT.replace("--teacher.cache_dir held", ""), ["--teacher.cache_dir is missing"], IMPORT),
+    Row(f"{IMPORT} --layer 2", ["--layer 2", "2 layers", "Leave it out"], IMPORT),
+    Row(f"{IMPORT} --layer last", ["--layer", "last", "a whole number"], f"{IMPORT} --layer 1"),
+    Row(f"{IMPORT} --normed maybe", ["--normed", "maybe"], f"{IMPORT} --normed true"),
+]
 MADE = [
     Row("make_student teacher made", ["--layers"], M),
     Row("make_student teacher made --layers 0", ["layers", "0", "4 layers"], M),
@@ -457,7 +481,7 @@ ROWS = [
     *itertools.chain(
         TYPES, OPTIMIZERS, CHOICES, NAMES, DATA_NAMES, MISSING, PATHS, SAMPLES, PAIRS, TOGETHER, RESUMED, CONFIGURED
     ),
-    *itertools.chain(EVALUATED, GENERATED, MADE, EXPORTED, REPORTED),
+    *itertools.chain(EVALUATED, GENERATED, EXCHANGED, MADE, EXPORTED, REPORTED),
 ]
 TRAINED = {row.mended for row in RESUMED}
 """Rows whose way out is tried by a whole run, not by a dry one."""
@@ -516,6 +540,10 @@ def place(tmp_path_factory, parser) -> Path:
     for name, left_out in {"without_weights": "lit_model.pth", "other": "", "hf": "model_config.yaml"}.items():
         shutil.copytree(directory / "teacher", directory / name, ignore=shutil.ignore_patterns(left_out))
     (directory / "hf" / "lit_model.pth").rename(directory / "hf" / "model.safetensors")
+    width = read_config(directory / "teacher").n_embd
+    states = {"token_ids": torch.arange(3), "hidden_states": torch.ones(3, 2, width)}
+    (directory / "states").mkdir()
+    save_file(states, directory / "states" / "request.safetensors")
     tokenizer = json.loads((directory / "other" / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
     first, second = [*vocabulary][200:202]
