@@ -11,6 +11,8 @@ from litgpt_akl.models.layerwise import LayerwiseModel, Sample
 
 BLOCK_BYTES = 2**27
 """Of the logits that are compared with the teacher's together."""
+STATES_BYTES = 2**32
+"""Of the hidden states of models that go through the blocks together; the weights are read again for the others."""
 TOGETHER = 2048
 """Tokens of several models that a block reads together."""
 
@@ -59,8 +61,11 @@ class DepthSearch:
         """How many times a block is run, for a sample and a model each, until so many layers are left."""
         n_layer = self._model.config.n_layer
         left = ([*range(kept)] for kept in range(n_layer - removed, layers, -1))
-        runs = sum(sum(_paths(kept, removable_layers(kept, len(kept), keep_ends))) for kept in left)
-        return (n_layer + runs) * len(self._samples)
+        runs = n_layer
+        for kept in left:
+            groups = self._groups(removable_layers(kept, len(kept), keep_ends))
+            runs += sum(sum(_paths(kept, group)) for group in groups)
+        return runs * len(self._samples)
 
     @torch.no_grad()
     def remove(
@@ -91,9 +96,20 @@ class DepthSearch:
         self, kept: Sequence[int], removable: Sequence[int], advance: Callable[[int], object] = lambda runs: None
     ) -> Tensor:
         """Of the models that lack one more of the layers, ``[len(removable)]``, in nats per response token."""
-        hidden = self.final_hidden(kept, removable, advance)
-        sums = torch.zeros(len(removable), dtype=torch.float64)
-        tokens = max(1, BLOCK_BYTES // (4 * self._vocab_size * len(removable)))
+        groups = self._groups(removable)
+        return torch.cat([self._forward_kl(self.final_hidden(kept, group, advance)) for group in groups])
+
+    def _groups(self, removable: Sequence[int]) -> list[Sequence[int]]:
+        """Layers to be removed whose models go through the blocks together: as many as their hidden states allow."""
+        tokens = sum(len(sample.input_ids) for sample in self._samples)
+        size = max(1, STATES_BYTES // (tokens * self._model.config.n_embd * self._model.dtype.itemsize))
+        return [removable[start : start + size] for start in range(0, len(removable), size)]
+
+    def _forward_kl(self, hidden: list[Tensor]) -> Tensor:
+        """Of final hidden states ``[models, n, n_embd]`` of each sample, ``[models]``."""
+        models = len(hidden[0])
+        sums = torch.zeros(models, dtype=torch.float64)
+        tokens = max(1, BLOCK_BYTES // (4 * self._vocab_size * models))
         for student, teacher in zip(hidden, self._teacher_hidden, strict=True):
             for rows in range(0, len(teacher), tokens):
                 logits = self._logits(student[:, rows : rows + tokens])

@@ -8,6 +8,7 @@ from helpers.runs import gpt
 from litgpt.model import GPT
 from torch.nn import ModuleList
 
+from litgpt_akl.models import depth
 from litgpt_akl.models.depth import DepthSearch, even_layers, influential_layers
 
 LENGTHS = [40, 12, 25]
@@ -61,6 +62,19 @@ def test_each_step_removes_the_layer_that_is_missed_least(teacher_dir, tmp_path,
         assert loss == pytest.approx(losses[layer], rel=1e-4)
         kept.remove(layer)
     assert len(kept) == layers
+
+
+def test_models_in_groups_and_in_parts_are_those_that_go_together(teacher_dir, monkeypatch):
+    model, samples = layerwise(teacher_dir), random_samples(LENGTHS, 1000)
+    together = DepthSearch(model, samples, 1000).remove(1, keep_ends=False)
+    # two models' hidden states of 77 tokens, and one sample's of one model in a block
+    monkeypatch.setattr(depth, "STATES_BYTES", 2 * sum(LENGTHS) * 128 * 4)
+    monkeypatch.setattr(depth, "TOGETHER", 40)
+    done, search = [], DepthSearch(model, samples, 1000)
+    found = search.remove(1, False, done.append)
+    assert sum(done) == search.work(1, False)
+    assert [removal.layer for removal in found] == [removal.layer for removal in together]
+    assert [removal.forward_kl for removal in found] == pytest.approx([each.forward_kl for each in together], rel=1e-5)
 
 
 def test_layers_of_low_influence_go():
