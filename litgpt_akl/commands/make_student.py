@@ -154,7 +154,7 @@ def _train_briefly(making: StudentMaking, teacher: TeacherFiles, work_dir: Path,
     train = TrainArgs(
         **BATCH,
         save_interval=None,
-        log_interval=steps,
+        log_interval=1,
         lr_warmup_steps=None,
         epochs=None,
         max_steps=steps,

@@ -96,17 +96,17 @@ class CandidateSearch:
         return total.item() / sum(map(len, teacher))
 
 
-def mark_best(measured: list[Measured], train: Callable[[Measured], float] | None) -> Measured:
-    """Mark the best candidate, and return it: that nearest to the teacher after a few steps, of the best few at once.
+def mark_best(measured: list[Measured], steps: int, train: Callable[[Measured], float]) -> Measured:
+    """Mark the best candidate, and return it: that nearest to the teacher after so many steps, of the best few at once.
 
-    ``train`` trains one for a few steps, and returns its forward KL then; without it the nearest one at once is best.
+    ``train`` trains one, and returns its forward KL then; with no steps the nearest one at once is best.
     """
     best = measured[:FINALISTS]
-    if train is None or len(measured) == 1:
+    if steps == 0 or len(measured) == 1:
         chosen = measured[0]
     else:
         for number, each in enumerate(best, start=1):
-            say(f"Training candidate {number} of {len(best)} for a few steps: {describe(each.candidate)}.")
+            say(f"Training candidate {number} of {len(best)} for {steps} steps: {describe(each.candidate)}.")
             each.forward_kl_after = train(each)
         chosen = min(best, key=lambda each: each.forward_kl_after)
     chosen.chosen = True

@@ -171,7 +171,7 @@ def choose_candidate(
     def trained(each: Measured) -> float:
         return train(Choice(each.kept, each.candidate.sizes, None))
 
-    chosen = mark_best(measured, trained if making.trial_steps else None)
+    chosen = mark_best(measured, making.trial_steps, trained)
     say(table(measured, making.trial_steps))
     say(f"Forward KL to the teacher in nats a response token, on {len(held_out)} validation records; > is made.")
     sizes, layers = chosen.candidate.sizes, chosen.kept.layers
