@@ -105,6 +105,8 @@ def mark_best(measured: list[Measured], steps: int, train: Callable[[Measured], 
     if steps == 0 or len(measured) == 1:
         chosen = measured[0]
     else:
+        # what is known by now, since training takes its time
+        say(table(measured, 0))
         for number, each in enumerate(best, start=1):
             say(f"Training candidate {number} of {len(best)} for {steps} steps: {describe(each.candidate)}.")
             each.forward_kl_after = train(each)

@@ -11,14 +11,16 @@ import pytest
 import torch
 from helpers.calibration import random_samples
 from helpers.commands import start
-from helpers.families import write_family
+from helpers.families import FAMILIES, write_family
 from helpers.memory_runs import model, watched
 from helpers.ranks import in_processes
 from helpers.runs import alice, distil, evaluate, gpt
 from litgpt.data import JSON
 from litgpt.model import GPT
 from litgpt.prompts import Default
+from transformers import AutoModelForCausalLM
 
+from litgpt_akl.commands.export_hf import export_hf
 from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.config.args import GenerationArgs
 from litgpt_akl.messages import UserError
@@ -88,7 +90,8 @@ def test_the_best_few_are_trained_as_finetune_akl_trains_them(teacher_dir, short
     assert chosen["forward_kl"] == pytest.approx(found, rel=1e-5)
     found = forward_kl(tmp_path / "run" / "final", teacher_dir, short, tmp_path / "after")
     assert chosen["forward_kl_after"] == pytest.approx(found, rel=1e-4)
-    at = next(number for number, line in enumerate(lines) if "KL at once" in line)
+    first, at = (number for number, line in enumerate(lines) if "KL at once" in line)
+    assert "after" not in lines[first]
     assert max(map(len, lines[at : at + candidates + 1])) <= 80 and "after 3 steps" in lines[at]
     (marked,) = [line for line in lines[at : at + candidates + 1] if line.startswith(">")]
     assert f"{chosen['forward_kl_after']:.3f}" in marked and f"{chosen['mlp']}" in marked
@@ -104,6 +107,20 @@ def test_a_family_that_takes_no_other_sizes_has_one_candidate(tmp_path, alice_js
     record = json.loads((tmp_path / "student" / "make_student.json").read_text())
     (only,) = record["candidates"]
     assert only["chosen"] and only["kept"] == record["kept"] and len(record["kept"]) < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_candidates_that_it_allows(name, tmp_path, alice_json):
+    write_family(name, tmp_path / "teacher", tied=False, layers=4)
+    options = {"data": alice(alice_json), "method": "block_influence", **RECORDS}
+    make_student(tmp_path / "teacher", tmp_path / "student", params=0.75, candidates=6, trial_steps=0, **options)
+    record = json.loads((tmp_path / "student" / "make_student.json").read_text())
+    assert len(record["candidates"]) > 2
+    found = forward_kl(tmp_path / "student", tmp_path / "teacher", alice_json, tmp_path / "evaluated")
+    assert record["candidates"][0]["forward_kl"] == pytest.approx(found, rel=1e-4, abs=1e-6)
+    export_hf(tmp_path / "student", tmp_path / "exported")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").num_parameters() > 0
 
 
 @torch.no_grad()
