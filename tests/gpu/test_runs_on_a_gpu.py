@@ -44,10 +44,7 @@ def losses(out_dir: Path) -> list[float]:
 def on_cpu(student_dir, teacher_dir, alice_json, tmp_path_factory) -> dict[str, list[float]]:
     """Losses of the same runs in a process that sees no GPU."""
     directory = tmp_path_factory.mktemp("cpu")
-    code = (
-        "import sys; from pathlib import Path; from gpu.test_runs_on_a_gpu import run_all;"
-        "run_all(*map(Path, sys.argv[1:]))"
-    )
+    code = "import sys, test_runs_on_a_gpu as t; from pathlib import Path; t.run_all(*map(Path, sys.argv[1:]))"
     here = Path(__file__).resolve().parent.parent
     environment = {
         **os.environ,

@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
+from gpu_benchmark import runs
+from gpu_benchmark.runs import make_estimate, steps_of
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from litgpt_akl.data.steps import MicroBatch, StepBatch
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.memory.estimate import MemoryEstimate
 from litgpt_akl.memory.process import MemoryWatch, anonymous_memory
 from litgpt_akl.models.generation import generate
-from litgpt_akl.models.gpt import build_model, checkpoint_activations, empty_weights, set_up_teacher
 from litgpt_akl.models.parallel import load_weights, make_strategy, return_freed_memory
-from litgpt_akl.teacher.cache import Caches
-from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.loop import take_step
 
 
@@ -53,11 +50,6 @@ def write_weights(path: Path, config: Config, tied: bool, trained: bool = True) 
     if tied:
         del weights["transformer.wte.weight"]
     torch.save(weights, path)
-
-
-def micro_batch(estimate: MemoryEstimate) -> MicroBatch:
-    input_ids = torch.randint(estimate.vocab_size, (estimate.samples, estimate.sequence_length))
-    return MicroBatch(input_ids, torch.arange(input_ids.numel()), input_ids.flatten())
 
 
 def take_steps(estimate: MemoryEstimate, small: MemoryEstimate, directory: Path) -> None:
@@ -98,34 +90,12 @@ def _distil(fabric: L.Fabric, estimate: MemoryEstimate, directory: Path | None) 
 
 def make_state(fabric: L.Fabric, estimate: MemoryEstimate, directory: Path | None) -> dict[str, Any]:
     """The models of a run with the weights in ``directory``, if any, ready for ``take_step``."""
-    with empty_weights(fabric):
-        student = build_model(estimate.student, estimate.student_tied)
-    if estimate.activation_checkpointing:
-        checkpoint_activations(student)
-    with empty_weights(fabric, estimate.teacher_dtype):
-        teacher = build_model(estimate.teacher, estimate.teacher_tied)
-    teacher = set_up_teacher(fabric, teacher)
-    student = fabric.setup_module(student)
-    optimizer = fabric.setup_optimizers(
-        torch.optim.AdamW(student.parameters(), lr=1e-4, fused=estimate.optimizer_is_fused)
-    )
+    state = runs.make_state(fabric, estimate, confidence=None)
     if directory is not None:
-        for model, name in ((teacher, "teacher"), (student, "student")):
+        for model, name in ((state["teacher"].model, "teacher"), (state["student"], "student")):
             path = directory / f"{name}.pth"
             load_weights(model, torch.load(path, mmap=True, weights_only=True) if fabric.is_global_zero else None)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    state = {"student": student, "teacher": Teacher(fabric, teacher), "caches": Caches()}
-    state |= {"optimizer": optimizer, "scheduler": scheduler}
-    return state | {"loss": estimate.loss, "vocab_size": estimate.vocab_size}
-
-
-def steps_of(estimate: MemoryEstimate, number: int) -> Iterator[StepBatch]:
-    """That many step batches of a process, of made-up tokens."""
-    micro_batches = estimate.global_batch_size // estimate.samples // estimate.processes
-    tokens = estimate.samples * estimate.sequence_length * micro_batches * estimate.processes
-    for step in range(number):
-        batches = [micro_batch(estimate) for _ in range(micro_batches)]
-        yield StepBatch(0, step, np.arange(estimate.global_batch_size), tokens, tokens, tokens, batches)
+    return state
 
 
 OPTIONS = ("train", "teacher", "precision", "devices", "num_nodes", "hybrid_sharding")
@@ -147,28 +117,6 @@ def model(layers: int, width: int, vocab_size: int) -> Config:
         rotary_percentage=1.0,
         parallel_residual=False,
     )
-
-
-def make_estimate(student: Config, teacher: Config, **changes) -> MemoryEstimate:
-    defaults = dict(
-        student_tied=False,
-        teacher_tied=False,
-        vocab_size=student.padded_vocab_size,
-        loss=DistillationLoss(compile=False),
-        device="cpu",
-        devices=1,
-        num_nodes=1,
-        hybrid_sharding=False,
-        precision="32-true",
-        teacher_dtype=torch.float32,
-        optimizer_states=2.0,
-        optimizer_is_fused=True,
-        global_batch_size=4,
-        micro_batch_size=4,
-        micro_batch_tokens=None,
-        sequence_length=1024,
-    )
-    return MemoryEstimate(student, teacher, **{**defaults, **changes})
 
 
 LLAMA_8B, LLAMA_70B = Config.from_name("Llama-3.1-8B"), Config.from_name("Llama-3.1-70B")

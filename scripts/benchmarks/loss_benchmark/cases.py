@@ -10,19 +10,27 @@ import torch
 from torch import Tensor
 
 
-def make_inputs(tokens: int, vocab: int, student_width: int, teacher_width: int) -> dict:
+def make_inputs(
+    tokens: int,
+    vocab: int,
+    student_width: int,
+    teacher_width: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> dict:
     """Hidden states and heads whose logits look like a language model's: a Zipf prior and one favoured id per token."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, vocab, (tokens,), generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    made = {"generator": generator, "device": device}
+    labels = torch.randint(0, vocab, (tokens,), **made)
     inputs = {"labels": labels}
     for side, width, confidence in (("student", student_width, 10.0), ("teacher", teacher_width, 13.0)):
-        weight = torch.randn(vocab, width, generator=generator).div_(width**0.5)
-        weight[:, 0] = -1.2 * torch.arange(1, vocab + 1).log()
-        hidden = torch.randn(tokens, width, generator=generator)
-        strength = confidence + 3 * torch.randn(tokens, 1, generator=generator)
+        weight = torch.randn(vocab, width, **made).div_(width**0.5)
+        weight[:, 0] = -1.2 * torch.arange(1, vocab + 1, device=device).log()
+        hidden = torch.randn(tokens, width, **made)
+        strength = confidence + 3 * torch.randn(tokens, 1, **made)
         hidden[:, 1:] += strength * weight[labels, 1:]
         hidden[:, 0] = 1
-        inputs[f"{side}_hidden"], inputs[f"{side}_head_weight"] = hidden, weight
+        inputs[f"{side}_hidden"], inputs[f"{side}_head_weight"] = hidden.to(dtype), weight.to(dtype)
     for name in ("student_hidden", "student_head_weight"):
         inputs[name].requires_grad_()
     return inputs
@@ -106,7 +114,25 @@ def torchtune(inputs: dict) -> Callable[[], None]:
     return run
 
 
-CASES = {f.__name__: f for f in (products, ours, eager, direct, liger, torchtune)}
+def trl(inputs: dict) -> Callable[[], None]:
+    from trl.trainer.distillation_trainer import _CHUNKED_LM_HEAD_CHUNK_SIZE, _chunked_divergence_loss
+
+    def run():
+        loss, *_ = _chunked_divergence_loss(
+            inputs["student_hidden"][None],
+            inputs["teacher_hidden"][None],
+            inputs["student_head_weight"],
+            inputs["teacher_head_weight"],
+            torch.ones_like(inputs["labels"])[None],
+            beta=0.5,
+            chunk_size=_CHUNKED_LM_HEAD_CHUNK_SIZE,
+        )
+        loss.backward()
+
+    return run
+
+
+CASES = {f.__name__: f for f in (products, ours, eager, direct, liger, torchtune, trl)}
 
 
 def own_forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
