@@ -77,10 +77,11 @@ def without_nan(products: Tensor, finite: bool = False) -> Tensor:
 
 def tail_mass(teacher_logits: Tensor, top_k: int) -> Tensor:
     """The mass of all ids but the ``top_k`` most probable ones, ``[n]`` of ``[n, vocab]`` logits, which are lost."""
-    log_sum = teacher_logits.logsumexp(dim=-1)
-    ids = teacher_logits.topk(min(top_k, teacher_logits.size(-1)), dim=-1, sorted=False).indices
-    # a sum over what is left of 1 could not be told from rounding
-    return (teacher_logits.scatter_(-1, ids, -torch.inf).logsumexp(dim=-1) - log_sum).exp()
+    top, ids = teacher_logits.topk(min(top_k, teacher_logits.size(-1)), dim=-1, sorted=False)
+    p = teacher_logits.sub_(top.amax(dim=-1, keepdim=True)).exp_()
+    total = p.sum(dim=-1)
+    # what is left of 1 could not be told from rounding
+    return p.scatter_(-1, ids, 0).sum(dim=-1) / total
 
 
 def relative_to_mean(masses: Tensor, sequences: Tensor | None) -> Tensor:

@@ -259,6 +259,9 @@ def test_compiled_gives_the_same_numbers(divergence, kd_ratio, monkeypatch):
         close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-12}
         torch.testing.assert_close(found.loss, wanted.loss, **close)
         torch.testing.assert_close(found.stats, wanted.stats, **close)
+        if divergence == "csd":
+            # its gradients are several times those of the others here, up to 7, and so is their rounding
+            close["atol"] *= 5
         for a, b in zip(gradients(found.loss, inputs), gradients(wanted.loss, inputs), strict=True):
             torch.testing.assert_close(a, b, **close)
 

@@ -14,20 +14,21 @@ import torch
 from helpers.marks import with_all_slow_but
 from helpers.memory_runs import watched
 from helpers.ranks import in_fresh_processes, in_processes
-from helpers.runs import assert_same, difference, distil, metrics
+from helpers.runs import assert_same, difference, distil, final, metrics
 from helpers.sharding import RATE, UNEVEN, losses_in
 from litgpt.config import Config
 from litgpt.model import GPT
 
+from litgpt_akl.config.args import ScheduleArgs, TeacherArgs
 from litgpt_akl.data import StreamingSFT
 from litgpt_akl.models.gpt import build_model, empty_weights, hidden_states, set_up_teacher
 from litgpt_akl.models.parallel import load_weights, make_strategy, reshard, return_freed_memory
 from litgpt_akl.models.tensor_file import tensor_file
 
 
-def train(student, teacher, data, out_dir, train=UNEVEN, **changes):
+def train(student, teacher_dir, data, out_dir, train=UNEVEN, **changes):
     torch.set_num_threads(1)
-    return distil(student, teacher, data, out_dir, train=train, optimizer=RATE, **changes)
+    return distil(student, teacher_dir, data, out_dir, train=train, optimizer=RATE, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,21 @@ def test_many_processes_take_the_steps_of_one(one, case, teacher_dir, alice_json
         varying = {"memory_gb", "tokens_per_second", "response_tokens_per_second", "seconds_per_step", "padding"}
         expected = {name: value for name, value in expected.items() if name not in varying}
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("divergence", ["csd", "drkl", "tad"])
+def test_objectives_of_labels_and_sequences(divergence, student_dir, teacher_dir, alice_json, tmp_path):
+    """Two processes, other micro-batches, a cached teacher, responses of the student's own, and a schedule."""
+    distill = {"divergence": divergence, "on_policy": 0.5, "on_policy_tokens": 8}
+    distill["schedule"] = ScheduleArgs(temperature=(2.0, 1.0))
+    options = {"distill": distill, "train": UNEVEN}
+    expected = train(student_dir, teacher_dir, alice_json, tmp_path / "one", **options)
+    options |= {"train": UNEVEN | {"micro_batch_size": 3}, "devices": 2}
+    options["teacher"] = TeacherArgs(cache_dir=str(tmp_path / "cache"))
+    run = partial(train, student_dir, teacher_dir, alice_json, tmp_path / "many", **options)
+    in_processes(2, run)
+    assert difference(expected, final(tmp_path / "many")) < 1e-6
 
 
 @pytest.mark.parametrize("one", ["tied", pytest.param("untied", marks=pytest.mark.slow)], indirect=True)
