@@ -72,13 +72,13 @@ def synchronisations(place: Place, places: Counter) -> Iterator[None]:
 
 
 def profiled_waits(place: Place, step: Callable[[], Any]) -> dict[str, int]:
-    """Calls and copies of a step that the host waits for, by their names, as the profiler sees them."""
+    """Calls and copies of a step that the host waits for, by their names, as the profiler sees them.
+
+    On a GPU the profiler itself waits for the device when it ends.
+    """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * place.is_cuda
     with profile(activities=activities) as found:
         step()
-        if place.is_cuda:
-            # the profiler itself waits in the end
-            torch.cuda.synchronize()
     names = WAITS if place.is_cuda else tuple(f"aten::{read.overloadpacket.__name__}" for read in READS)
     counts: Counter = Counter()
     for event in found.key_averages():
