@@ -21,10 +21,6 @@ OTHERS = {"shm-size": "Docker's", "long": "zstd's", "faint": "a variable of CSS"
 ELSEWHERE = {
     ("evaluate_akl", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
     ("export_hf", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
-    ("export_hf", "litgpt_akl.models.chat_template.ChatTemplate"): "it is asked without a choice",
-    ("export_hf", "litgpt_akl.models.weights.OPTIONS"): "it has no teacher",
-    ("generate_responses", "litgpt_akl.models.weights.OPTIONS"): "it tells the name of its own option",
-    ("make_student", "litgpt_akl.models.weights.OPTIONS"): "it tells the name of its own option",
     ("evaluate_akl", "litgpt_akl.loss.objective.UserFunction"): "the divergence is one of the package's own",
     ("evaluate_akl", "litgpt_akl.training.launch.WAY_ON"): "it gives words of its own",
     ("finetune_akl", "litgpt_akl.training.summary.next_commands"): "they stand behind evaluate_akl",
