@@ -14,7 +14,7 @@ from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
 
 from litgpt_akl.commands import finetune_akl
-from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.config.args import DistillArgs, TeacherArgs
 from litgpt_akl.files.directories import write_directory
 from litgpt_akl.files.lock import new_directory_locked
 from litgpt_akl.files.table import read_table
@@ -174,6 +174,8 @@ def _train_briefly(making: StudentMaking, teacher: TeacherFiles, work_dir: Path,
                 out_dir=run_dir,
                 save_minutes=None,
                 teacher=TeacherArgs(cache_dir=str(work_dir / "cache")),
+                # labels would pull the student away from the teacher, to which the distance is measured
+                distill=DistillArgs(divergence="fkl", kd_ratio=1.0),
                 train=train,
                 eval=EvalArgs(interval=steps + 1, max_iters=iterations, max_new_tokens=None),
             )

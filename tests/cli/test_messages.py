@@ -31,7 +31,6 @@ ELSEWHERE = {
     ("generate_responses", "litgpt_akl.data.preparation._describe_missing"): "it says that training with it is meant",
     ("make_student", "litgpt_akl.data.preparation._describe_missing"): "it says that training with it is meant",
     ("make_student", "litgpt_akl.loss.objective.UserFunction"): "the divergence is one of the package's own",
-    ("make_student", "litgpt_akl.config.args.TeacherArgs"): "it is made with a directory of the command's own",
     ("make_student", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",
     ("export_prompts", "litgpt_akl.data.preparation._describe_missing"): "it says that training with it is meant",
     ("export_prompts", "litgpt_akl.teacher.cache.TeacherCache"): "a cache that may be written is mended",
@@ -63,7 +62,9 @@ class Definition(NamedTuple):
     name: str
 
 
-WRAPPED = {"make_student": {Definition("litgpt_akl.commands.finetune_akl", "setup")}}
+SETUP = Definition("litgpt_akl.commands.finetune_akl", "setup")
+OF_SETUP = {Definition("litgpt_akl.config.args", name) for name in ("DistillArgs", "TeacherArgs")}
+WRAPPED = {"make_student": {SETUP, *OF_SETUP}}
 """What a command calls with options that a user has not given: errors from there are told with a way out of its own."""
 
 
