@@ -84,7 +84,7 @@ def test_the_best_few_are_trained_as_finetune_akl_trains_them(teacher_dir, short
     # none of the training is in the student that is made
     assert (tmp_path / "best" / "lit_model.pth").read_bytes() == (tmp_path / "named" / "lit_model.pth").read_bytes()
     train = {"max_steps": 3, "max_seq_length": 100}
-    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 3e-4}}
     options = {"train": train, "optimizer": optimizer, "distill": {"divergence": "fkl", "kd_ratio": 1.0}}
     distil(tmp_path / "named", teacher_dir, short, tmp_path / "run", **options)
     found = forward_kl(tmp_path / "named", teacher_dir, short, tmp_path / "before")
