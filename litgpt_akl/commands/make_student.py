@@ -1,5 +1,6 @@
 """`litgpt make_student`: a student made from some of its teacher's layers."""
 
+import shlex
 import shutil
 import sys
 from contextlib import redirect_stdout
@@ -26,6 +27,9 @@ from litgpt_akl.models.vocabulary import describe_padding
 from litgpt_akl.training.logging import silence_known_noise
 from litgpt_akl.training.student_choice import HELD_OUT, Choice, choose, choose_candidate, plan_candidates
 from litgpt_akl.training.student_making import Method, StudentMaking, count_layers
+
+MOST = 0.75
+"""Share of the teacher's parameters above which a student is near its teacher, and trained at a lower rate."""
 
 
 def make_student(
@@ -120,6 +124,9 @@ def _tell(teacher: TeacherFiles, out_dir: Path, choice: Choice) -> None:
     )
     if padding := describe_padding(config, teacher.ids):
         say(f"{padding} The student has none of them.")
+    words = ["litgpt", "finetune_akl", out_dir, "--teacher_checkpoint_dir", teacher.directory]
+    rate = "3e-4" if size > MOST * whole else "1e-3"
+    say(f"Next: {shlex.join(map(str, words))} --optimizer.lr {rate}, with --data of the training.")
 
 
 class _StepsOnly(TextIOBase):

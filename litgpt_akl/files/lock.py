@@ -97,7 +97,7 @@ def _take(file: Path, directory: Path) -> int:
             os.close(descriptor)
             raise
         if holder:
-            say(f"{directory}: {_describe(holder)} is gone without an end; this process takes its place.")
+            say(f"{directory}: {_describe(holder)} was killed before its end; this process takes its place.")
             clear_unfinished_files(directory)
         return descriptor
 

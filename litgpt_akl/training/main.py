@@ -27,6 +27,7 @@ from litgpt_akl.training.teacher_accuracy import report_accuracy
 
 WAY_ON = "The same command with --resume auto goes on from the last checkpoint."
 """After a signal."""
+NOTHING = "No step was finished, and nothing was saved: start the run again."
 
 
 @ending_together
@@ -63,20 +64,20 @@ def train(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> None:
         state["stop"] = stop
         if run.eval.initial_validation and state["step_count"] == 0:
             report(fabric, run, state)
-            leave_if_stopped(fabric, stop, WAY_ON)
+            leave_if_stopped(fabric, stop, NOTHING)
         failures: list[str] = []
         with _noted_if_saved(state, failures, "The last step's end"):
             fit(fabric, run, state)
         if state["saved_student"] != state["step_count"]:
             # --train.max_time is over, or all steps had been taken before
-            leave_if_stopped(fabric, stop, WAY_ON)
+            leave_if_stopped(fabric, stop, WAY_ON if state["step_count"] else NOTHING)
             save_final(run, state)
         _report_on_student(fabric, run, state, failures)
         leave_if_stopped(fabric, stop, f"The student is in {run.out_dir / FINAL}, and whole.")
     # in every process the student is there when this returns
     wait_for_all()
     if fabric.is_global_zero:
-        close(run, flushed_metrics(fabric))
+        close(run, flushed_metrics(fabric), len(run.validation_records(splits[1])))
 
 
 def _report_on_student(fabric: L.Fabric, run: Run, state: dict, failures: list[str]) -> None:

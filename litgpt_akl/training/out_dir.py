@@ -216,7 +216,10 @@ def open_out_dir(out_dir: Path, resume: bool | Literal["auto"] | Path, overwrite
     """
     _check_content(out_dir, exports, bool(resume) and any(out_dir.glob(STEPS)))
     if resume is True or resume == "auto":
-        return find_training_state(resume, out_dir, warn=say)
+        found = find_training_state(resume, out_dir, warn=say)
+        if found is None and not (out_dir / FINAL).exists():
+            say(f"--resume auto: there is no checkpoint in {out_dir} to go on from; the run begins at its first step.")
+        return found
     goes_on_here = bool(resume) and is_within(Path(resume), out_dir)
     if (out_dir / FINAL).exists() and not overwrite and not goes_on_here:
         raise UserError(

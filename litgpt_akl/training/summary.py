@@ -164,6 +164,12 @@ def find_doubts(run: Run, splits: Splits) -> Iterator[str]:
         )
     if len(splits[1]) == 0:
         yield "There are no validation samples: validation is off, and nothing will tell what the student has learnt."
+    elif len(splits[1]) < FEW:
+        held_out = f"Validation reads {len(splits[1])} held-out records: what it says of the student is rough."
+        # held out of one file, and not a file of their own
+        is_share = Path(str(getattr(run.data, "path", ""))).is_file() and run.data.val_path is None
+        is_share = is_share or getattr(run.data, "val_split_fraction", None) is not None
+        yield f"{held_out} {'--data.val_split_fraction 0.2 holds out a fifth.' if is_share else 'Give it more.'}"
 
 
 def _doubt_of_style(run: Run, samples: int) -> str | None:
@@ -191,6 +197,10 @@ def _writes_alike(one: PromptStyle, other: PromptStyle) -> bool:
     return all(one.apply(probe) == other.apply(probe) for probe in PROBES)
 
 
+FEW = 5
+"""Held-out records, of which fewer are warned of."""
+
+
 ROWS = {
     "val_forward_kl": ("forward KL to the teacher, nats a token", "lower"),
     "val_reverse_kl": ("reverse KL to the teacher, nats a token", "lower"),
@@ -206,11 +216,14 @@ QUICK |= {"generation.max_new_tokens": "64"}
 """Options of an evaluation that takes a minute where one of all records takes an hour."""
 
 
-def close(run: Run, log: Path | None) -> None:
-    """Print what a run has come to, from its ``log`` of metrics, and how to go on; in process 0, after all else."""
+def close(run: Run, log: Path | None, records: int) -> None:
+    """Print what a run has come to, from its ``log`` of metrics, and how to go on; in process 0, after all else.
+
+    ``records`` is how many the validations have read.
+    """
     validations = _validations(log)
     if len(validations) > 1:
-        print(f"\n{table(validations[0], validations[-1])}\n", flush=True)
+        print(f"\n{table(validations[0], validations[-1], records)}\n", flush=True)
     entry("Student", run.out_dir / FINAL)
     if (run.out_dir / PAGE).is_file():
         entry("Report", run.out_dir / PAGE)
@@ -233,13 +246,13 @@ def _validations(log: Path | None) -> list[dict[str, float]]:
         return []
 
 
-def table(before: dict[str, float], now: dict[str, float]) -> str:
-    """Two validations beside the teacher, for people."""
+def table(before: dict[str, float], now: dict[str, float], records: int) -> str:
+    """Two validations of so many records beside the teacher, for people."""
     cross_entropy = now["val_teacher_cross_entropy"]
     teacher = {"val_forward_kl": 0.0, "val_reverse_kl": 0.0, "val_agreement": 1.0, "val_cross_entropy": cross_entropy}
     teacher["val_ppl"] = math.exp(min(cross_entropy, 700.0))
     step = f"step {before['step']:.0f}"
-    lines = [f"{'On held-out records, which way is better':53}{step:>9}{'now':>9}{'teacher':>9}"]
+    lines = [f"{f'On {records:,} held-out records, which way is better':53}{step:>9}{'now':>9}{'teacher':>9}"]
     for name, (text, better) in ROWS.items():
         cells = "".join(f"{readable_measure(name, of[name]):>9}" for of in (before, now, teacher))
         lines.append(f"{text:46}{better:<7}{cells}")

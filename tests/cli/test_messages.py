@@ -29,6 +29,7 @@ ELSEWHERE = {
     ("generate_responses", "litgpt_akl.training.launch.WAY_ON"): "it gives words of its own",
     ("evaluate_akl", "litgpt_akl.data.preparation._describe_missing"): "it says that training with it is meant",
     ("generate_responses", "litgpt_akl.data.preparation._describe_missing"): "it says that training with it is meant",
+    ("make_student", "litgpt_akl.commands.make_student._tell"): "it says how to train the student",
     ("make_student", "litgpt_akl.data.preparation._describe_missing"): "it says that training with it is meant",
     ("make_student", "litgpt_akl.loss.objective.UserFunction"): "the divergence is one of the package's own",
     ("make_student", "litgpt_akl.models.gpt.is_tied"): "it is asked without a wish",

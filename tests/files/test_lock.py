@@ -62,7 +62,7 @@ def test_a_killed_process_leaves_it_to_the_next(tmp_path, capsys):
                 pass
     assert (tmp_path / LOCK).exists()
     with locked(tmp_path):
-        assert f"process {process} on " in (told := capsys.readouterr().out) and "is gone without an end" in told
+        assert f"process {process} on " in (told := capsys.readouterr().out) and "was killed before its end" in told
     assert not (tmp_path / LOCK).exists()
 
 
@@ -72,12 +72,12 @@ def test_without_locks_of_the_file_system_the_process_is_asked_for(tmp_path, wit
             with locked(tmp_path):
                 pass
     with locked(tmp_path):
-        assert "is gone without an end" in capsys.readouterr().out
+        assert "was killed before its end" in capsys.readouterr().out
         content = json.loads((tmp_path / LOCK).read_text())
     # the same number, given to another process since
     (tmp_path / LOCK).write_text(json.dumps(content | {"process_began": content["process_began"] - 100}))
     with locked(tmp_path):
-        assert "is gone without an end" in capsys.readouterr().out
+        assert "was killed before its end" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change", [{"boot": "another machine"}, {"process_ids": "another container"}])
@@ -100,7 +100,7 @@ def test_a_process_that_cannot_be_asked_for_is_waited_for(tmp_path, change, with
     thread.join()
     with locked(tmp_path):
         told = capsys.readouterr().out
-    assert told.count("waiting up to") == 2 and told.count("is gone without an end") == 1
+    assert told.count("waiting up to") == 2 and told.count("was killed before its end") == 1
     assert 0.5 <= time.monotonic() - began < 5
 
 

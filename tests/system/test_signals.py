@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.commands import Command, start
 from helpers.runs import distil, metrics
+from litgpt.model import GPT
 
 from litgpt_akl.files.manifest import damage
 from litgpt_akl.messages import UserError
@@ -116,3 +117,28 @@ def test_a_dropped_step_changes_nothing_but_the_schedule(teacher_dir, student_di
     weights = [torch.load(tmp_path / f"step-00000{n}" / "lit_model.pth", weights_only=True) for n in (1, 2, 3)]
     assert all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
     assert not torch.equal(weights[1]["lm_head.weight"], weights[2]["lm_head.weight"])
+
+
+def test_a_signal_before_the_first_step_says_that_nothing_was_saved(
+    teacher_dir, student_dir, alice_json, tmp_path, capsys
+):
+    sent = []
+
+    def send(module: torch.nn.Module, *_: object) -> None:
+        if isinstance(module, GPT) and not sent and next(module.parameters()).device.type != "meta":
+            sent.append(module)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    hook = torch.nn.modules.module.register_module_forward_hook(send)
+    try:
+        with pytest.raises(SystemExit):
+            distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 1})
+    finally:
+        hook.remove()
+    told = capsys.readouterr().out
+    assert "No step was finished, and nothing was saved" in told and "--resume auto" not in told
+    assert list(tmp_path.glob("step-*")) == []
+    distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 1}, resume="auto")
+    assert "there is no checkpoint in" in capsys.readouterr().out
+    distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 1}, resume="auto", overwrite=False)
+    assert "there is no checkpoint in" not in capsys.readouterr().out

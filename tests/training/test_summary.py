@@ -105,6 +105,19 @@ def test_what_may_not_be_meant_is_warned_of_once_and_the_way_out_works(student_d
     assert finished.returncode == 0 and of_label(finished.stdout, "Warning") == [], finished.stderr
 
 
+def test_few_held_out_records_are_warned_of(student_dir, teacher_dir, alice_records, tmp_path, capsys):
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in alice_records[:30]))
+    options = {"mask_prompt": True, "prompt_style": Default(), "num_proc": 1, "num_workers": 0}
+    for fraction, count in ((0.05, 1), (0.2, 0)):
+        data = StreamingSFT(str(tmp_path / "records.jsonl"), val_split_fraction=fraction, **options)
+        distil(student_dir, teacher_dir, data, tmp_path / str(fraction), train={"max_steps": 1})
+        told = capsys.readouterr().out
+        held_out = int(re.search(r"(\d+) more held out", " ".join(told.split()))[1])
+        assert (0 < held_out < 5) == bool(count)
+        assert sum("--data.val_split_fraction 0.2" in text for text in of_label(told, "Warning")) == count
+        assert f"On {held_out} held-out records, which way is better" in told
+
+
 def test_responses_that_a_teacher_writes_are_no_riddle_to_it(student_dir, teacher_dir, alice_records, tmp_path, capsys):
     """In a form that it does not know, a teacher is worse than a guess; of its own responses it knows more."""
     records = tmp_path / "records.jsonl"
