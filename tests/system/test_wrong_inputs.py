@@ -417,7 +417,7 @@ EXCHANGED = [
     Row(P.replace("--teacher.cache_dir held", ""), ["--teacher.cache_dir is missing"], P),
     Row(P.replace("held", "s3://bucket/held"), ["--teacher.cache_dir s3://bucket/held", "a local folder"], P),
     Row(P.replace("dir teacher", "dir missing"), ["missing does not exist", "--teacher_checkpoint_dir"], P),
-    Row(f"{P} --max_seq_length 0", ["--max_seq_length", "0", "at least 1"], f"{P} --max_seq_length 64"),
+    Row(f"{P} --max_seq_length 0", ["--max_seq_length", "0", "at least 1"], f"{P} --max_seq_length 128"),
     Row(f"{P} --teacher.precision fp8", ["--teacher.precision", "fp8"], f"{P} --teacher.precision bf16-true"),
     Row(f"import_hidden_states {HELD}", ["source is missing"], IMPORT),
     Row(IMPORT.replace("states states", "states missing"), ["missing", "given as source"], IMPORT),
