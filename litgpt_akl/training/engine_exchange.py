@@ -14,7 +14,7 @@ from litgpt_akl.config.checks import no_data
 from litgpt_akl.config.recipe import check_masked
 from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.dataset import TokenizedDataset, digest
-from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
+from litgpt_akl.data.steps import collate
 from litgpt_akl.messages import UserError, progress_bar, say
 from litgpt_akl.models.gpt import make_head
 from litgpt_akl.models.pair import Pair, check_pair
@@ -170,16 +170,11 @@ def import_states(exchange: EngineExchange, files: EngineFiles, normed: bool) ->
                 if file is None:
                     found.lacking[name] += 1
                     continue
-                states = files.read(file, sample["input_ids"], counted(sample)).to(exchange.dtype)
+                states = files.read(file, sample["input_ids"], collate([sample]).positions).to(exchange.dtype)
                 cache.add([Record(number, digest(sample), states if normed else last.norm(states))])
                 found.records += 1
     exchange.caches.flush()
     return found
-
-
-def counted(sample: dict[str, Tensor]) -> Tensor:
-    """The positions ``[n]`` of a sample whose next id counts."""
-    return (sample["labels"][1:] != IGNORE_INDEX).nonzero()[:, 0]
 
 
 def _check_states(exchange: EngineExchange, files: EngineFiles, last: LastLayers, normed: bool) -> None:
@@ -187,19 +182,20 @@ def _check_states(exchange: EngineExchange, files: EngineFiles, last: LastLayers
     readings = {AS_READ: 0, "moved back by one id": 1, "moved on by one id": -1}
     nats: dict[str, list[float]] = {name: [] for name in readings}
     for sample in _probed(exchange, files):
-        ids, positions = sample["input_ids"], counted(sample)
+        ids, positions = sample["input_ids"], collate([sample]).positions
         # an id later there must be one, and an id earlier
         positions = positions[(positions > 0) & (positions < len(ids) - 1)]
         if len(positions) == 0:
             continue
-        file = files.find(ids)
-        if last.has_made(files.read(file, ids, positions).to(exchange.dtype)) != normed:
+        file, rows = files.find(ids), torch.cat([positions + shift for shift in readings.values()])
+        states = files.read(file, ids, rows).to(exchange.dtype).split(len(positions))
+        by_reading = dict(zip(readings, states, strict=True))
+        if last.has_made(by_reading[AS_READ]) != normed:
             told = "are not" if normed else "are already"
             way_out = "Leave out --normed true." if normed else "Give --normed true."
             raise UserError(f"{file.path}: its hidden states {told} what the teacher's final norm makes.\n{way_out}")
-        for name, shift in readings.items():
-            states = files.read(file, ids, positions + shift).to(exchange.dtype)
-            nats[name].append(last.nats(states, ids[positions + 1], normed))
+        for name, found in by_reading.items():
+            nats[name].append(last.nats(found, ids[positions + 1], normed))
     means = {name: sum(found) / len(found) for name, found in nats.items() if found}
     if not means:
         return
