@@ -1,21 +1,18 @@
 """The distillation loss over two LM heads, block by block: a ``[tokens, vocab]`` tensor for a whole batch never exists.
 
 Each block of tokens goes through both heads, its loss and the gradient of its logits are formed at once in two buffers
-that are allocated once, and the gradient is carried back through the student's head before the next block overwrites
-them. On a CPU, a block's rows are worked on in tiles that stay in the cache from the first pass to the last, in memory
-that is allocated once; torch.compile, where it works, fuses the passes. Results are sums over tokens, never means.
+that are allocated once. On a CPU, a block's rows are worked on in tiles that stay in the cache from the first pass to
+the last, in memory that is allocated once; torch.compile, where it works, fuses the passes.
 """
 
-import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from litgpt_akl.loss.blockwise import Blocks, HeadLoss, LMHead, Score, blockwise_loss
 from litgpt_akl.loss.comparison import (
     NO_SCRATCH,
     Comparison,
@@ -33,49 +30,10 @@ from litgpt_akl.loss.tile import Number, Tile
 
 IGNORE_INDEX = -100
 
-IN_NATS = ("divergence", "forward_kl", "reverse_kl", "cross_entropy", "teacher_cross_entropy")
-OF_THE_HEAD = ("h", "h_squared", "head_gap", "tail_gap")
-OF_TOP_IDS = ("agreement", "confidence", "accuracy", "teacher_confidence", "teacher_accuracy")
-STATISTICS = (*IN_NATS, *OF_THE_HEAD, *OF_TOP_IDS)
-"""What is known of each token beside the loss. ``agreement`` is of the two top-1 ids, ``confidence`` is the probability
-of a model's top-1 id at temperature 1, and ``accuracy`` is whether it is the label."""
-
 _BLOCK_BYTES = {"cpu": 100 * 2**20}
 _BLOCK_BYTES_ELSEWHERE = 2**30
 # less than 1 MB in float32, so that what a tile needs fits into a core's cache
 _TILE_ELEMENTS = 200_000
-
-
-class HeadLoss(NamedTuple):
-    """What :class:`DistillationLoss` returns."""
-
-    loss: Tensor
-    """Sum over tokens of ``(1 - kd_ratio) * cross-entropy + kd_ratio * divergence`` in nats, with gradients."""
-    tokens: int
-    """How many labels were not -100."""
-    values: dict[str, Tensor]
-    """The :data:`STATISTICS` of each token, ``[tokens]`` by name, without gradients."""
-
-    @property
-    def stats(self) -> dict[str, Tensor]:
-        """The sums of :data:`STATISTICS` over tokens, scalars."""
-        return dict(zip(self.values, torch.stack([*self.values.values()]).sum(dim=1).unbind(), strict=True))
-
-
-class _LMHead(NamedTuple):
-    """Final hidden states ``[n, d]`` and the head ``[vocab, d]`` that turns them into logits."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-
-    def logits_into(self, out: Tensor, rows: slice) -> None:
-        _product(self.hidden[rows], self.weight.T, out)
-        if self.bias is not None:
-            out.add_(self.bias)
-        if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 @dataclass(frozen=True)
@@ -140,18 +98,36 @@ class DistillationLoss(Objective):
         if rows is not None and len(rows) < len(labels):
             student_hidden, teacher_hidden, labels = student_hidden[rows], teacher_hidden[rows], labels[rows]
             sequences = None if sequences is None else sequences[rows]
-        dtype = _product_dtype(student_hidden)
-        student = student_hidden.to(dtype), student_head_weight.to(dtype), student_bias
-        teacher = _LMHead(
-            teacher_hidden.detach().to(dtype),
-            teacher_head_weight.detach()[:vocab_size].to(dtype),
-            None if teacher_bias is None else teacher_bias.detach()[:vocab_size],
-            teacher_softcap,
+        teacher = LMHead.frozen(
+            teacher_hidden, teacher_head_weight, teacher_bias, teacher_softcap, vocab_size, like=student_hidden
         )
-        wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in student)
-        with torch.autocast(student_hidden.device.type, enabled=False):
-            loss, values = _BlockwiseLoss.apply(*student, teacher, student_softcap, labels, sequences, wanted, self)
-        return HeadLoss(loss, len(labels), dict(zip(STATISTICS, values.unbind(), strict=True)))
+        block_tokens = self.tokens_per_block(vocab_size, student_hidden.device.type)
+        blocks = Blocks(block_tokens, vocab_size, self.kd_ratio, partial(self._make_score, teacher, labels, sequences))
+        return blockwise_loss(student_hidden, student_head_weight, student_bias, student_softcap, labels, blocks)
+
+    def _make_score(
+        self,
+        teacher: LMHead,
+        labels: Tensor,
+        sequences: Tensor | None,
+        student: LMHead,
+        block: Tensor,
+        parts: list[slice],
+        want_gradient: bool,
+    ) -> Score:
+        """What scores blocks of the student's logits against those of a teacher's head."""
+        # a tensor of its own: torch.compile mistakes what is written to a part of a tensor that is also read
+        buffer = torch.empty_like(block)
+        finite = student.allows_all and teacher.allows_all
+        scorer = Scorer(self, block, softcap=student.softcap, finite=finite, want_gradient=want_gradient)
+        tails = _relative_tails(self, teacher, buffer, parts, sequences) if self.weighs_tails else None
+
+        def score(rows: slice, logits: Tensor, out: dict[str, Tensor]) -> None:
+            teacher_logits = buffer[: len(logits)]
+            teacher.logits_into(teacher_logits, rows)
+            scorer(teacher_logits, logits, labels[rows], out, None if tails is None else tails[rows])
+
+        return score
 
     def tokens_per_block(self, vocab_size: int, device_type: str) -> int:
         """How many tokens go through the heads at a time."""
@@ -175,51 +151,8 @@ class DistillationLoss(Objective):
         return {"with the loss": 0, "alone": 3, "never": 10}[find_divergence(self).compiled]
 
 
-class _BlockwiseLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, teacher: _LMHead, softcap, labels, sequences, wanted, options):
-        vocab_size, device = len(teacher.weight), hidden.device.type
-        student = _LMHead(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size], softcap)
-        gradients = _Gradients.like(student, wanted, len(weight), empty=len(labels) == 0)
-        dtype = gradients.dtype
-        values = torch.empty(len(STATISTICS), len(labels), dtype=dtype, device=hidden.device)
-        by_name = dict(zip(STATISTICS, values.unbind(), strict=True))
-        blocks = max(1, math.ceil(len(labels) / options.tokens_per_block(vocab_size, device)))
-        size = math.ceil(len(labels) / blocks)
-        # two tensors, not one: torch.compile mistakes what is written to a part of a tensor that is also read
-        buffers = [torch.empty(size, vocab_size, dtype=dtype, device=hidden.device) for _ in range(2)]
-        score = Scorer(
-            options,
-            buffers[0],
-            softcap=softcap,
-            finite=all(_allows_all(head.bias) for head in (student, teacher)),
-            want_gradient=any(wanted),
-        )
-        parts = [slice(start, min(start + size, len(labels))) for start in range(0, len(labels), size or 1)]
-        tails = _relative_tails(options, teacher, buffers[1], parts, sequences) if options.weighs_tails else None
-        for rows in parts:
-            student_logits, teacher_logits = (buffer[: rows.stop - rows.start] for buffer in buffers)
-            student.logits_into(student_logits, rows)
-            teacher.logits_into(teacher_logits, rows)
-            out = {name: value[rows] for name, value in by_name.items()}
-            score(teacher_logits, student_logits, labels[rows], out, None if tails is None else tails[rows])
-            gradients.add(student_logits, student, rows)
-        ctx.gradients, ctx.inputs = gradients, (hidden, weight, bias)
-        ctx.mark_non_differentiable(values)
-        return _weighted(options.kd_ratio, by_name["divergence"].sum(), by_name["cross_entropy"].sum()), values
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output, _):
-        if ctx.gradients is None:
-            raise RuntimeError("the gradients of this loss were already handed out; call the loss again")
-        # the loss may outlive its backward; what it was computed from need not
-        gradients, inputs, ctx.gradients, ctx.inputs = ctx.gradients, ctx.inputs, None, None
-        return *gradients.scaled(grad_output, inputs), *[None] * 6
-
-
 def _relative_tails(
-    loss: DistillationLoss, teacher: _LMHead, buffer: Tensor, parts: list[slice], sequences: Tensor | None
+    loss: DistillationLoss, teacher: LMHead, buffer: Tensor, parts: list[slice], sequences: Tensor | None
 ) -> Tensor:
     """The teacher's mass beyond its top ids, ``[n]``, divided by its mean over the tokens of each sequence.
 
@@ -231,51 +164,6 @@ def _relative_tails(
         teacher.logits_into(logits, rows)
         masses[rows] = tail_mass(logits.div_(loss.temperature), loss.top_k)
     return relative_to_mean(masses, sequences)
-
-
-def _weighted(kd_ratio: float, divergence: Tensor, cross_entropy: Tensor) -> Tensor:
-    """The loss of two sums; a term without weight counts nothing even if infinite."""
-    if kd_ratio in (0.0, 1.0):
-        return (divergence if kd_ratio == 1.0 else cross_entropy).clone()
-    return kd_ratio * divergence + (1 - kd_ratio) * cross_entropy
-
-
-class _Gradients(NamedTuple):
-    """Gradients of a sum of losses in the student's hidden states, head and bias; None for what needs none."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    dtype: torch.dtype
-
-    @classmethod
-    def like(cls, student: _LMHead, wanted: tuple[bool, bool, bool], width: int, empty: bool) -> "_Gradients":
-        dtype = torch.float64 if student.hidden.dtype == torch.float64 else torch.float32
-        vocab_size, device = len(student.weight), student.hidden.device
-        hidden = torch.empty(student.hidden.shape, dtype=dtype, device=device) if wanted[0] else None
-        weight = torch.empty(width, student.weight.size(1), dtype=dtype, device=device) if wanted[1] else None
-        if weight is not None:
-            # the first block overwrites its part, so only ids without a token of their own are cleared
-            weight[0 if empty else vocab_size :].zero_()
-        bias = torch.zeros(width, dtype=dtype, device=device) if wanted[2] else None
-        return cls(hidden, weight, bias, dtype)
-
-    def add(self, logits_gradient: Tensor, student: _LMHead, rows: slice) -> None:
-        """Carry the gradient of one block's logits ``[block, vocab]`` back through the student's head."""
-        vocab_size = len(student.weight)
-        if self.bias is not None:
-            self.bias[:vocab_size] += logits_gradient.sum(dim=0)
-        logits_gradient = logits_gradient.to(student.weight.dtype)
-        if self.hidden is not None:
-            _product(logits_gradient, student.weight, self.hidden[rows])
-        if self.weight is not None:
-            total, hidden = self.weight[:vocab_size], student.hidden[rows]
-            _product(logits_gradient.T, hidden, total, add=rows.start > 0)
-
-    def scaled(self, factor: Tensor, inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """The gradients times ``factor``, in place, in the dtypes of their inputs."""
-        pairs = zip(self[:3], inputs, strict=True)
-        return tuple(None if total is None else total.mul_(factor).to(given.dtype) for total, given in pairs)
 
 
 class Scorer:
@@ -440,46 +328,3 @@ def _check(student_hidden, student_weight, teacher_hidden, teacher_weight, label
             raise ValueError(f"vocab_size {vocab_size} is above the {len(weight)} ids of the {name}'s head")
     if not labels.is_cuda and len(labels) and int(labels.max()) >= vocab_size:
         raise ValueError(f"label {int(labels.max())} lies outside the {vocab_size} ids that both heads have")
-
-
-def _allows_all(bias: Tensor | None) -> bool:
-    """Whether no id is forbidden, which only a bias can do; a GPU's is not looked at, since the host would wait."""
-    return bias is None or (not bias.is_cuda and bool(bias.isfinite().all()))
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """CUDA multiplies in half precision and sums in float32; elsewhere the operands themselves become float32."""
-    if hidden.is_cuda and sums_in_float32(hidden.device):
-        return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
-    return torch.promote_types(hidden.dtype, torch.float32)
-
-
-@cache
-def sums_in_float32(device: torch.device) -> bool:
-    """Whether matrices of bfloat16 have products in float32 there, which PyTorch 2.8 brought to CUDA, not to ROCm.
-
-    Where they have not, a warning says that the loss multiplies in float32, which is exact and slower.
-    """
-    half, total = (torch.zeros(16, 16, dtype=dtype, device=device) for dtype in (torch.bfloat16, torch.float32))
-    try:
-        torch.mm(half, half, out_dtype=torch.float32, out=total)
-        torch.addmm(total, half, half, out_dtype=torch.float32, out=total)
-    except (NotImplementedError, RuntimeError, TypeError) as error:
-        reason = str(error).split("\n")[0]
-        warnings.warn(
-            f"On {device} PyTorch {torch.__version__} has no products of bfloat16 matrices in float32 ({reason}).\n"
-            "The LM heads multiply in float32, which is slower and takes a float32 copy of both.",
-            stacklevel=2,
-        )
-        return False
-    return True
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None:
-    """``out = left @ right``, or ``out += left @ right``, with ``out`` in float32 for operands of half precision."""
-    if left.dtype == out.dtype:
-        out.addmm_(left, right, beta=1 if add else 0)
-    elif add:
-        torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(left, right, out_dtype=out.dtype, out=out)

@@ -18,7 +18,8 @@ from litgpt.model import GPT, do_softcapping
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from litgpt_akl.loss.distillation_loss import DistillationLoss, HeadLoss
+from litgpt_akl.loss.blockwise import HeadLoss
+from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.lora import without_adapters
 from litgpt_akl.models.parallel import load_weights, reshard

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers.memory_runs import make_estimate, make_state, model, steps_of, write_weights
 
-from litgpt_akl.loss.distillation_loss import DistillationLoss, sums_in_float32
+from litgpt_akl.loss.blockwise import sums_in_float32
+from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.memory.estimate import MemoryEstimate
 from litgpt_akl.models.gpt import build_model, load_quantized
 from litgpt_akl.training.loop import take_step

@@ -11,8 +11,9 @@ from helpers.formulas import formula
 from helpers.marks import with_all_slow_but
 from helpers.reference import divergence as reference
 
+from litgpt_akl.loss.blockwise import STATISTICS
 from litgpt_akl.loss.compilation import compiled
-from litgpt_akl.loss.distillation_loss import STATISTICS, DistillationLoss
+from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.divergences import adaptive_kl_weight
 from litgpt_akl.loss.objective import DivergenceName
 

@@ -10,7 +10,7 @@ from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_akl.data.steps import MicroBatch
-from litgpt_akl.loss import distillation_loss
+from litgpt_akl.loss import blockwise
 from litgpt_akl.memory.estimate import STREAM
 from litgpt_akl.models.gpt import build_model, load_quantized
 from litgpt_akl.teacher.teacher import Teacher
@@ -95,13 +95,13 @@ def test_half_precision_is_multiplied_where_products_come_in_float32(monkeypatch
 
     monkeypatch.setattr(torch, "mm", product)
     monkeypatch.setattr(torch, "addmm", product)
-    distillation_loss.sums_in_float32.cache_clear()
+    blockwise.sums_in_float32.cache_clear()
     hidden = SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=dtype)
     try:
         with nullcontext() if error is None else pytest.warns(UserWarning, match="The LM heads multiply in float32"):
-            assert distillation_loss._product_dtype(hidden) == expected
+            assert blockwise._product_dtype(hidden) == expected
     finally:
-        distillation_loss.sums_in_float32.cache_clear()
+        blockwise.sums_in_float32.cache_clear()
 
 
 def test_this_pytorch_has_the_products_that_cuda_is_asked_for():

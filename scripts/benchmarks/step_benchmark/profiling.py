@@ -15,7 +15,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from litgpt_akl.data import workers
-from litgpt_akl.loss import distillation_loss
+from litgpt_akl.loss import blockwise, distillation_loss
 from litgpt_akl.teacher import teacher
 from litgpt_akl.training import loop
 from step_benchmark import variants
@@ -39,7 +39,7 @@ LOSS_OPERATIONS = ("aten::_log_softmax", "aten::nll_loss")
 RANGES = (
     (teacher, "hidden_states", "teacher"),
     (workers.Fetched, "__next__", LOADING),
-    (distillation_loss, "_product", HEADS),
+    (blockwise, "_product", HEADS),
     (distillation_loss.Scorer, "__call__", LOSS),
     (loop, "clip_gradients", NORM),
     (variants, "linear", HEADS),
