@@ -14,9 +14,10 @@ from litgpt.args import TrainArgs
 from litgpt.data import DataModule
 from litgpt.model import GPT
 
-from litgpt_akl.config.args import GenerationArgs, check_at_least_one
+from litgpt_akl.config.args import GenerationArgs
 from litgpt_akl.config.checks import check_hybrid_sharding, check_questions, count_devices, no_data
 from litgpt_akl.config.recipe import check_masked, plain
+from litgpt_akl.config.refusals import check_at_least_one
 from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.dataset import TokenizedDataset, turn_ends
 from litgpt_akl.data.workers import end_with_parent

@@ -12,8 +12,9 @@ from litgpt.data import DataModule
 from litgpt.types import LoggerChoice
 from litgpt.utils import init_out_dir
 
-from litgpt_akl.config.args import DistillArgs, LoRAArgs, Options, TeacherArgs
+from litgpt_akl.config.args import LoRAArgs, Options, TeacherArgs
 from litgpt_akl.config.checks import OPTIMIZER, check_options, optimizer_config, without_student
+from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.config.recipe import check_masked, given, recipe_as_yaml
 from litgpt_akl.memory.estimate import MemoryEstimate, make_estimate, with_lengths
 from litgpt_akl.memory.fit import report_memory, wrapped
@@ -134,7 +135,7 @@ def setup(
             more than two in a row. The samples are listed in a file in ``out_dir``.
         teacher: Teacher-related arguments. See ``litgpt_akl.config.args.TeacherArgs`` for details.
         lora: LoRA-related arguments. See ``litgpt_akl.config.args.LoRAArgs`` for details.
-        distill: Distillation-related arguments. See ``litgpt_akl.config.args.DistillArgs`` for details.
+        distill: Distillation-related arguments. See ``litgpt_akl.config.distillation.DistillArgs`` for details.
         train: Training-related arguments. See ``litgpt.args.TrainArgs`` for details. An iteration is an optimizer step
             here. Without ``lr_warmup_steps`` or ``lr_warmup_fraction``, a tenth of the run warms up, at most 100 steps.
         eval: Evaluation-related arguments. See ``litgpt.args.EvalArgs`` for details. Every validation reads the same

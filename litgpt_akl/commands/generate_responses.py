@@ -15,8 +15,9 @@ import torch
 from litgpt.data import DataModule
 from torch import Tensor, nn
 
-from litgpt_akl.config.args import GenerationArgs, check_at_least_one
+from litgpt_akl.config.args import GenerationArgs
 from litgpt_akl.config.checks import check_hybrid_sharding, count_devices
+from litgpt_akl.config.refusals import check_at_least_one
 from litgpt_akl.data.encoding import Encoder
 from litgpt_akl.data.formats import with_response
 from litgpt_akl.data.preparation import FileRecords, Settings

@@ -15,7 +15,8 @@ from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import DataModule
 
 from litgpt_akl.commands import finetune_akl
-from litgpt_akl.config.args import DistillArgs, TeacherArgs
+from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.files.directories import write_directory
 from litgpt_akl.files.lock import new_directory_locked
 from litgpt_akl.files.table import read_table

@@ -12,7 +12,8 @@ from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import DataModule, LitData, MicroLlama, OpenWebText, TextFiles, TinyLlama, TinyStories
 from litgpt.utils import parse_devices
 
-from litgpt_akl.config.args import GenerationArgs, Options, changed, check_at_least_one
+from litgpt_akl.config.args import GenerationArgs, Options
+from litgpt_akl.config.refusals import changed, check_at_least_one
 from litgpt_akl.messages import UserError
 
 OPTIMIZER = "AdamW"

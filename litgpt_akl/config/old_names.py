@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from litgpt_akl.config.args import KEYWORDS
+from litgpt_akl.config.distillation import KEYWORDS
 from litgpt_akl.messages import UserError
 
 _ALWAYS_GROUPED = ("tad.weighting", "csd.weight", "drkl.gamma")

@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from litgpt.prompts import PromptStyle, prompt_styles
 
-from litgpt_akl.config.args import KEYWORDS, DistillArgs
+from litgpt_akl.config.distillation import KEYWORDS, DistillArgs
 from litgpt_akl.config.old_names import with_new_names
 from litgpt_akl.messages import UserError, is_masked, masked
 

@@ -16,7 +16,8 @@ import torch
 from litgpt.config import Config
 from torch import Tensor, nn
 
-from litgpt_akl.config.args import DistillArgs, Options
+from litgpt_akl.config.args import Options
+from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.data.preview import Lengths
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.messages import UserError

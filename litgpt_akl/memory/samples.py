@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from litgpt.data import JSON, LitData
 from litgpt.utils import extend_checkpoint_dir
 
-from litgpt_akl.config.args import DistillArgs, Options
+from litgpt_akl.config.args import Options
+from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.files import is_local

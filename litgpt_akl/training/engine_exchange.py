@@ -9,9 +9,10 @@ from litgpt.args import TrainArgs
 from litgpt.data import DataModule
 from torch import Tensor, nn
 
-from litgpt_akl.config.args import CacheArgs, check_at_least_one
+from litgpt_akl.config.args import CacheArgs
 from litgpt_akl.config.checks import no_data
 from litgpt_akl.config.recipe import check_masked
+from litgpt_akl.config.refusals import check_at_least_one
 from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.dataset import TokenizedDataset, digest
 from litgpt_akl.data.steps import collate

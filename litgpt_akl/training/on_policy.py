@@ -12,7 +12,7 @@ import torch
 from litgpt.config import Config
 from torch import Tensor, nn
 
-from litgpt_akl.config.args import DistillArgs
+from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import PART, StepBatch, StepBatches, collate, cut, padded, together, turns
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from litgpt.data import DataModule
 
-from litgpt_akl.config.args import check_at_least_one
 from litgpt_akl.config.recipe import check_masked
+from litgpt_akl.config.refusals import check_at_least_one
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.student_checkpoint import TeacherFiles
 from litgpt_akl.models.student_config import SIZES, full_sizes

@@ -31,7 +31,8 @@ from litgpt.prompts import Default, PromptStyle
 
 from litgpt_akl.commands.finetune_akl import setup
 from litgpt_akl.commands.make_student import make_student
-from litgpt_akl.config.args import DistillArgs, TeacherArgs
+from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.files.directories import write_file
 from litgpt_akl.loss.distillation_loss import DistillationLoss

@@ -10,7 +10,7 @@ from helpers.options import MODELS, arguments_of, make_parser
 from helpers.runs import distil
 
 from litgpt_akl.cli.parser import Parser
-from litgpt_akl.config.args import AlphaBetaArgs, JSDArgs, SkewedArgs, TADArgs
+from litgpt_akl.config.distillation import AlphaBetaArgs, JSDArgs, SkewedArgs, TADArgs
 from litgpt_akl.config.old_names import OLD_NAMES
 from litgpt_akl.config.recipe import differences, recipe_as_yaml
 from litgpt_akl.files.manifest import MANIFEST, read_manifest, write_manifest

@@ -64,7 +64,10 @@ class Definition(NamedTuple):
 
 
 SETUP = Definition("litgpt_akl.commands.finetune_akl", "setup")
-OF_SETUP = {Definition("litgpt_akl.config.args", name) for name in ("DistillArgs", "TeacherArgs")}
+OF_SETUP = {
+    Definition("litgpt_akl.config.distillation", "DistillArgs"),
+    Definition("litgpt_akl.config.args", "TeacherArgs"),
+}
 WRAPPED = {"make_student": {SETUP, *OF_SETUP}}
 """What a command calls with options that a user has not given: errors from there are told with a way out of its own."""
 

@@ -14,20 +14,18 @@ from litgpt.prompts import Default
 
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.finetune_akl import setup
-from litgpt_akl.config.args import (
+from litgpt_akl.config.args import GenerationArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.config.distillation import (
     TAKERS,
     AlphaBetaArgs,
     CSDArgs,
     DistillArgs,
     DRKLArgs,
-    GenerationArgs,
     JSDArgs,
-    LoRAArgs,
     MixArgs,
     ScheduleArgs,
     SkewedArgs,
     TADArgs,
-    TeacherArgs,
 )
 from litgpt_akl.data.streaming import StreamingSFT
 from litgpt_akl.messages import UserError

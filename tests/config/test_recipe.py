@@ -19,7 +19,8 @@ from litgpt.prompts import ChatML, Default, PromptStyle
 
 from litgpt_akl.cli.parser import Parser
 from litgpt_akl.commands.finetune_akl import setup
-from litgpt_akl.config.args import OPTIONS, AKLArgs, DistillArgs
+from litgpt_akl.config.args import OPTIONS
+from litgpt_akl.config.distillation import AKLArgs, DistillArgs
 from litgpt_akl.config.recipe import recipe_as_yaml
 
 pytestmark = pytest.mark.filterwarnings("ignore:The `json_path` points to a single file")

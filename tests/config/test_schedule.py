@@ -5,7 +5,7 @@ import torch
 from helpers.options import MODELS, arguments_of, make_parser
 from helpers.runs import assert_same, distil, metrics
 
-from litgpt_akl.config.args import DistillArgs, MixArgs, ScheduleArgs, SkewedArgs
+from litgpt_akl.config.distillation import DistillArgs, MixArgs, ScheduleArgs, SkewedArgs
 from litgpt_akl.config.recipe import differences, recipe_as_yaml
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.memory.estimate import largest_loss

@@ -13,7 +13,8 @@ from litgpt.prompts import Default
 
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.finetune_akl import setup
-from litgpt_akl.config.args import DistillArgs, GenerationArgs
+from litgpt_akl.config.args import GenerationArgs
+from litgpt_akl.config.distillation import DistillArgs
 
 
 def alice(path: Path) -> JSON:

@@ -9,7 +9,7 @@ from helpers import own_functions
 from helpers.runs import distil, metrics
 from test_distillation_loss import gradients, problem
 
-from litgpt_akl.config.args import DistillArgs
+from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.objective import user_function
 from litgpt_akl.messages import UserError

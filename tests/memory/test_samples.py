@@ -14,7 +14,8 @@ from litgpt.data import Alpaca, DataModule, LitData
 from litgpt.prompts import Default
 
 from litgpt_akl.commands.finetune_akl import setup
-from litgpt_akl.config.args import DistillArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.config.args import LoRAArgs, TeacherArgs
+from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.data import StreamingSFT
 from litgpt_akl.data.preview import Lengths
 from litgpt_akl.data.steps import StepSampler, cut

@@ -18,8 +18,8 @@ from litgpt.model import GPT
 from litgpt.utils import save_config
 from tokenizers import Tokenizer
 
-from litgpt_akl.config.args import AKLArgs, AlphaBetaArgs, DistillArgs, JSDArgs, MixArgs, SkewedArgs, TADArgs
 from litgpt_akl.config.checks import check_training_args, choose_precision, optimizer_config
+from litgpt_akl.config.distillation import AKLArgs, AlphaBetaArgs, DistillArgs, JSDArgs, MixArgs, SkewedArgs, TADArgs
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.pair import check_pair
 

@@ -22,7 +22,8 @@ from litgpt.utils import load_checkpoint, save_config
 
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.finetune_akl import setup
-from litgpt_akl.config.args import DistillArgs, GenerationArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.config.args import GenerationArgs, LoRAArgs, TeacherArgs
+from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.steps import StepBatches, StepSampler
 from litgpt_akl.data.streaming import StreamingSFT

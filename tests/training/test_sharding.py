@@ -19,7 +19,8 @@ from helpers.sharding import RATE, UNEVEN, losses_in
 from litgpt.config import Config
 from litgpt.model import GPT
 
-from litgpt_akl.config.args import ScheduleArgs, TeacherArgs
+from litgpt_akl.config.args import TeacherArgs
+from litgpt_akl.config.distillation import ScheduleArgs
 from litgpt_akl.data import StreamingSFT
 from litgpt_akl.models.gpt import build_model, empty_weights, hidden_states, set_up_teacher
 from litgpt_akl.models.parallel import load_weights, make_strategy, reshard, return_freed_memory

@@ -17,7 +17,8 @@ from comparison.methods import Settings
 from comparison.store import Run, Store
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.finetune_akl import setup
-from litgpt_akl.config.args import DistillArgs, GenerationArgs, MixArgs, TeacherArgs
+from litgpt_akl.config.args import GenerationArgs, TeacherArgs
+from litgpt_akl.config.distillation import DistillArgs, MixArgs
 from litgpt_akl.messages import UserError
 
 NEVER = 10**9
