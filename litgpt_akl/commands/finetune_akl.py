@@ -32,6 +32,7 @@ from litgpt_akl.training.main import fill, main
 from litgpt_akl.training.optimizer import check_optimizer, make_optimizer
 from litgpt_akl.training.out_dir import check_places, default_out_dir
 from litgpt_akl.training.run import Run, choose_day, total_steps
+from litgpt_akl.training.sample_text import describe_format, describe_mask
 
 NOT_IN_RECIPE = ("access_token", "dry_run", "overwrite")
 """Options that a repeated run is not to have."""
@@ -199,7 +200,8 @@ def tell_memory(options: Options, models: Models, memory: MemoryEstimate) -> Non
     if unknown is None:
         samples = look_at_samples(options, models, memory, choose_day((), options.teacher.cache_dir).date)
         memory = with_lengths(memory, samples.training, samples.validation, options.distill)
-        told = str(samples)
+        texts = describe_format(options.data, samples.looks[0].records)
+        told = f"{samples}\nTexts: {texts}{describe_mask(options.data)}."
     else:
         told = f"Data: each sample is taken for {memory.longest_sample:,} tokens, since {unknown}."
         told += "" if options.train.max_seq_length else " Say by --train.max_seq_length how long they are at most."

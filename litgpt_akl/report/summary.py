@@ -64,7 +64,8 @@ def verdict(history: History) -> str:
     )
     best = int(np.nanargmin(history.validation["forward_kl"]))
     if value(history, "forward_kl", best) < 0.98 * after:
-        text += f"; it was closest at step {int(steps[best]):,}, with {value(history, 'forward_kl', best):.3g}"
+        closest = value(history, "forward_kl", best)
+        text += f"; it was closest at step {int(steps[best]):,}, with {closest:.3g}, and final/ is of the last step"
     return f"{text}."
 
 

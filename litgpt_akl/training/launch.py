@@ -61,6 +61,8 @@ class StopSignals:
     """While entered, notes the first stop signal and lets a second one act at once; says so, unless it is quiet."""
 
     received: signal.Signals | None = None
+    doing = "finishing this step and saving"
+    """What a person is told of the first signal; whoever enters this says so if it is something else."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -88,7 +90,7 @@ class StopSignals:
         self._restore()
         if not self.quiet:
             # print is not safe here: the interrupted code may be in the middle of one
-            text = f"\n{self.received.name}: finishing this step and saving; a second signal stops at once.\n"
+            text = f"\n{self.received.name}: {self.doing}; a second signal stops at once.\n"
             os.write(2, text.encode())
 
 

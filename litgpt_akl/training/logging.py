@@ -116,7 +116,9 @@ class Progress:
         now = time.perf_counter()
         if now - max(self._line_written, self._begun) < LINE_SECONDS or done == total:
             return
-        line = f"step {step:>{len(str(self._total))}}/{self._total}  micro-batch {done} of {total}"
+        taken, so_far = done / total, now - self._begun
+        left = so_far / (step - 1 - self._first + taken) * (self._total - step + 1 - taken)
+        line = f"{_of_all(step, self._total)}  micro-batch {done} of {total}  left {_minutes(left):>7}"
         if self.bar is not None:
             self.bar.set_description_str(line)
         else:
@@ -154,19 +156,26 @@ LINE_SECONDS = 10.0
 
 def progress_line(metrics: dict[str, float], total: int, seconds_left: float) -> str:
     """A step in columns of one width, fewer than 80 together; ``seconds_left`` are those of the run."""
-    step, (minutes, seconds) = metrics["step"], divmod(math.ceil(seconds_left), 60)
-    left = f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
     cells = [
-        f"step {step:>{len(str(total))}}/{total} {step / total:4.0%}",
+        f"{_of_all(metrics['step'], total)} {metrics['step'] / total:4.0%}",
         f"loss {metrics['loss']:6.3f}",
         f"{metrics['tokens_per_second']:7,.0f} tok/s",
         f"{metrics['memory_gb']:5.1f} GB",
-        f"left {left:>7}",
+        f"left {_minutes(seconds_left):>7}",
     ]
     if "own_answers_time" in metrics:
         # on a GPU as on a CPU memory is what changes least
         cells[3] = f"{metrics['own_answers_time']:4.0%} on-policy"
     return "  ".join(cells)
+
+
+def _of_all(step: int, total: int) -> str:
+    return f"step {step:>{len(str(total))}}/{total}"
+
+
+def _minutes(seconds: float) -> str:
+    minutes, rest = divmod(math.ceil(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{rest:02}s"
 
 
 def silence_known_noise() -> None:

@@ -63,8 +63,10 @@ def train(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> None:
     with end_on_page(fabric, run, state), StopSignals(quiet=not fabric.is_global_zero) as stop:
         state["stop"] = stop
         if run.eval.initial_validation and state["step_count"] == 0:
+            stop.doing = "ending before the first step"
             report(fabric, run, state)
             leave_if_stopped(fabric, stop, NOTHING)
+            del stop.doing
         failures: list[str] = []
         with _noted_if_saved(state, failures, "The last step's end"):
             fit(fabric, run, state)
@@ -72,6 +74,7 @@ def train(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> None:
             # --train.max_time is over, or all steps had been taken before
             leave_if_stopped(fabric, stop, WAY_ON if state["step_count"] else NOTHING)
             save_final(run, state)
+        stop.doing = "the student is saved; ending the report on it"
         _report_on_student(fabric, run, state, failures)
         leave_if_stopped(fabric, stop, f"The student is in {run.out_dir / FINAL}, and whole.")
     # in every process the student is there when this returns

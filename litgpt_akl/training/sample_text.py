@@ -51,6 +51,11 @@ def describe_format(data: Any, samples: int) -> str:
     return by_chat if by_template >= samples else f"{by_chat} ({by_template:,} records), {by_style} (the others)"
 
 
+def describe_mask(data: Any) -> str:
+    """Whether the prompts of a data module's records count, to follow :func:`describe_format`; empty if it says not."""
+    return {True: ", prompts masked", False: ", prompts count too"}.get(getattr(data, "mask_prompt", None), "")
+
+
 def describe_labels(dataset: TokenizedDataset, tokenizer: Tokenizer, ends: list[list[int]]) -> str:
     """The share of the tokens that count, and what ends a response."""
     share = dataset.all_response_tokens / max(1, dataset.tokens)

@@ -24,7 +24,7 @@ from litgpt_akl.models.prompt_format import PROBES, READ_BY_TRANSFORMERS, same_i
 from litgpt_akl.models.vocabulary import count_ids, describe_padding
 from litgpt_akl.training.optimizer import make_optimizer
 from litgpt_akl.training.run import Run, Splits, total_steps, warmup_steps
-from litgpt_akl.training.sample_text import first_sample
+from litgpt_akl.training.sample_text import describe_mask, first_sample
 
 
 def announce(run: Run, splits: Splits, *, day: str, on_policy: str, cache: str, notes: list[str]) -> None:
@@ -98,10 +98,9 @@ def _pair(run: Run) -> str:
 
 def _data(run: Run, splits: Splits) -> str:
     training, validation = splits
-    masks = {True: ", prompts masked", False: ", prompts count too"}.get(getattr(run.data, "mask_prompt", None), "")
     return (
         f"{len(training):,} records of {training.tokens:,} tokens, {len(validation):,} more held out;"
-        f" {run.sample['texts']}{masks}; {run.sample['labels']}"
+        f" {run.sample['texts']}{describe_mask(run.data)}; {run.sample['labels']}"
     )
 
 

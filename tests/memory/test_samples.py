@@ -11,7 +11,7 @@ import pytest
 from helpers.memory_runs import make_estimate, model
 from helpers.runs import alice, train_args
 from litgpt.data import Alpaca, DataModule, LitData
-from litgpt.prompts import Default
+from litgpt.prompts import Default, Phi2
 
 from litgpt_akl.commands.finetune_akl import setup
 from litgpt_akl.config.args import LoRAArgs, TeacherArgs
@@ -119,7 +119,11 @@ def test_a_dry_run_says_how_long_the_longest_is(dry_run, alice_json, tmp_path):
     )
     assert 64 < longest <= 128 and f"the longest micro-batch is of 4 x {longest} tokens." in printed
     assert "Predicted memory of the process" in printed
+    assert "Texts: prompt style Default, prompts masked." in printed
     data = streaming(write_records(tmp_path / "data.jsonl"))
+    assert "Texts: prompt style Phi2, prompts count too." in dry_run(
+        replace(data, prompt_style=Phi2(), mask_prompt=False)
+    )
     printed = dry_run(data, train=train_args(max_seq_length=50))
     assert re.search(
         r"Data: \d+ training and \d+ validation samples of \d+ tokens, the longest of \d+; all were", printed

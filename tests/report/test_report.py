@@ -149,7 +149,10 @@ def told(**columns: list[float]) -> History:
         ({"step": [0], "forward_kl": [2], "agreement": [0.25]}, "At step 0, the only one that was validated, forward"),
         ({"step": [0, 9], "forward_kl": [2, 1], "agreement": [0.25, 0.5]}, "from 2 to 1 nats per token, and agreement"),
         ({"step": [0, 9], "forward_kl": [2, 3], "agreement": [0.25, 0.2]}, "did not come closer to its teacher"),
-        ({"step": [0, 4, 9], "forward_kl": [3, 1, 2], "agreement": [0, 0, 0]}, "it was closest at step 4, with 1."),
+        (
+            {"step": [0, 4, 9], "forward_kl": [3, 1, 2], "agreement": [0, 0, 0]},
+            "closest at step 4, with 1, and final/ is",
+        ),
         ({"step": [0, 9], "forward_kl": [2, math.nan], "agreement": [0, 0]}, "are no numbers any more"),
         ({"step": [0, 9], "loss": [2, 1]}, "are no numbers any more"),
     ],

@@ -120,7 +120,7 @@ def test_a_dropped_step_changes_nothing_but_the_schedule(teacher_dir, student_di
 
 
 def test_a_signal_before_the_first_step_says_that_nothing_was_saved(
-    teacher_dir, student_dir, alice_json, tmp_path, capsys
+    teacher_dir, student_dir, alice_json, tmp_path, capfd
 ):
     sent = []
 
@@ -135,10 +135,11 @@ def test_a_signal_before_the_first_step_says_that_nothing_was_saved(
             distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 1})
     finally:
         hook.remove()
-    told = capsys.readouterr().out
+    told, errors = capfd.readouterr()
+    assert "SIGTERM: ending before the first step; a second signal" in errors and "saving" not in errors
     assert "No step was finished, and nothing was saved" in told and "--resume auto" not in told
     assert list(tmp_path.glob("step-*")) == []
     distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 1}, resume="auto")
-    assert "there is no checkpoint in" in capsys.readouterr().out
+    assert "there is no checkpoint in" in capfd.readouterr().out
     distil(student_dir, teacher_dir, alice_json, tmp_path, train={"max_steps": 1}, resume="auto", overwrite=False)
-    assert "there is no checkpoint in" not in capsys.readouterr().out
+    assert "there is no checkpoint in" not in capfd.readouterr().out
