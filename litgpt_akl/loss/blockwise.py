@@ -7,9 +7,9 @@ student's head before the next block overwrites it. Results are sums over tokens
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,30 +43,51 @@ class LMHead(NamedTuple):
 
     hidden: Tensor
     weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
+    bias: Tensor | None = None
+    softcap: float | None = None
 
-    @classmethod
-    def frozen(
-        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, vocab_size: int, like: Tensor
-    ) -> "LMHead":
-        """A teacher's, without gradients and without padding, in what products with ``like`` are computed in."""
+    scales = True
+
+    @property
+    def heads(self) -> tuple["LMHead", ...]:
+        return (self,)
+
+    def frozen(self, rows: Tensor | None, vocab_size: int, like: Tensor) -> "LMHead":
         dtype = _product_dtype(like)
-        bias = None if bias is None else bias.detach()[:vocab_size]
-        return cls(hidden.detach().to(dtype), weight.detach()[:vocab_size].to(dtype), bias, softcap)
+        hidden = self.hidden if rows is None else self.hidden[rows]
+        bias = None if self.bias is None else self.bias.detach()[:vocab_size]
+        return LMHead(hidden.detach().to(dtype), self.weight.detach()[:vocab_size].to(dtype), bias, self.softcap)
 
-    def logits_into(self, out: Tensor, rows: slice) -> None:
-        """Write the logits of some rows, softcap included, to ``out`` ``[rows, vocab]``."""
+    def logits_into(self, out: Tensor, rows: slice, temperature: float = 1.0) -> None:
         _product(self.hidden[rows], self.weight.T, out)
         if self.bias is not None:
             out.add_(self.bias)
         if self.softcap is not None:
             out.div_(self.softcap).tanh_().mul_(self.softcap)
+        if temperature != 1.0:
+            out.div_(temperature)
 
     @property
     def allows_all(self) -> bool:
         """Whether no id is forbidden, which only a bias can do; a GPU's is not looked at: the host would wait."""
         return self.bias is None or (not self.bias.is_cuda and bool(self.bias.isfinite().all()))
+
+
+class TeacherLogits(Protocol):
+    """What a loss asks of a teacher; an :class:`LMHead` is the simplest one."""
+
+    heads: Sequence[LMHead]
+    """All that it reads."""
+    scales: bool
+    """Whether its logits at a temperature are those at 1 divided by it."""
+    allows_all: bool
+    """Whether no id is forbidden."""
+
+    def frozen(self, rows: Tensor | None, vocab_size: int, like: Tensor) -> "TeacherLogits":
+        """The same of some rows, None for all: without gradients and padding, in the type of products with ``like``."""
+
+    def logits_into(self, out: Tensor, rows: slice, temperature: float = 1.0) -> None:
+        """Write the logits of some rows at a temperature, softcap included, to ``out`` ``[rows, vocab]``."""
 
 
 Score = Callable[[slice, Tensor, dict[str, Tensor]], None]

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from litgpt_akl.loss.blockwise import Blocks, HeadLoss, LMHead, Score, blockwise_loss
+from litgpt_akl.loss.blockwise import Blocks, HeadLoss, LMHead, Score, TeacherLogits, blockwise_loss
 from litgpt_akl.loss.comparison import (
     NO_SCRATCH,
     Comparison,
@@ -91,23 +91,39 @@ class DistillationLoss(Objective):
         Raises:
             ValueError: shapes that do not fit, or a label at or above ``vocab_size``.
         """
+        student = LMHead(student_hidden, student_head_weight, student_bias, student_softcap)
+        teacher = LMHead(teacher_hidden, teacher_head_weight, teacher_bias, teacher_softcap)
+        options = {"vocab_size": vocab_size, "sequences": sequences, "all_count": all_count}
+        return self.of_heads(student, teacher, labels, **options)
+
+    def of_heads(
+        self,
+        student: LMHead,
+        teacher: TeacherLogits,
+        labels: Tensor,
+        *,
+        vocab_size: int | None = None,
+        sequences: Tensor | None = None,
+        all_count: bool = False,
+    ) -> HeadLoss:
+        """The same of any teacher, such as a :class:`~litgpt_akl.loss.mixture.Mixture`, with the same options."""
         if vocab_size is None:
-            vocab_size = min(len(student_head_weight), len(teacher_head_weight))
-        _check(student_hidden, student_head_weight, teacher_hidden, teacher_head_weight, labels, vocab_size)
+            vocab_size = min(len(head.weight) for head in (student, *teacher.heads))
+        _check(student, teacher, labels, vocab_size)
         rows = None if all_count else (labels != IGNORE_INDEX).nonzero()[:, 0]
         if rows is not None and len(rows) < len(labels):
-            student_hidden, teacher_hidden, labels = student_hidden[rows], teacher_hidden[rows], labels[rows]
+            student, labels = student._replace(hidden=student.hidden[rows]), labels[rows]
             sequences = None if sequences is None else sequences[rows]
-        teacher = LMHead.frozen(
-            teacher_hidden, teacher_head_weight, teacher_bias, teacher_softcap, vocab_size, like=student_hidden
-        )
-        block_tokens = self.tokens_per_block(vocab_size, student_hidden.device.type)
+        else:
+            rows = None
+        teacher = teacher.frozen(rows, vocab_size, like=student.hidden)
+        block_tokens = self.tokens_per_block(vocab_size, student.hidden.device.type)
         blocks = Blocks(block_tokens, vocab_size, self.kd_ratio, partial(self._make_score, teacher, labels, sequences))
-        return blockwise_loss(student_hidden, student_head_weight, student_bias, student_softcap, labels, blocks)
+        return blockwise_loss(*student, labels, blocks)
 
     def _make_score(
         self,
-        teacher: LMHead,
+        teacher: TeacherLogits,
         labels: Tensor,
         sequences: Tensor | None,
         student: LMHead,
@@ -115,9 +131,11 @@ class DistillationLoss(Objective):
         parts: list[slice],
         want_gradient: bool,
     ) -> Score:
-        """What scores blocks of the student's logits against those of a teacher's head."""
+        """What scores blocks of the student's logits against a teacher's."""
         # a tensor of its own: torch.compile mistakes what is written to a part of a tensor that is also read
         buffer = torch.empty_like(block)
+        # of a teacher whose logits at a temperature are not just divided by it
+        tempered = torch.empty_like(block) if self.temperature != 1.0 and not teacher.scales else None
         finite = student.allows_all and teacher.allows_all
         scorer = Scorer(self, block, softcap=student.softcap, finite=finite, want_gradient=want_gradient)
         tails = _relative_tails(self, teacher, buffer, parts, sequences) if self.weighs_tails else None
@@ -125,7 +143,11 @@ class DistillationLoss(Objective):
         def score(rows: slice, logits: Tensor, out: dict[str, Tensor]) -> None:
             teacher_logits = buffer[: len(logits)]
             teacher.logits_into(teacher_logits, rows)
-            scorer(teacher_logits, logits, labels[rows], out, None if tails is None else tails[rows])
+            beside = {} if tails is None else {"tails": tails[rows]}
+            if tempered is not None:
+                beside["tempered"] = tempered[: len(logits)]
+                teacher.logits_into(beside["tempered"], rows, self.temperature)
+            scorer(teacher_logits, logits, labels[rows], out, **beside)
 
         return score
 
@@ -152,17 +174,17 @@ class DistillationLoss(Objective):
 
 
 def _relative_tails(
-    loss: DistillationLoss, teacher: LMHead, buffer: Tensor, parts: list[slice], sequences: Tensor | None
+    loss: DistillationLoss, teacher: TeacherLogits, buffer: Tensor, parts: list[slice], sequences: Tensor | None
 ) -> Tensor:
     """The teacher's mass beyond its top ids, ``[n]``, divided by its mean over the tokens of each sequence.
 
     A token needs the others of its sequence: the teacher's head is read once more before, a block at a time.
     """
-    masses = buffer.new_empty(len(teacher.hidden))
+    masses = buffer.new_empty(len(teacher.heads[0].hidden))
     for rows in parts:
         logits = buffer[: rows.stop - rows.start]
-        teacher.logits_into(logits, rows)
-        masses[rows] = tail_mass(logits.div_(loss.temperature), loss.top_k)
+        teacher.logits_into(logits, rows, loss.temperature)
+        masses[rows] = tail_mass(logits, loss.top_k)
     return relative_to_mean(masses, sequences)
 
 
@@ -215,13 +237,18 @@ class Scorer:
         student_logits: Tensor,
         labels: Tensor,
         out: dict[str, Tensor],
+        *,
         tails: Tensor | None = None,
+        tempered: Tensor | None = None,
     ) -> None:
-        """Fill the :data:`STATISTICS` ``[block]``, by their names, for blocks of logits ``[block, vocab]``."""
+        """Fill the :data:`STATISTICS` ``[block]``, by their names, for blocks of logits ``[block, vocab]``.
+
+        ``tempered`` are the teacher's at the temperature, if they are not just divided by it.
+        """
         temperature = self.loss.temperature
         teacher, student = teacher_logits, student_logits
         if temperature != 1.0:
-            teacher, student = teacher / temperature, student / temperature
+            teacher, student = teacher / temperature if tempered is None else tempered, student / temperature
         tiles = self._tiles(len(labels))
         parts = [self.compare(teacher[rows], student[rows], scratch=scratch) for rows, scratch in tiles]
         comparison = parts[0] if len(parts) == 1 else Comparison(*map(torch.cat, zip(*parts, strict=True)))
@@ -229,7 +256,10 @@ class Scorer:
         log_sums = comparison.teacher_log_sum, comparison.student_log_sum
         if temperature != 1.0:
             log_sums = teacher_logits.logsumexp(dim=-1), student_logits.logsumexp(dim=-1)
-        statistics = self._statistics((teacher_logits, student_logits), log_sums, labels, comparison, head)
+        # at another temperature another id may be the most probable one
+        top_id = head.top_id if tempered is None else teacher_logits.argmax(dim=-1)
+        logits = teacher_logits, student_logits
+        statistics = self._statistics(logits, log_sums, labels, comparison, head._replace(top_id=top_id))
         for name, value in statistics.items():
             out[name].copy_(value)
         for rows, scratch in tiles:
@@ -315,11 +345,8 @@ def _replace_by_gradient(
     logits.copy_(gradient)
 
 
-def _check(student_hidden, student_weight, teacher_hidden, teacher_weight, labels, vocab_size: int) -> None:
-    for name, hidden, weight in (
-        ("student", student_hidden, student_weight),
-        ("teacher", teacher_hidden, teacher_weight),
-    ):
+def _check(student: LMHead, teacher: TeacherLogits, labels: Tensor, vocab_size: int) -> None:
+    for name, (hidden, weight, *_) in (("student", student), *(("teacher", head) for head in teacher.heads)):
         if hidden.shape != (len(labels), weight.size(1)):
             raise ValueError(
                 f"{name}_hidden must be [{len(labels)} labels, {weight.size(1)}], got {list(hidden.shape)}"
