@@ -159,7 +159,7 @@ def tail_aware_kl(tile: Tile, *, top_k: int, tail_weight: Number) -> ValueAndGra
     # value = sum over the top of p log(p / q) + P log(P / Q) + tail_weight * sum over the others of p' log(p' / q')
     # gradient = q - p at a top id, q' (Q - P) + tail_weight (q' - p') at another
     # P and Q are the masses of the others, p' = p / P and q' = q / Q
-    ids = tile.teacher.topk(min(top_k, tile.teacher.size(-1)), dim=-1, sorted=False).indices
+    ids = tile.top_ids(top_k)
     log_p, log_q = tile.logarithms()
     top_log_p, top_log_q = log_p.gather(-1, ids), log_q.gather(-1, ids)
     log_p.scatter_(-1, ids, -torch.inf)

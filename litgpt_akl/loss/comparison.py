@@ -135,9 +135,13 @@ def find_head(
             for part in rows.split(at_once) if len(rows) else ():
                 of_rows = *(logits[part] for logits in blocks), comparison.of_rows(part)
                 gap[part], _, whole[part] = _head_among_top(*of_rows, size, mu, head_rule)
+    return Head(gap, top_id, head_weight(gap, comparison))
+
+
+def head_weight(gap: Tensor, comparison: Comparison) -> Tensor:
+    """The weight of forward KL in adaptive KL, ``[n]``, of heads with this gap ``[n]``."""
     agree = comparison.gap == 0
-    weight = torch.where(agree, 0.5, gap / torch.where(agree, 1.0, comparison.gap)).clamp(max=1.0)
-    return Head(gap, top_id, weight)
+    return torch.where(agree, 0.5, gap / torch.where(agree, 1.0, comparison.gap)).clamp(max=1.0)
 
 
 def _head_among_top(

@@ -40,11 +40,20 @@ class Tile(NamedTuple):
     """Weights of what is beyond the teacher's top ids, ``[n]``, whose mean over a sequence is 1; None for 1 always."""
     labels: Tensor | None = None
     """The ids that follow, ``[n, 1]``; None for divergences that do not ask for them."""
+    is_ranked: bool = False
+    """Promises that the columns are in the order of the teacher's ids, the last one of many ids together."""
 
     @property
     def broken(self) -> Tensor:
         """0, or NaN for a row with a NaN or +inf among its logits, which must show in every value; ``[n]``."""
         return (self.comparison.teacher_log_sum + self.comparison.student_log_sum) * 0
+
+    def top_ids(self, count: int) -> Tensor:
+        """Of each row the columns of the teacher's most probable ids, ``[n, count]``; all if there are fewer."""
+        count = min(count, self.teacher.size(-1))
+        if self.is_ranked:
+            return torch.arange(count, device=self.teacher.device).expand(len(self.teacher), -1)
+        return self.teacher.topk(count, dim=-1, sorted=False).indices
 
     def logarithms(self) -> tuple[Tensor, Tensor]:
         """``log p`` and ``log q``, in the first two of ``scratch``."""

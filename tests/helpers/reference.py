@@ -158,3 +158,41 @@ def divergence(name: str, teacher, student, *, mu=0.5, head_rule="paper", mix_ra
     if share < 1:
         value += (1 - share) * kl(log_q, log_p)
     return temperature**2 * value, h, head_gap, tail_gap
+
+
+def lumped(logs: list[float], ids: list[int]) -> list[float]:
+    """Logarithms of the probabilities of some ids, and at last of all others together."""
+    others = [x for i, x in enumerate(logs) if i not in ids]
+    largest = max(others)
+    if largest == -math.inf:
+        return [*(logs[i] for i in ids), -math.inf]
+    return [*(logs[i] for i in ids), largest + math.log(math.fsum(math.exp(x - largest) for x in others))]
+
+
+def ranked_divergence(name: str, log_p: list[float], log_q: list[float], *, mu=0.5, head_rule="paper", **options):
+    """Value and adaptive weight h on outcomes in the teacher's order, of which the last is many ids together."""
+    p, q = [math.exp(x) for x in log_p], [math.exp(x) for x in log_q]
+    gaps = [abs(a - b) for a, b in zip(p, q, strict=True)]
+    head, mass = set(), 0.0
+    for i in range(len(p)):
+        if mu == 1.0:
+            if p[i] > 0 or head_rule == "official":
+                head.add(i)
+            continue
+        if head_rule == "paper" and mass >= mu:
+            break
+        mass += p[i]
+        if head_rule == "official" and mass > mu and i > 0:
+            break
+        head.add(i)
+    head_gap = math.fsum(gaps[i] for i in head)
+    h = head_gap / math.fsum(gaps) if math.fsum(gaps) > 0 else 0.5
+    if name == "tad":
+        top, weight = options["top_k"], options["tail_weight"]
+        masses = [lumped(logs, list(range(top))) for logs in (log_p, log_q)]
+        others = [[x - of[-1] for x in logs[top:]] for of, logs in zip(masses, (log_p, log_q), strict=True)]
+        among = kl(*others) if weight and masses[0][-1] > -math.inf else 0.0
+        return kl(*masses) + weight * among, h
+    share = {"akl": h, "fkl": 1.0, "rkl": 0.0, "mix": options.get("mix_ratio")}[name]
+    value = share * kl(log_p, log_q) if share > 0 else 0.0
+    return value + ((1 - share) * kl(log_q, log_p) if share < 1 else 0.0), h
