@@ -94,7 +94,9 @@ def failing(good: int, error: Exception) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("error", [UserError("This file is wrong.\nMend it."), LookupError("a fault of the program")])
-@pytest.mark.parametrize("good", [0, 1, 3, 50])
+@pytest.mark.parametrize(
+    "good", [0, pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(50, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_keys_that_fail_leave_no_workers_behind(workers, good, error):
     found = []

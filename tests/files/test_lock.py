@@ -170,7 +170,9 @@ def alone(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("number", range(ROUNDS))
+@pytest.mark.parametrize(
+    "number", [pytest.param(number, marks=pytest.mark.slow if number else ()) for number in range(ROUNDS)]
+)
 def test_of_two_runs_in_one_directory_one_goes_on(alone, tmp_path, number):
     draw = random.Random(f"{SEED} {number}")
     processes, resume = 1 + number % 2, draw.choice(("auto", None))

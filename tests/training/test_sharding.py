@@ -131,7 +131,7 @@ def test_many_processes_go_on_as_if_never_interrupted(student_dir, teacher_dir, 
         assert difference(alone, found) < 1e-6
 
 
-@pytest.mark.parametrize("steps", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_uneven_data_never_blocks(student_dir, teacher_dir, alice_json, tmp_path, steps):
     """An epoch and a half, by number of steps."""
     draw = random.Random(5)
@@ -151,9 +151,9 @@ def test_uneven_data_never_blocks(student_dir, teacher_dir, alice_json, tmp_path
 
 @pytest.fixture(scope="module")
 def losses_by_precision(student_dir, teacher_dir, alice_json, tmp_path_factory):
-    """Losses of a run of 20 steps by processes and precision; what was run once is read."""
+    """Losses of a run of 10 steps by processes and precision; what was run once is read."""
     base = tmp_path_factory.mktemp("precisions")
-    steps = {"max_steps": 20, "global_batch_size": 8, "micro_batch_size": 2}
+    steps = {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 2}
 
     def losses(processes: int, precision: str) -> list[float]:
         run = partial(train, student_dir, teacher_dir, alice_json, train=steps, devices=processes)
@@ -166,7 +166,7 @@ def losses_by_precision(student_dir, teacher_dir, alice_json, tmp_path_factory):
 @pytest.mark.parametrize("precision", ["bf16-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_half_precision_follows_float32(losses_by_precision, precision, processes):
     expected, found = (losses_by_precision(processes, name) for name in ("32-true", precision))
-    assert len(found) == 20 and found == pytest.approx(expected, rel=0.02)
+    assert len(found) == 10 and found == pytest.approx(expected, rel=0.02)
     assert found != expected
 
 
