@@ -44,6 +44,8 @@ class ModelSize(NamedTuple):
     head: int
     products: int
     """In the weights of the blocks' linear layers."""
+    of_experts: int
+    """Of these, in experts among which each token is sent to a few."""
     trained: int
     trained_block: int
     trained_head: int
@@ -64,13 +66,18 @@ def measure_size(config: Config, tied: bool) -> ModelSize:
         block=max(map(_count, blocks)),
         root=_count(gpt) - _count(blocks),
         head=head,
-        products=sum(module.weight.numel() for module in blocks.modules() if isinstance(module, nn.Linear)),
+        products=_in_products(blocks),
+        of_experts=sum(_in_products(block.mlp.experts) for block in blocks if hasattr(block.mlp, "experts")),
         trained=_count(gpt, trained=True),
         trained_block=max(_count(block, trained=True) for block in blocks),
         trained_head=head * any(p.requires_grad for p in gpt.lm_head.parameters()),
         trained_embeddings=head * gpt.transformer.wte.weight.requires_grad,
         two_largest=2 * most + second,
     )
+
+
+def _in_products(modules: nn.Module) -> int:
+    return sum(module.weight.numel() for module in modules.modules() if isinstance(module, nn.Linear))
 
 
 def _count(module: nn.Module, trained: bool = False) -> int:

@@ -187,7 +187,14 @@ def all_reduce_max(fabric: L.Fabric, value: int) -> int:
 
 def all_reduce_max_each(fabric: L.Fabric, values: list[int]) -> list[int]:
     """At each place the highest of all processes' values; all give as many."""
-    return fabric.all_reduce(torch.tensor(values, device=fabric.device), reduce_op="max").tolist()
+    return all_reduce(torch.tensor(values, device=fabric.device), distributed.ReduceOp.MAX).tolist()
+
+
+def all_reduce(values: Tensor, operation: distributed.ReduceOp) -> Tensor:
+    """The tensor of all processes, in place: Fabric's waits at a barrier before, for which a GPU's work has to end."""
+    if world_size() > 1:
+        distributed.all_reduce(values, operation)
+    return values
 
 
 def all_gather_object(value: Any) -> list[Any]:

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import lightning as L
 import torch
 from litgpt.model import GPT
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import in_order
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.messages import progress_bar
 from litgpt_akl.models.gpt import distillation_loss
-from litgpt_akl.models.parallel import all_gather_object, rank, reshard
+from litgpt_akl.models.parallel import all_gather_object, all_reduce, rank, reshard
 from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.run import Run
 
@@ -33,7 +33,7 @@ class Sums:
     """Sums of numbers that have names, over micro-batches and in the end over all processes."""
 
     def __init__(self, fabric: L.Fabric, dtype: torch.dtype = torch.float32) -> None:
-        self._fabric, self._names = fabric, ()
+        self._names = ()
         self._sums = torch.zeros(1, dtype=dtype, device=fabric.device)
 
     def add(self, **values: Tensor) -> None:
@@ -42,7 +42,7 @@ class Sums:
 
     def of_all(self) -> dict[str, Tensor]:
         """The scalars, summed over the processes, which must ask together."""
-        return dict(zip(self._names, self._fabric.all_reduce(self._sums, reduce_op="sum").unbind(), strict=True))
+        return dict(zip(self._names, all_reduce(self._sums.clone(), distributed.ReduceOp.SUM).unbind(), strict=True))
 
 
 class Measures(NamedTuple):

@@ -2,7 +2,8 @@
 
 A product of [a, b] and [b, c] is 2abc operations. Counted are products alone, as the models need them:
 
-- the linear layers of the blocks, 2 for each weight and token of a forward, 4 more for a backward;
+- the linear layers of the blocks, 2 for each weight and token of a forward, 4 more for a backward; of experts, those
+  alone that a token is sent to;
 - attention's two products, at half of their squares, since a token reads none after it: 2 T^2 n_head head_size for a
   layer and sample of T tokens in a forward, twice that more for a backward;
 - the LM heads at response tokens: 2 for each weight, 4 more for the student's backward.
@@ -39,7 +40,9 @@ def published_peak(device_name: str) -> float | None:
 
 def body_forward(config: Config, tied: bool, samples: int, length: int) -> int:
     """Operations of a model's blocks in a forward."""
-    products = 2 * measure_size(config, tied).products * samples * length
+    size = measure_size(config, tied)
+    idle = 1 - config.n_expert_per_token / config.n_expert if config.n_expert else 0
+    products = 2 * round(size.products - idle * size.of_experts) * samples * length
     attention = 2 * length**2 * config.n_head * config.head_size * config.n_layer * samples
     return products + attention
 
