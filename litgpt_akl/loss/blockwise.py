@@ -7,7 +7,7 @@ student's head before the next block overwrites it. Results are sums over tokens
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -235,3 +235,67 @@ def _product(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> Non
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
+
+
+def blockwise_surprisal(student: LMHead, ids: Tensor, *, whole_set: bool, vocab_size: int, block_tokens: int) -> Tensor:
+    """``-log`` of the probability of an id at each position, or of a set of ids, ``[n]`` in nats, with gradients.
+
+    Args:
+        student: of any model; its head may be a teacher's, for which no gradient is wanted.
+        ids: ``[n]``, one for each position; or with ``whole_set`` ``[s]``, of which any may follow.
+        whole_set: whether ``ids`` are one set for all positions.
+        vocab_size: ids from here on are padding and get no mass.
+        block_tokens: positions that go through the head at a time.
+    """
+    hidden, weight, bias, softcap = student
+    dtype = _product_dtype(hidden)
+    given = hidden.to(dtype), weight.to(dtype), bias
+    wanted = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in given)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _BlockwiseSurprisal.apply(*given, softcap, ids, whole_set, vocab_size, block_tokens, wanted)
+
+
+class _BlockwiseSurprisal(torch.autograd.Function):
+    """Goes through the head once more in the backward, since what a surprisal weighs is known only then."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, softcap, ids, whole_set, vocab_size, block_tokens, wanted):
+        ctx.save_for_backward(hidden, weight, bias, ids)
+        ctx.options = softcap, whole_set, vocab_size, block_tokens, wanted
+        values = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        head = LMHead(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size], softcap)
+        for rows, logits in _logits_of_blocks(head, block_tokens):
+            of = logits[:, ids].logsumexp(dim=-1) if whole_set else logits.gather(-1, ids[rows, None])[:, 0]
+            values[rows] = logits.logsumexp(dim=-1) - of
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        hidden, weight, bias, ids = ctx.saved_tensors
+        softcap, whole_set, vocab_size, block_tokens, wanted = ctx.options
+        student = LMHead(hidden, weight[:vocab_size], None if bias is None else bias[:vocab_size], softcap)
+        gradients = _Gradients.like(student, wanted, len(weight), empty=len(hidden) == 0)
+        for rows, logits in _logits_of_blocks(student, block_tokens):
+            weights = grad_output[rows, None]
+            gradient = logits.softmax(dim=-1).mul_(weights)
+            if whole_set:
+                gradient.index_add_(1, ids, logits[:, ids].softmax(dim=-1).mul_(-weights))
+            else:
+                gradient.scatter_add_(1, ids[rows, None], -weights)
+            if softcap is not None:
+                gradient.mul_(1 - (logits / softcap).square_())
+            gradients.add(gradient, student, rows)
+        given = zip(gradients[:3], (hidden, weight, bias), strict=True)
+        return *(None if total is None else total.to(of.dtype) for total, of in given), *[None] * 6
+
+
+def _logits_of_blocks(head: LMHead, block_tokens: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows, and their logits ``[block, vocab]`` in memory that the next block overwrites."""
+    count, dtype = len(head.hidden), torch.promote_types(head.hidden.dtype, torch.float32)
+    buffer = torch.empty(min(block_tokens, count), len(head.weight), dtype=dtype, device=head.hidden.device)
+    for start in range(0, count, block_tokens):
+        rows = slice(start, min(start + block_tokens, count))
+        logits = buffer[: rows.stop - rows.start]
+        head.logits_into(logits, rows)
+        yield rows, logits

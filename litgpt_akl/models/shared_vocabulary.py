@@ -84,6 +84,10 @@ def partners(student: Tokenizer, teacher: Tokenizer, ends: Iterable[tuple[int, i
         found[found == other] = NONE
         found[id] = other
         taken.add(id)
+    known = [token_map(tokenizer).keys() for tokenizer in (student, teacher)]
+    if known[0] == known[1] and all(found[id] == id for id in known[0]):
+        # numbers without a token between those with one mean as little to one as to the other
+        return np.arange(len(found))
     return found
 
 
