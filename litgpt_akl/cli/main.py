@@ -1,6 +1,7 @@
 """The commands of this package, put into LitGPT's command line. Importing this module imports nothing heavy."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -8,7 +9,7 @@ from importlib import import_module
 from pkgutil import resolve_name
 from types import ModuleType
 
-from litgpt_akl.cli.terminal import interrupt_as_usual, prepare_terminal
+from litgpt_akl.cli.terminal import interrupt_as_usual, prepare_terminal, warn_of_load
 from litgpt_akl.messages import UserError, not_permitted, say
 
 COMMANDS = {
@@ -21,6 +22,8 @@ COMMANDS = {
     "export_hf": "litgpt_akl.commands.export_hf:export_hf",
     "report_akl": "litgpt_akl.commands.report_akl:report_akl",
 }
+WITHOUT_MODELS = ("export_prompts", "export_hf", "report_akl")
+"""Those that run none."""
 
 
 def main() -> None:
@@ -60,13 +63,18 @@ def names_our_command(words: list[str], litgpt_commands: list[str]) -> bool:
     return any(match in COMMANDS for match in get_close_matches(command, every_command, n=1))
 
 
-def without_traceback(command: Callable) -> Callable:
-    """The same command, except that a mistake of the user ends it with a message and not with a traceback."""
+def without_traceback(command: Callable, runs_models: bool = True) -> Callable:
+    """The same command, except that a mistake of the user ends it with a message and not with a traceback.
+
+    One that ``runs_models`` says at its start if other programs keep the cores busy.
+    """
 
     @functools.wraps(command)
     def run(*args, **kwargs):
         try:
             interrupt_as_usual()
+            if runs_models and os.environ.get("LOCAL_RANK", "0") == "0":
+                warn_of_load()
             return command(*args, **kwargs)
         except (UserError, PermissionError) as error:
             told = error if isinstance(error, UserError) else not_permitted(error, "")
@@ -86,7 +94,9 @@ def _litgpt_main_modules() -> list[ModuleType]:
 
 
 def _fill(main_module: ModuleType, litgpt_commands: list[str]) -> None:
-    commands = {name: without_traceback(resolve_name(target)) for name, target in COMMANDS.items()}
+    commands = {
+        name: without_traceback(resolve_name(target), name not in WITHOUT_MODELS) for name, target in COMMANDS.items()
+    }
     if names_our_command(sys.argv[1:], litgpt_commands):
         from litgpt_akl.cli.parser import Parser
 

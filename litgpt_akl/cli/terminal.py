@@ -36,6 +36,27 @@ def interrupt_as_usual() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+BUSY = 1.5
+"""Programs that want a core, for each core there is: from then on threads wait for each other."""
+
+
+def warn_of_load() -> None:
+    """Say if other programs keep the cores busy, unless the user has chosen the number of threads, or there is a GPU.
+
+    PyTorch gives each core a part of every product, which takes as long as the part that has to wait for its core.
+    """
+    if "OMP_NUM_THREADS" in os.environ or os.path.exists("/dev/nvidia0") or not hasattr(os, "getloadavg"):
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    load = os.getloadavg()[0]
+    if cores > 1 and load > BUSY * cores:
+        print(
+            f"Other programs keep this machine busy (load {load:.1f} on {cores} cores), which can make this many times"
+            " slower.\nWith OMP_NUM_THREADS=1 before the command its threads do not wait for each other.",
+            file=sys.stderr,
+        )
+
+
 def _leave(number: int, frame: FrameType | None) -> None:
     os.write(2, b"Interrupted.\n")
     os._exit(128 + number)

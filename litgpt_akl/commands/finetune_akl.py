@@ -86,7 +86,8 @@ def setup(
       --teacher_checkpoint_dir  the teacher, which has the student's tokenizer
       --data, --data.path       the records: a class that reads them, and a file
       --optimizer.lr            the learning rate: 2e-5 for a student of the
-                                teacher's family, 1e-3 for one of make_student
+                                teacher's family, 1e-3 for one of make_student,
+                                3e-4 if that has most of its parameters
       --out_dir                 where to write; final/ in it is the student
 
     Example:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.commands import start
 
-from litgpt_akl.cli.terminal import LOADING, prepare_terminal
+from litgpt_akl.cli.terminal import LOADING, prepare_terminal, warn_of_load
 from litgpt_akl.files.manifest import damage
 
 ROOT = Path(__file__).parents[2]
@@ -141,3 +141,18 @@ def test_outputs_that_nobody_else_holds_stay_open(tmp_path, monkeypatch, name):
     gc.collect()
     print("second \udcff", file=getattr(sys, name), flush=True)
     assert (tmp_path / name).read_text() == "first\nsecond \\udcff\n"
+
+
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="of a machine with a GPU nothing is said")
+@pytest.mark.parametrize(("load", "threads", "is_said"), [(4.0, None, True), (2.0, None, False), (4.0, "2", False)])
+def test_a_busy_machine_is_said_to_be_slow(monkeypatch, capsys, load, threads, is_said):
+    """The system's own figures are made up here: a test cannot keep a machine busy for a minute."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    warn_of_load()
+    output, errors = capsys.readouterr()
+    assert output == "" and ("(load 4.0 on 2 cores)" in errors and "With OMP_NUM_THREADS=1" in errors) == is_said
+    assert len(errors.splitlines()) == 2 * is_said
