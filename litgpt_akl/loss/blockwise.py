@@ -18,8 +18,10 @@ IN_NATS = ("divergence", "forward_kl", "reverse_kl", "cross_entropy", "teacher_c
 OF_THE_HEAD = ("h", "h_squared", "head_gap", "tail_gap")
 OF_TOP_IDS = ("agreement", "confidence", "accuracy", "teacher_confidence", "teacher_accuracy")
 STATISTICS = (*IN_NATS, *OF_THE_HEAD, *OF_TOP_IDS)
-"""What is known of each token beside the loss. ``agreement`` is of the two top-1 ids, ``confidence`` is the probability
-of a model's top-1 id at temperature 1, and ``accuracy`` is whether it is the label."""
+"""What is known of each token beside the loss. ``forward_kl`` and ``reverse_kl`` are of both models as they are, at
+temperature 1 whatever the objective's is, so that runs can be compared; what is of the head is at the objective's.
+``agreement`` is of the two top-1 ids, ``confidence`` is the probability of a model's top-1 id at temperature 1, and
+``accuracy`` is whether it is the label."""
 
 
 class HeadLoss(NamedTuple):

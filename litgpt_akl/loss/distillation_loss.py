@@ -250,16 +250,15 @@ class Scorer:
         if temperature != 1.0:
             teacher, student = teacher / temperature if tempered is None else tempered, student / temperature
         tiles = self._tiles(len(labels))
-        parts = [self.compare(teacher[rows], student[rows], scratch=scratch) for rows, scratch in tiles]
-        comparison = parts[0] if len(parts) == 1 else Comparison(*map(torch.cat, zip(*parts, strict=True)))
-        head = find_head(teacher, student, comparison, mu=self.loss.mu, head_rule=self.loss.head_rule)
-        log_sums = comparison.teacher_log_sum, comparison.student_log_sum
+        comparison = plain = self._compared(teacher, student, tiles)
         if temperature != 1.0:
-            log_sums = teacher_logits.logsumexp(dim=-1), student_logits.logsumexp(dim=-1)
+            # two runs of different temperatures are told apart by what their students are at 1
+            plain = self._compared(teacher_logits, student_logits, tiles)
+        head = find_head(teacher, student, comparison, mu=self.loss.mu, head_rule=self.loss.head_rule)
         # at another temperature another id may be the most probable one
         top_id = head.top_id if tempered is None else teacher_logits.argmax(dim=-1)
         logits = teacher_logits, student_logits
-        statistics = self._statistics(logits, log_sums, labels, comparison, head._replace(top_id=top_id))
+        statistics = self._statistics(logits, labels, plain, comparison.gap, head._replace(top_id=top_id))
         for name, value in statistics.items():
             out[name].copy_(value)
         for rows, scratch in tiles:
@@ -272,29 +271,36 @@ class Scorer:
             out["divergence"][rows] = value * temperature**2
             if self.want_gradient:
                 logits = None if temperature == 1.0 else student_logits[rows]
-                self.replace(tile, logits, log_sums[1][rows], label, gradient)
+                self.replace(tile, logits, plain.student_log_sum[rows], label, gradient)
+
+    def _compared(self, teacher: Tensor, student: Tensor, tiles: list[tuple[slice, Scratch]]) -> Comparison:
+        """What one sweep over two blocks tells, tile by tile."""
+        parts = [self.compare(teacher[rows], student[rows], scratch=scratch) for rows, scratch in tiles]
+        return parts[0] if len(parts) == 1 else Comparison(*map(torch.cat, zip(*parts, strict=True)))
 
     def _statistics(
-        self, logits: Sequence[Tensor], log_sums: Sequence[Tensor], labels: Tensor, comparison: Comparison, head: Head
+        self, logits: Sequence[Tensor], labels: Tensor, plain: Comparison, gap: Tensor, head: Head
     ) -> dict[str, Tensor]:
-        """All :data:`STATISTICS` of a block but the divergence, ``[block]`` each; ``log_sums`` are of ``logits``."""
-        (teacher_log_sum, log_sum), temperature = log_sums, self.loss.temperature
+        """All :data:`STATISTICS` of a block but the divergence, ``[block]`` each.
+
+        ``plain`` compares the ``logits``, at temperature 1; ``gap`` and ``head`` are at the loss's own.
+        """
+        teacher_log_sum, log_sum = plain.teacher_log_sum, plain.student_log_sum
         teacher_label, label = (one.gather(-1, labels[:, None])[:, 0] for one in logits)
         teacher_top, top = (one.gather(-1, head.top_id[:, None])[:, 0] for one in logits)
         return {
-            "forward_kl": comparison.forward_kl,
-            "reverse_kl": comparison.reverse_kl,
+            "forward_kl": plain.forward_kl,
+            "reverse_kl": plain.reverse_kl,
             "cross_entropy": log_sum - label,
             "teacher_cross_entropy": teacher_log_sum - teacher_label,
             "h": head.weight,
             "h_squared": head.weight.square(),
             "head_gap": head.gap,
-            "tail_gap": comparison.gap - head.gap,
-            # divided, since the division may round two logits to one
-            "agreement": top / temperature >= comparison.student_max,
-            "accuracy": label / temperature >= comparison.student_max,
-            "confidence": torch.exp(temperature * comparison.student_max - log_sum),
-            "teacher_accuracy": teacher_label / temperature >= teacher_top / temperature,
+            "tail_gap": gap - head.gap,
+            "agreement": top >= plain.student_max,
+            "accuracy": label >= plain.student_max,
+            "confidence": torch.exp(plain.student_max - log_sum),
+            "teacher_accuracy": teacher_label >= teacher_top,
             "teacher_confidence": torch.exp(teacher_top - teacher_log_sum),
         }
 

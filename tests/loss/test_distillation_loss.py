@@ -58,12 +58,16 @@ def dense(inputs, loss, student_softcap=None, teacher_softcap=None, vocab_size=N
         logits[side] = x[:, : vocab_size or min(len(inputs[f"{s}_head_weight"]) for s in ("student", "teacher"))]
     teacher, student, labels = logits["teacher"].detach(), logits["student"], inputs["labels"][kept]
     log_p, log_q = (teacher / loss.temperature).log_softmax(-1), (student / loss.temperature).log_softmax(-1)
-    p, q = log_p.exp(), log_q.exp()
-    forward, reverse = (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
+    gap = (log_p.exp() - log_q.exp()).abs().sum(-1)
+    # both models as they are, whatever the temperature of the objective
+    plain_p, plain_q = teacher.log_softmax(-1), student.log_softmax(-1)
+    forward, reverse = (
+        torch.nn.functional.kl_div(one, other, reduction="none", log_target=True).sum(-1)
+        for one, other in ((plain_q, plain_p), (plain_p, plain_q))
+    )
     h = adaptive_kl_weight(teacher, student, mu=loss.mu, head_rule=loss.head_rule, temperature=loss.temperature)
     divergence = formula(loss, teacher, student, h, labels)
     cross_entropy = torch.nn.functional.cross_entropy(student, labels, reduction="none")
-    gap = (p - q).abs().sum(-1)
     sums = {
         "divergence": divergence,
         "forward_kl": forward,

@@ -195,3 +195,17 @@ def test_the_length_of_a_run_and_of_its_warm_up():
     assert warmup_steps(train_args(max_steps=50), 100) == 5
     assert warmup_steps(train_args(max_steps=5000), 100) == 100
     assert warmup_steps(train_args(max_steps=50, lr_warmup_steps=0), 100) == 0
+
+
+def test_runs_of_two_temperatures_tell_the_same_of_the_same_student(teacher_dir, student_dir, alice_json, tmp_path):
+    """What is compared between runs must not depend on what they minimise."""
+    told = []
+    for temperature in (1.0, 3.0):
+        out, train = tmp_path / str(temperature), {"max_steps": 1}
+        distil(student_dir, teacher_dir, alice_json, out, train=train, distill={"temperature": temperature})
+        told.append(next(row for row in metrics(out) if "val_loss" in row))
+    one, three = told
+    names = {"forward_kl", "reverse_kl", "agreement", "cross_entropy", "teacher_cross_entropy"}
+    for name in names:
+        assert one[f"val_{name}"] == pytest.approx(three[f"val_{name}"], rel=1e-6)
+    assert abs(one["val_divergence"] - three["val_divergence"]) > 0.05
