@@ -1,4 +1,4 @@
-"""The two pairs of models and their records; what is there already is left alone."""
+"""The pairs of models and their records; what is there already is left alone."""
 
 import json
 import random
@@ -7,11 +7,15 @@ from pathlib import Path
 
 import materials
 import prepare_demo
+from litgpt.data import JSON
 from litgpt.prompts import Default, PromptStyle, SmolLM2
 
 from comparison.methods import Settings
 from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.files.directories import write_directory
+
+SHARES = {"smollm2": None, "smollm2-80": 0.8, "smollm2-60": 0.6}
+"""Of SmolLM2's parameters, that a pair's student keeps in chosen layers."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,12 @@ def prepare(settings: Settings, out: Path, demo: Path) -> Material:
         out: where it is made.
         demo: the demo's material, which smollm2 needs.
     """
-    make = {"glassllm": prepare_glassllm, "smollm2": prepare_smollm2}[settings.pair]
-    return make(settings, out, demo)
+    if settings.pair == "glassllm":
+        return prepare_glassllm(settings, out)
+    return prepare_smollm2(settings, out, demo)
 
 
-def prepare_glassllm(settings: Settings, out: Path, _: Path) -> Material:
+def prepare_glassllm(settings: Settings, out: Path) -> Material:
     """A 4-layer English model, which has read the book, into random 2-layer students, one a seed; passages of it."""
     teacher = out / "teacher"
     students = {seed: out / f"student-{seed}" for seed in settings.seeds}
@@ -62,13 +67,20 @@ def prepare_glassllm(settings: Settings, out: Path, _: Path) -> Material:
 
 
 def prepare_smollm2(settings: Settings, out: Path, demo: Path) -> Material:
-    """SmolLM2-135M-Instruct (Q4_1 release) into 15 of its 30 layers, the same for all seeds; PIQA."""
+    """SmolLM2-135M-Instruct (Q4_1 release) into a student of its layers, the same for all seeds; PIQA.
+
+    The student is 15 evenly spread layers, or has a share of the parameters, in layers that are chosen on the records.
+    """
     prepare_demo.prepare_demo(demo)
     teacher, student = demo / prepare_demo.MODEL_NAME, out / "student"
-    if not student.is_dir():
-        make_student(teacher, student, layers=15)
     train, held_out = (json.loads((demo / "piqa" / f"{name}.json").read_text()) for name in ("train", "val"))
     data, test = write_records(settings, out, train, held_out)
+    if not student.is_dir():
+        options = {"layers": 15}
+        if (share := SHARES[settings.pair]) is not None:
+            records = JSON(data, mask_prompt=True, prompt_style=SmolLM2(), num_workers=0)
+            options = {"params": share, "data": records, "records": 128}
+        make_student(teacher, student, **options)
     return Material(teacher, dict.fromkeys(settings.seeds, student), data, test, SmolLM2(), max_seq_length=256)
 
 

@@ -9,7 +9,8 @@ class Method(NamedTuple):
 
     label: str
     options: dict[str, str | float]
-    """Of ``DistillArgs``, but ``mix_ratio`` for ``mix.ratio``: they are kept as plain numbers."""
+    """Of ``DistillArgs``, as plain numbers: ``mix_ratio`` for ``mix.ratio``, ``mix_from`` and ``mix_to`` for both ends
+    of its schedule."""
 
 
 REFERENCE, STATIC_MIX = "akl", "akl_mean_mix"
@@ -17,6 +18,7 @@ METHODS = {
     REFERENCE: Method("adaptive KL (AKL)", {"divergence": "akl"}),
     STATIC_MIX: Method("static mix at AKL's mean h", {"divergence": "mix"}),
     "mix": Method("static mix, half and half", {"divergence": "mix", "mix_ratio": 0.5}),
+    "scheduled_mix": Method("mix, from forward KL to half", {"divergence": "mix", "mix_from": 1.0, "mix_to": 0.5}),
     "fkl": Method("forward KL", {"divergence": "fkl"}),
     "rkl": Method("reverse KL", {"divergence": "rkl"}),
     "jsd": Method("Jensen-Shannon, beta 0.5", {"divergence": "jsd"}),

@@ -18,7 +18,7 @@ from comparison.store import Run, Store
 from litgpt_akl.commands.evaluate_akl import evaluate_akl
 from litgpt_akl.commands.finetune_akl import setup
 from litgpt_akl.config.args import GenerationArgs, TeacherArgs
-from litgpt_akl.config.distillation import DistillArgs, MixArgs
+from litgpt_akl.config.distillation import DistillArgs, MixArgs, ScheduleArgs
 from litgpt_akl.messages import UserError
 
 NEVER = 10**9
@@ -116,8 +116,10 @@ def records(place: Place, directory: Path) -> JSON:
 def objective(options: dict[str, str | float]) -> DistillArgs:
     """The objective of a method."""
     options = {**options}
-    mix = {"mix": MixArgs(options.pop("mix_ratio"))} if "mix_ratio" in options else {}
-    return DistillArgs(**options, **mix)
+    groups = {"mix": MixArgs(options.pop("mix_ratio"))} if "mix_ratio" in options else {}
+    if "mix_from" in options:
+        groups["schedule"] = ScheduleArgs(mix_ratio=(options.pop("mix_from"), options.pop("mix_to")))
+    return DistillArgs(**options, **groups)
 
 
 def distil(
