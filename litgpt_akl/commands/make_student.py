@@ -25,9 +25,10 @@ from litgpt_akl.models.model_size import measure_size
 from litgpt_akl.models.student_checkpoint import TeacherFiles
 from litgpt_akl.models.student_config import student_sizes
 from litgpt_akl.models.vocabulary import describe_padding
+from litgpt_akl.training.budget import StudentCosts, count_layers, find_budget
 from litgpt_akl.training.logging import silence_known_noise
 from litgpt_akl.training.student_choice import HELD_OUT, Choice, choose, choose_candidate, plan_candidates
-from litgpt_akl.training.student_making import Method, StudentMaking, count_layers
+from litgpt_akl.training.student_making import Method, StudentMaking
 
 MOST = 0.75
 """Share of the teacher's parameters above which a student is near its teacher, and trained at a lower rate."""
@@ -39,6 +40,8 @@ def make_student(
     *,
     layers: int | list[int] | None = None,
     params: float | None = None,
+    memory: str | None = None,
+    speed: float | None = None,
     width: float | None = None,
     mlp: float | None = None,
     heads: float | None = None,
@@ -71,13 +74,17 @@ def make_student(
         layers: How many layers to keep, or the numbers of the layers to keep, rising from 0: ``'[0,2,5,8]'``.
         params: In place of ``layers``, how many of the teacher's parameters to keep at most: up to 1 a share, such as
             0.5, above 1 a number, such as 3.6e8.
+        memory: In place of it, what the student's weights take at most, in the type of the teacher's: such as 500MB or
+            2GiB.
+        speed: In place of it, how many times the teacher's tokens of one answer the student is to write in a second,
+            such as 1.5. Both are timed on this device, in ``precision``, with LitGPT's key-value cache.
         width: How many channels of the hidden states to keep, or up to 1 the share of them. A share gives a multiple of
             64, or of 8 below 512. Embeddings, too, have fewer numbers then.
         mlp: The same of the channels within each MLP, or each expert.
         heads: The same of the query heads in each layer. Groups that share keys and values all keep as many.
         experts: The same of the experts in each layer.
-        candidates: How many students of at most ``params`` parameters are compared: of fewer layers, narrower ones, and
-            of some of both. That with the lowest forward KL to the teacher on validation records is made.
+        candidates: How many students of ``params``, ``memory`` or ``speed`` are compared: of fewer layers, narrower
+            ones, and of some of both. That with the lowest forward KL to the teacher on validation records is made.
         trial_steps: Optimizer steps of 8 records after which the three best candidates are compared again (default: 50;
             0 compares as they are). The student that is made has none of that training.
         data: Calibration records: data-related arguments as of finetune_akl. Those of the training to come are best.
@@ -100,14 +107,16 @@ def make_student(
     making = StudentMaking(**locals())
     teacher, out_dir = TeacherFiles.open(making.teacher_dir), making.out_dir
     sizes = student_sizes(teacher.config, making.narrower, teacher.kind)
+    costs = StudentCosts(making, teacher)
+    budget = find_budget(making, costs)
     if making.candidates:
-        candidates = plan_candidates(making, teacher)
+        candidates = plan_candidates(making, teacher, costs, budget)
     else:
-        layers = count_layers(making, teacher, sizes)
+        layers = count_layers(making, teacher, sizes, budget)
     with new_directory_locked(out_dir), write_directory(out_dir) as student_dir:
         if making.candidates:
             train = partial(_train_briefly, making, teacher, student_dir.parent / "trials")
-            choice = choose_candidate(making, teacher, candidates, train)
+            choice = choose_candidate(making, teacher, candidates, costs, train)
         else:
             choice = choose(making, teacher, layers, sizes)
         teacher.write_student(student_dir, out_dir, *choice)

@@ -1,5 +1,6 @@
-"""Students that a number of parameters allows: of fewer layers, narrower ones, and of some of both."""
+"""Students that a budget allows: of fewer layers, narrower ones, and of some of both."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -21,7 +22,8 @@ class Candidate(NamedTuple):
 
     layers: int
     sizes: dict[str, int]
-    parameters: int
+    cost: float
+    """In the unit of the budget, such as parameters."""
 
 
 def form_candidates(
@@ -31,9 +33,9 @@ def form_candidates(
     *,
     least: int,
     count: int,
-    parameters: Callable[[int, dict[str, int]], int],
+    cost: Callable[[int, dict[str, int]], float],
 ) -> list[Candidate]:
-    """Up to so many students of at most ``budget`` parameters, and of at least as many layers as ``least``.
+    """Up to so many students that cost at most ``budget``, and of at least as many layers as ``least``.
 
     The first one only has fewer layers, if that is enough. The others have more, and are as wide as is allowed then:
     ways to be narrower take turns, and of each the numbers of layers are far from one another.
@@ -41,19 +43,21 @@ def form_candidates(
     Args:
         config: the teacher's.
         kind: the teacher's model_type, if it has a config.json.
-        budget: parameters of a student at most.
+        budget: what a student costs at most.
         least: layers of a student at least.
         count: students at most.
-        parameters: how many a student of so many layers and of these sizes has.
+        cost: of a student of so many layers and of these sizes, in parameters, bytes or time.
     """
     whole, all_layers = full_sizes(config), range(config.n_layer, least - 1, -1)
-    fitting = next((layers for layers in all_layers if parameters(layers, whole) <= budget), None)
-    depth = [] if fitting is None else [Candidate(fitting, whole, parameters(fitting, whole))]
+    fitting = next((layers for layers in all_layers if cost(layers, whole) <= budget), None)
+    depth = [] if fitting is None else [Candidate(fitting, whole, cost(fitting, whole))]
     deeper, by_way = [layers for layers in all_layers if layers > (fitting or 0)], []
     for way in _ways_of(kind):
         widths = [*_widths(config, kind, way)]
-        found = [_widest(layers, widths, budget, parameters) for layers in deeper]
-        within = [each for each in found if each is not None and each.parameters >= USED * budget]
+        if not (widths and deeper and cost(deeper[-1], widths[-1]) <= budget):
+            continue
+        found = [_widest(layers, widths, budget, cost) for layers in deeper]
+        within = [each for each in found if each is not None and each.cost >= USED * budget]
         # of equally wide ones the deepest, which comes first
         deepest = {tuple(each.sizes.values()): each for each in reversed(within)}
         by_way.append([*deepest.values()])
@@ -86,10 +90,11 @@ def _widths(config: Config, kind: str | None, way: tuple[str, ...]) -> Iterable[
 
 
 def _widest(
-    layers: int, widths: list[dict[str, int]], budget: float, parameters: Callable[[int, dict[str, int]], int]
+    layers: int, widths: list[dict[str, int]], budget: float, cost: Callable[[int, dict[str, int]], float]
 ) -> Candidate | None:
-    counted = (Candidate(layers, sizes, parameters(layers, sizes)) for sizes in widths)
-    return next((each for each in counted if each.parameters <= budget), None)
+    """The first of sizes that become narrower which the budget allows; few are looked at, since each may be timed."""
+    first = bisect_left(widths, True, key=lambda sizes: cost(layers, sizes) <= budget)
+    return Candidate(layers, widths[first], cost(layers, widths[first])) if first < len(widths) else None
 
 
 def _taking_turns(by_way: list[list[Candidate]], count: int) -> list[Candidate]:

@@ -48,6 +48,11 @@ class TeacherFiles:
         tied = is_tied(directory, weights, None)
         return cls(directory, config, weights, ids, tied, model_type(directory), stamps)
 
+    @property
+    def bytes_per_parameter(self) -> int:
+        """Of the weights of its students, in the widest of the types that its own weights have."""
+        return max(tensor.dtype.itemsize for tensor in self.weights.values())
+
     def config_of(self, layers: Sequence[int], sizes: dict[str, int]) -> Config:
         """The configuration of a student with these layers and sizes."""
         return student_config(config_without_padding(self.config, self.ids), layers, sizes)

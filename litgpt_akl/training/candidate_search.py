@@ -1,5 +1,6 @@
 """Of several students that a budget allows the one that is nearest to its teacher, at once and after a few steps."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from litgpt_akl.models.importance import Importance
 from litgpt_akl.models.layerwise import LayerwiseModel, Sample
 from litgpt_akl.models.slicing import Kept, SlicedWeights, choose_parts
 from litgpt_akl.models.student_checkpoint import TeacherFiles
+from litgpt_akl.models.token_time import Speed
 from litgpt_akl.models.vocabulary import without_padding
+from litgpt_akl.teacher.cache_size import readable
 
 FINALISTS = 3
 """Candidates that are trained for a few steps."""
@@ -27,16 +30,28 @@ class Measured:
 
     candidate: Candidate
     kept: Kept
+    parameters: int
+    memory: int
+    """Bytes of its weights as they are written."""
     forward_kl: float
     forward_kl_after: float | None = None
     """After a few steps; None if it was not trained."""
+    tokens_per_second: float = math.nan
+    """Of one answer; what it varies by is half the distance between the quartiles of the measurements."""
+    tokens_per_second_spread: float = math.nan
+    speed: float = math.nan
+    """The same as a multiple of the teacher's, which was measured in turns with it."""
     chosen: bool = False
+
+    def set_speed(self, of_teacher: float, speed: Speed) -> None:
+        """Note what was measured, beside a teacher of so many tokens in a second."""
+        self.speed = speed.ratio
+        self.tokens_per_second, self.tokens_per_second_spread = (of_teacher * value for value in speed)
 
     def record(self) -> dict[str, Any]:
         """For a file."""
-        layers, sizes, parameters = self.candidate
         found = {name: value for name, value in asdict(self).items() if name not in ("candidate", "kept")}
-        return {"layers": layers, **sizes, "parameters": parameters, **found, "kept": self.kept.layers}
+        return {"layers": self.candidate.layers, **self.candidate.sizes, **found, "kept": self.kept.layers}
 
 
 class CandidateSearch:
@@ -70,8 +85,9 @@ class CandidateSearch:
                 kept = choose_parts(self._importance, config, self._layers_of(candidate.layers), candidate.sizes)
                 student = self._student(kept, candidate.sizes)
                 hidden = self._final_hidden(student, bar.update)
-                exact = candidate._replace(parameters=self._teacher.size_of(kept.layers, candidate.sizes).whole)
-                found.append(Measured(exact, kept, self._forward_kl(teacher, student, hidden)))
+                parameters = self._teacher.size_of(kept.layers, candidate.sizes).whole
+                memory = parameters * self._teacher.bytes_per_parameter
+                found.append(Measured(candidate, kept, parameters, memory, self._forward_kl(teacher, student, hidden)))
         return sorted(found, key=lambda each: each.forward_kl)
 
     def _student(self, kept: Kept, sizes: dict[str, int]) -> LayerwiseModel:
@@ -124,13 +140,25 @@ def describe(candidate: Candidate) -> str:
 def table(measured: Sequence[Measured], steps: int) -> str:
     """All candidates in 80 columns, the chosen one with a mark, those that were trained first."""
     has_experts = any(each.candidate.sizes["experts"] for each in measured)
-    names = [name for name in measured[0].candidate.sizes if name != "experts" or has_experts]
-    head = f"  {'layers':>6}" + "".join(f"{name:>7}" for name in names) + f"{'parameters':>13}{'KL at once':>12}"
-    lines = [head + (f"{f'after {steps} steps':>16}" if steps else "")]
-    key = [(each.forward_kl_after is None, each.forward_kl_after or each.forward_kl) for each in measured]
-    for _, each in sorted(zip(key, measured, strict=True), key=lambda pair: pair[0]):
-        layers, sizes, parameters = each.candidate
-        line = f"{'>' if each.chosen else ' '} {layers:>6}" + "".join(f"{sizes[name]:>7}" for name in names)
-        line += f"{parameters / 1e6:>11,.1f} M{each.forward_kl:>12.3f}"
-        lines.append(line + ("" if each.forward_kl_after is None else f"{each.forward_kl_after:>16.3f}"))
+    widths = {"width": 6, "mlp": 6, "heads": 6} | ({"experts": 8} if has_experts else {})
+    head = "  layers" + "".join(f"{name:>{width}}" for name, width in widths.items())
+    head += f"{'params':>8}{'memory':>9}{'tokens/s':>12}{'KL':>8}"
+    lines = [head + (f"{f'after {steps}':>9}" if steps else "")]
+    for each in sorted(
+        measured, key=lambda one: (one.forward_kl_after is None, one.forward_kl_after or one.forward_kl)
+    ):
+        layers, sizes, _ = each.candidate
+        line = f"{'>' if each.chosen else ' '} {layers:>6}"
+        line += "".join(f"{sizes[name]:>{width}}" for name, width in widths.items())
+        line += f"{_count(each.parameters):>8}{readable(each.memory):>9}{_speed(each):>12}{each.forward_kl:>8.3f}"
+        lines.append(line + ("" if each.forward_kl_after is None else f"{each.forward_kl_after:>9.3f}"))
     return "\n".join(lines)
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+
+
+def _speed(measured: Measured) -> str:
+    digits = 0 if measured.tokens_per_second >= 100 else 1
+    return f"{measured.tokens_per_second:,.{digits}f} ±{measured.tokens_per_second_spread:,.{digits}f}"

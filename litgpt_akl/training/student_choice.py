@@ -1,6 +1,7 @@
 """What of a teacher a student keeps: by the calibration records, or evenly spread layers without them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,13 @@ from litgpt_akl.models.layerwise import LayerwiseModel, Sample
 from litgpt_akl.models.parallel import return_freed_memory
 from litgpt_akl.models.slicing import Kept, choose_parts
 from litgpt_akl.models.student_checkpoint import TeacherFiles
-from litgpt_akl.models.student_config import full_sizes
+from litgpt_akl.models.token_time import ROUNDS
 from litgpt_akl.models.weights import fingerprint
+from litgpt_akl.training.budget import Budget, StudentCosts, least_layers, refuse_budget
 from litgpt_akl.training.calibration import ids_in_use, read_held_out, read_samples, remove_layers, score, spread
 from litgpt_akl.training.candidate_search import CandidateSearch, Measured, mark_best, table
 from litgpt_akl.training.scores import Scores, digest_samples
-from litgpt_akl.training.student_making import StudentMaking, count_parameters, least_layers, too_few_parameters
+from litgpt_akl.training.student_making import StudentMaking
 
 HELD_OUT = 48
 """Validation records that candidates are compared by."""
@@ -128,25 +130,19 @@ def choose(making: StudentMaking, teacher: TeacherFiles, layers: int | list[int]
     return Choice(kept, sizes, calibration.record(how, sizes, layers))
 
 
-def plan_candidates(making: StudentMaking, teacher: TeacherFiles) -> list[Candidate]:
+def plan_candidates(
+    making: StudentMaking, teacher: TeacherFiles, costs: StudentCosts, budget: Budget
+) -> list[Candidate]:
     """The students that are to be compared.
 
     Raises:
         UserError: none is as small as it should be.
     """
-    least, budget = least_layers(making, teacher), count_parameters(making, teacher)
-    every, whole = range(teacher.config.n_layer), full_sizes(teacher.config)
-
-    def parameters(layers: int, sizes: dict[str, int]) -> int:
-        # all blocks of a model that may be narrower are of one size, and one is counted more quickly than many
-        size = teacher.size_of(every if sizes == whole else range(1), sizes)
-        return size.root + layers * size.block
-
-    options = {"least": least, "count": making.candidates, "parameters": parameters}
-    candidates = form_candidates(teacher.config, teacher.kind, budget, **options)
+    options = {"least": least_layers(making, teacher), "count": making.candidates, "cost": budget.cost}
+    with nullcontext() if making.speed is None else costs.progress():
+        candidates = form_candidates(teacher.config, teacher.kind, budget.limit, **options)
     if not candidates:
-        size = teacher.size_of(every, whole)
-        raise too_few_parameters(making, teacher, size.root + least * size.block)
+        raise refuse_budget(budget, making, teacher, costs.full)
     if len(candidates) < making.candidates:
         say(f"--candidates {making.candidates}: {teacher.config.name} has {len(candidates)} of that size.")
     return candidates
@@ -156,6 +152,7 @@ def choose_candidate(
     making: StudentMaking,
     teacher: TeacherFiles,
     candidates: Sequence[Candidate],
+    costs: StudentCosts,
     train: Callable[[Choice], float],
 ) -> Choice:
     """The candidate that is nearest to the teacher on validation records, of the best few after a few steps."""
@@ -167,14 +164,22 @@ def choose_candidate(
     options = calibration.importance, calibration.layers, held_out, calibration.vocab_size
     search = CandidateSearch(teacher, calibration.model, *options)
     measured = search.measure(candidates)
+    of_teacher, speeds = costs.speeds(candidates)
+    for each in measured:
+        each.set_speed(of_teacher, speeds[candidates.index(each.candidate)])
 
     def trained(each: Measured) -> float:
         return train(Choice(each.kept, each.candidate.sizes, None))
 
     chosen = mark_best(measured, making.trial_steps, trained)
     say(table(measured, making.trial_steps))
-    say(f"Forward KL to the teacher in nats a response token, on {len(held_out)} validation records; > is made.")
+    say(
+        f"> is made. KL: forward KL to the teacher in nats a response token, on {len(held_out)} validation records.\n"
+        f"tokens/s: of one answer on this device, ± half the distance between the quartiles of {ROUNDS} measurements."
+        f"\nThe teacher has {of_teacher:,.1f} tokens/s."
+    )
     sizes, layers = chosen.candidate.sizes, chosen.kept.layers
     record = calibration.record(making.method, sizes, layers)
     record |= {"held_out_records": len(held_out), "trial_steps": making.trial_steps}
+    record |= {"teacher_tokens_per_second": of_teacher}
     return Choice(chosen.kept, sizes, {**record, "candidates": [each.record() for each in measured]})

@@ -1,6 +1,7 @@
-"""What `make_student` is asked for: its options, checked, and how many layers follow from them."""
+"""What `make_student` is asked for: its options, checked."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,8 +12,7 @@ from litgpt.data import DataModule
 from litgpt_akl.config.recipe import check_masked
 from litgpt_akl.config.refusals import check_at_least_one
 from litgpt_akl.messages import UserError
-from litgpt_akl.models.student_checkpoint import TeacherFiles
-from litgpt_akl.models.student_config import SIZES, full_sizes
+from litgpt_akl.models.student_config import SIZES
 from litgpt_akl.models.weights import find_checkpoint_dir
 from litgpt_akl.training.out_dir import check_apart
 
@@ -21,6 +21,9 @@ RECORDS, KL_RECORDS = 256, 10
 TRIAL_STEPS = 50
 """By default, of candidates that are compared."""
 Method = Literal["greedy", "block_influence", "even"]
+BUDGETS = ("params", "memory", "speed")
+"""Options that say how much of the teacher to keep, in place of how many layers."""
+SIZE = re.compile(r"(\d+\.?\d*|\.\d+) ?([KMGT]?)(i?)B", re.IGNORECASE)
 
 
 @dataclass
@@ -31,6 +34,8 @@ class StudentMaking:
     out_dir: Path
     layers: int | list[int] | None
     params: float | None
+    memory: str | None
+    speed: float | None
     width: float | None
     mlp: float | None
     heads: float | None
@@ -47,17 +52,7 @@ class StudentMaking:
     precision: Literal["32-true", "bf16-true"] | None
 
     def __post_init__(self) -> None:
-        if self.layers is not None and self.params is not None:
-            raise UserError(
-                f"--layers {self.layers} and --params {self.params} both tell the depth.\nGive one of them."
-            )
-        if self.layers is self.params is None and not self.narrower:
-            raise UserError(
-                "How much of the teacher to keep is not told.\nGive --layers or --params, or with --data one of"
-                " --width, --mlp, --heads and --experts."
-            )
-        if self.params is not None and self.params <= 0:
-            raise UserError(f"--params must be above 0, got {self.params}: a share up to 1, or a number of parameters.")
+        self._check_budget()
         numbers = ("records", "kl_records", "max_seq_length")
         check_at_least_one(**{name: getattr(self, name) for name in numbers})
         self._check_candidates()
@@ -73,6 +68,26 @@ class StudentMaking:
         if self.scores is not None:
             self._check_scores()
 
+    def _check_budget(self) -> None:
+        """See that exactly one option says how many layers to keep, and that its value means something."""
+        told = [f"--{name} {value}" for name in ("layers", *BUDGETS) if (value := getattr(self, name)) is not None]
+        if len(told) > 1:
+            raise UserError(f"{told[0]} and {told[1]} both tell the depth.\nGive one of them.")
+        if not told and not self.narrower:
+            raise UserError(
+                "How much of the teacher to keep is not told.\nGive --layers, --params, --memory or --speed, or with"
+                " --data one of --width, --mlp, --heads and --experts."
+            )
+        if self.params is not None and self.params <= 0:
+            raise UserError(f"--params must be above 0, got {self.params}: a share up to 1, or a number of parameters.")
+        if self.memory is not None:
+            bytes_of(self.memory)
+        if self.speed is not None and not 1 < self.speed < math.inf:
+            raise UserError(
+                f"--speed must be above 1, got {self.speed:g}: a multiple of the teacher's tokens in a second.\n"
+                "Give one such as 1.5."
+            )
+
     def _check_candidates(self) -> None:
         if self.candidates is None:
             if self.trial_steps is not None:
@@ -82,10 +97,10 @@ class StudentMaking:
             raise UserError(f"--candidates must be at least 2, got {self.candidates}.\nLeave it out for one student.")
         if self.trial_steps is not None and self.trial_steps < 0:
             raise UserError(f"--trial_steps must not be negative, got {self.trial_steps}.")
-        if self.params is None:
+        if all(getattr(self, name) is None for name in BUDGETS):
             raise UserError(
-                f"--candidates {self.candidates} are students of as many parameters as --params says.\n"
-                "Give --params, such as 0.8."
+                f"--candidates {self.candidates} are students of as many parameters, bytes or tokens/s as is told.\n"
+                "Give --params, such as 0.8, or --memory or --speed."
             )
         for name, value in self.narrower.items():
             raise UserError(
@@ -135,60 +150,16 @@ class StudentMaking:
         return {name: value for name in SIZES if (value := getattr(self, name)) is not None}
 
 
-def count_layers(making: StudentMaking, teacher: TeacherFiles, sizes: dict[str, int]) -> int | list[int]:
-    """How many layers to keep, or which, in a student of these sizes.
+def bytes_of(size: str) -> float:
+    """Bytes of a size such as ``500MB``; units of 1024 have an i, as ``2GiB``.
 
     Raises:
-        UserError: these are no layers of the teacher, or no number of layers is as small as it should be.
+        UserError: it has no unit.
     """
-    layers, n_layer, least = making.layers, teacher.config.n_layer, least_layers(making, teacher)
-    if making.params is not None:
-        size, budget = teacher.size_of(range(n_layer), sizes), count_parameters(making, teacher)
-        layers = n_layer if budget >= size.whole else int((budget - size.root) // size.block)
-        if layers < least:
-            raise too_few_parameters(making, teacher, size.root + least * size.block)
-    if isinstance(layers, list):
-        _check_numbers(layers, n_layer)
-    elif layers is None:
-        layers = n_layer
-    elif not least <= layers <= n_layer:
-        ends = " The first and the last stay unless --keep_ends is false." if least > 1 and layers == 1 else ""
+    found = SIZE.fullmatch(size.strip())
+    if found is None or float(found[1]) <= 0:
         raise UserError(
-            f"layers is {layers}, but the teacher has {n_layer} layers. Give a number of {least} to {n_layer}.{ends}"
+            f"--memory must be a size above 0 with its unit, got {size}.\nGive one such as 500MB or 2GiB; a share of"
+            " the teacher's parameters is --params, such as 0.8."
         )
-    return layers
-
-
-def least_layers(making: StudentMaking, teacher: TeacherFiles) -> int:
-    """How few layers a student may have: the first and the last, if they are kept."""
-    keeps_both = making.data is not None and making.method != "even" and making.keep_ends
-    return 2 if keeps_both and teacher.config.n_layer > 1 else 1
-
-
-def count_parameters(making: StudentMaking, teacher: TeacherFiles) -> float:
-    """How many parameters a student may have, of ``params``."""
-    whole = teacher.size_of(range(teacher.config.n_layer), full_sizes(teacher.config)).whole
-    return making.params * whole if making.params <= 1 else making.params
-
-
-def too_few_parameters(making: StudentMaking, teacher: TeacherFiles, fewest: int) -> UserError:
-    """An error that names the ``fewest`` parameters that a student can have."""
-    whole = teacher.size_of(range(teacher.config.n_layer), full_sizes(teacher.config)).whole
-    budget, least = count_parameters(making, teacher), least_layers(making, teacher)
-    return UserError(
-        f"--params {making.params} are {budget:,.0f} parameters, and {least} of {teacher.config.n_layer} layers with"
-        f" embeddings and LM head have {fewest:,}.\nGive --params {math.ceil(fewest / whole * 100) / 100:.2f} or more."
-    )
-
-
-def _check_numbers(layers: list[int], n_layer: int) -> None:
-    if not layers:
-        raise UserError(f"layers is empty. Give at least one of the teacher's layers, 0 to {n_layer - 1}.")
-    outside = [layer for layer in layers if not 0 <= layer < n_layer]
-    if outside:
-        raise UserError(
-            f"layers names {outside}, but the teacher's {n_layer} layers are numbered 0 to {n_layer - 1}. "
-            "Leave out what is not there."
-        )
-    if layers != sorted(set(layers)):
-        raise UserError(f"layers is {layers}: not rising, or a layer twice. Give {sorted(set(layers))}.")
+    return float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")

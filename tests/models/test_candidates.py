@@ -1,4 +1,4 @@
-"""Students that a number of parameters allows, of every family."""
+"""Students that a budget allows, of every family."""
 
 import pytest
 from litgpt.config import Config
@@ -29,7 +29,7 @@ def form(config: Config, kind: str, share: float, count: int, least: int = 2) ->
         of_one, of_two = (size_of(config, number, sizes) for number in (1, 2))
         return of_one + (layers - 1) * (of_two - of_one)
 
-    return form_candidates(config, kind, budget, least=least, count=count, parameters=parameters), budget
+    return form_candidates(config, kind, budget, least=least, count=count, cost=parameters), budget
 
 
 @pytest.mark.parametrize("share", [0.8, 0.5])
@@ -47,8 +47,8 @@ def test_candidates_fit_the_budget_and_the_family(name, kind, ways, share):
     assert found == (ways - {"width mlp heads"} if (kind, share) in [("gemma2", 0.8), ("mixtral", 0.8)] else ways)
     assert bool(ways) == (len(candidates) > 10) and len(candidates) <= 20
     for each in candidates:
-        assert each.parameters == size_of(config, each.layers, each.sizes) <= budget
-        assert each is first or each.parameters >= 0.9 * budget and each.layers > first.layers
+        assert each.cost == size_of(config, each.layers, each.sizes) <= budget
+        assert each is first or each.cost >= 0.9 * budget and each.layers > first.layers
         assert each.sizes["heads"] % config.n_query_groups == 0 or config.n_query_groups == config.n_head
         step = config.head_size if kind in ("gpt_neox", "falcon") else 64
         assert each.sizes["width"] % step == 0 and (each.sizes["mlp"] % 64 == 0 or each.sizes["mlp"] == whole["mlp"])

@@ -444,6 +444,11 @@ MADE = [
         "make_student teacher made --layers [1,3]",
     ),
     Row("make_student teacher made --num_layers 2", ["no option --num_layers", "--layers"], M),
+    Row(
+        "make_student teacher made --memory 2", ["--memory", "2", "its unit"], "make_student teacher made --memory 2MB"
+    ),
+    Row("make_student teacher made --speed fast", ["--speed", "fast", "a number"], M),
+    Row("make_student teacher made --layers 2 --memory 2MB", ["--layers 2", "--memory 2MB", "one of them"], M),
     Row("make_student teacher teacher --layers 2", ["out_dir", "teacher"], M),
     Row("make_student teacher data --layers 2", ["data"], M),
     Row("make_student missing made --layers 2", ["missing", "does not exist", "as teacher_dir"], M),

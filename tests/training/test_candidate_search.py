@@ -91,11 +91,15 @@ def test_the_best_few_are_trained_as_finetune_akl_trains_them(teacher_dir, short
     assert chosen["forward_kl"] == pytest.approx(found, rel=1e-5)
     found = forward_kl(tmp_path / "run" / "final", teacher_dir, short, tmp_path / "after")
     assert chosen["forward_kl_after"] == pytest.approx(found, rel=1e-4)
-    first, at = (number for number, line in enumerate(lines) if "KL at once" in line)
-    assert "after" not in lines[first]
-    assert max(map(len, lines[at : at + candidates + 1])) <= 80 and "after 3 steps" in lines[at]
+    first, at = (number for number, line in enumerate(lines) if line.startswith("  layers"))
+    columns = ["params", "memory", "tokens/s", "KL"]
+    assert lines[first].split()[-4:] == columns and lines[at].split()[-6:] == [*columns, "after", "3"]
+    assert max(map(len, lines[at : at + candidates + 1])) <= 80
     (marked,) = [line for line in lines[at : at + candidates + 1] if line.startswith(">")]
     assert f"{chosen['forward_kl_after']:.3f}" in marked and f"{chosen['mlp']}" in marked
+    assert (
+        f"{chosen['tokens_per_second']:,.1f}".split(".")[0] in marked and chosen["memory"] == 4 * chosen["parameters"]
+    )
 
 
 def test_a_family_that_takes_no_other_sizes_has_one_candidate(tmp_path, alice_json, capsys):
