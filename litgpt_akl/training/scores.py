@@ -38,8 +38,10 @@ class Scores:
     def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
         self.path, self._identity = path, identity
         self.importance: Importance | None = None
+        self.is_read = path is not None and path.exists()
+        """Whether the file was there."""
         self._removed: dict[str, list[Removal]] = {}
-        if path is not None and path.exists():
+        if self.is_read:
             self._read(path)
 
     def removed(self, records: int, keep_ends: bool) -> list[Removal]:
@@ -67,14 +69,14 @@ class Scores:
         if changed := {name: value for name, value in self._identity.items() if known.get(name) != value}:
             told = "; ".join(f"{name} {known.get(name)} -> {value}" for name, value in changed.items())
             raise UserError(f"--scores {path} is of something else: {told}.\n{WAY_OUT}")
-        self.importance = _from_tensors(tensors)
+        self.importance = _from_tensors(tensors) if tensors else None
         for key, removed in content["removed"].items():
             self._removed[key] = [Removal(**removal) for removal in removed]
 
     def _write(self) -> None:
         if self.path is None:
             return
-        tensors = _as_tensors(self.importance)
+        tensors = {} if self.importance is None else _as_tensors(self.importance)
         removed = {key: [removal._asdict() for removal in found] for key, found in self._removed.items()}
         content = {"identity": self._identity, "removed": removed, "tensors": _digest(tensors)}
         data = safetensors.torch.save(tensors, {ENTRY: json.dumps(with_checksum(content))})

@@ -58,14 +58,15 @@ class Calibration:
             identity = {"teacher": fingerprint(making.teacher_dir), "records": digest_samples(self.samples)}
             identity |= {"precision": making.precision}
         scores = Scores(making.scores, identity)
-        if scores.importance is None:
-            scores.keep_importance(score(self.model, self.samples))
-        else:
-            say(f"The scores of the teacher's parts are read from {making.scores}.")
+        if scores.is_read:
+            say(f"What is known of the teacher's parts is read from {making.scores}.")
         return scores
 
     @property
     def importance(self) -> Importance:
+        """Of all parts, which are scored when they are first asked for: to remove layers needs no scores."""
+        if self.scores.importance is None:
+            self.scores.keep_importance(score(self.model, self.samples))
         return self.scores.importance
 
     def record(self, how: str, sizes: dict[str, int], layers: list[int]) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class Calibration:
             "method": how,
             "records": len(self.samples),
             "tokens": sum(len(sample.input_ids) for sample in self.samples),
-            "block_influence": self.importance.blocks.tolist(),
+            **({} if self.scores.importance is None else {"block_influence": self.importance.blocks.tolist()}),
             "sizes": sizes,
             **self._measured_of(layers),
             "kept": layers,
@@ -126,7 +127,9 @@ def choose(making: StudentMaking, teacher: TeacherFiles, layers: int | list[int]
         if calibration.removed and count < n_layer:
             loss = calibration.removed[n_layer - count - 1].forward_kl
             say(f"Forward KL to the teacher on these records: {loss:.3f} nats a response token.")
-    kept = choose_parts(calibration.importance, teacher.config, layers, sizes)
+    kept = Kept(layers)
+    if making.narrower:
+        kept = choose_parts(calibration.importance, teacher.config, layers, sizes)
     return Choice(kept, sizes, calibration.record(how, sizes, layers))
 
 

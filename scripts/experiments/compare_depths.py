@@ -40,12 +40,12 @@ def piqa(directory: Path) -> JSON:
     return JSON(json_path=directory, mask_prompt=True, prompt_style="smollm2", num_workers=0)
 
 
-def chosen_layers(record: dict, counts: list[int]) -> dict[str, list[int]]:
-    """Layers by method and count, from what make_student wrote for the smallest count."""
-    influence, found = torch.tensor(record["block_influence"]), {}
+def chosen_layers(records: dict[str, dict], counts: list[int]) -> dict[str, list[int]]:
+    """Layers by method and count, from what make_student wrote for the smallest count, by method."""
+    influence, found = torch.tensor(records["block_influence"]["block_influence"]), {}
     n_layer = len(influence)
     for count in counts:
-        removed = {removal["layer"] for removal in record["removed"][: n_layer - count]}
+        removed = {removal["layer"] for removal in records["greedy"]["removed"][: n_layer - count]}
         found[f"even {count}"] = even_layers(count, n_layer)
         found[f"block_influence {count}"] = influential_layers(influence, count, keep_ends=True)
         found[f"greedy {count}"] = [layer for layer in range(n_layer) if layer not in removed]
@@ -87,10 +87,13 @@ def table(results: dict[str, dict], counts: list[int]) -> str:
 
 def compare(teacher: Path, data: Path, out: Path, counts: list[int], records: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    smallest = out / "greedy"
-    if not smallest.is_dir():
-        make_student(teacher, smallest, layers=min(counts), data=piqa(data), records=records)
-    layers = chosen_layers(json.loads((smallest / RECORD).read_text()), counts)
+    made = {}
+    for method in ("greedy", "block_influence"):
+        smallest = out / method
+        if not smallest.is_dir():
+            make_student(teacher, smallest, layers=min(counts), data=piqa(data), records=records, method=method)
+        made[method] = json.loads((smallest / RECORD).read_text())
+    layers = chosen_layers(made, counts)
     path = out / "depths.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
     samples, config = read_held_out(data, teacher, records), read_config(teacher)

@@ -262,7 +262,8 @@ def test_layers_are_chosen_by_forward_kl_on_the_data(teacher_dir, alice_json, tm
     assert record["removed"] == [removal._asdict() for removal in removals]
     kept = sorted({0, 1, 2, 3} - {removal.layer for removal in removals})
     assert record["kept"] == kept and (kept == [0, 3] or not keep_ends)
-    assert record["block_influence"] == measure_importance(model, samples).blocks.tolist()
+    # no part was scored, since that is not what layers are removed by
+    assert "block_influence" not in record
     assert (record["method"], record["records"], record["kl_records"]) == ("greedy", 7, kl_records)
     said = capsys.readouterr().out
     assert said.startswith(f"{teacher_dir}: choosing 2 of 4 layers (greedy).")

@@ -15,10 +15,14 @@ def test_another_budget_starts_from_the_scores(teacher_dir, alice_json, tmp_path
     scores, options = tmp_path / "scores.safetensors", {"data": alice(alice_json), "records": 10, "kl_records": 3}
     make_student(teacher_dir, tmp_path / "3", layers=3, scores=scores, **options)
     first = capsys.readouterr().out
-    assert "Scoring the teacher's parts" in first and "Removing 1 layers one at a time" in first
+    # layers are removed without scores
+    assert "Scoring" not in first and "Removing 1 layers one at a time" in first
     make_student(teacher_dir, tmp_path / "2", layers=2, mlp=0.5, scores=scores, **options)
     second = capsys.readouterr().out
-    assert "Scoring" not in second and f"are read from {scores}" in second and "Removing 1 more layers" in second
+    assert "Scoring the teacher's parts" in second and f"is read from {scores}" in second
+    assert "Removing 1 more layers" in second
+    make_student(teacher_dir, tmp_path / "2 again", layers=2, mlp=0.5, scores=scores, **options)
+    assert "Scoring" not in (again := capsys.readouterr().out) and "Removing" not in again
     whole = scores.read_bytes()
     make_student(teacher_dir, tmp_path / "3 again", layers=3, scores=scores, **options)
     third = capsys.readouterr().out
