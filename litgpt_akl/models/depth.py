@@ -49,13 +49,16 @@ class DepthSearch:
     """Removes layers of a teacher one at a time: each time the one without which its forward KL is lowest.
 
     The hidden states that the teacher has for the samples are computed once. All models that lack one layer more go
-    through the blocks together, and have what comes before that layer in common.
+    through the blocks together, and have what comes before that layer in common. What comes before the layer that is
+    removed at last stays as it is: from there the next search goes on, as far as memory allows to keep it.
     """
 
     def __init__(self, model: LayerwiseModel, samples: Sequence[Sample], vocab_size: int) -> None:
         self._model, self._samples, self._vocab_size = model, samples, vocab_size
         self._response_tokens = sum(len(sample.positions) for sample in samples)
         self._teacher_hidden: list[Tensor] = []
+        self._before: dict[int, list[Tensor]] = {}
+        """Hidden states of each sample before a kept layer, by its place, of the models that lack one before it."""
 
     def work(self, layers: int, keep_ends: bool = True, removed: int = 0) -> int:
         """How many times a block is run, for a sample and a model each, until so many layers are left."""
@@ -84,26 +87,32 @@ class DepthSearch:
             whole = self.final_hidden([*range(n_layer)], advance=advance)
             self._teacher_hidden = [states[0] for states in whole]
         kept = sorted({*range(n_layer)} - {removal.layer for removal in found})
+        self._before = {}
         while len(kept) > layers:
             removable = removable_layers(kept, n_layer, keep_ends)
-            losses = self.forward_kl(kept, removable, advance)
+            losses = self._losses(kept, removable, advance)
             best = int(losses.argmin())
             found.append(Removal(removable[best], losses[best].item()))
-            kept.remove(removable[best])
+            place = kept.index(removable[best])
+            del kept[place]
+            self._before = {other: states for other, states in self._before.items() if other <= place}
         return found
 
-    def forward_kl(
-        self, kept: Sequence[int], removable: Sequence[int], advance: Callable[[int], object] = lambda runs: None
-    ) -> Tensor:
-        """Of the models that lack one more of the layers, ``[len(removable)]``, in nats per response token."""
+    def _losses(self, kept: Sequence[int], removable: Sequence[int], advance: Callable[[int], object]) -> Tensor:
+        """Forward KL of the models that lack one more of the layers, ``[len(removable)]``, a response token."""
         groups = self._groups(removable)
-        return torch.cat([self._forward_kl(self.final_hidden(kept, group, advance)) for group in groups])
+        hidden = (self.final_hidden(kept, group, advance, goes_on=len(groups) == 1) for group in groups)
+        return torch.cat([*map(self._forward_kl, hidden)])
 
     def _groups(self, removable: Sequence[int]) -> list[Sequence[int]]:
         """Layers to be removed whose models go through the blocks together: as many as their hidden states allow."""
-        tokens = sum(len(sample.input_ids) for sample in self._samples)
-        size = max(1, STATES_BYTES // (tokens * self._model.config.n_embd * self._model.dtype.itemsize))
+        size = max(1, self._most_states())
         return [removable[start : start + size] for start in range(0, len(removable), size)]
+
+    def _most_states(self) -> int:
+        """How many models' hidden states of all samples may be in memory."""
+        tokens = sum(len(sample.input_ids) for sample in self._samples)
+        return STATES_BYTES // (tokens * self._model.config.n_embd * self._model.dtype.itemsize)
 
     def _forward_kl(self, hidden: list[Tensor]) -> Tensor:
         """Of final hidden states ``[models, n, n_embd]`` of each sample, ``[models]``."""
@@ -120,14 +129,26 @@ class DepthSearch:
 
     @torch.no_grad()
     def final_hidden(
-        self, kept: Sequence[int], removable: Sequence[int] = (), advance: Callable[[int], object] = lambda runs: None
+        self,
+        kept: Sequence[int],
+        removable: Sequence[int] = (),
+        advance: Callable[[int], object] = lambda runs: None,
+        goes_on: bool = False,
     ) -> list[Tensor]:
         """Final hidden states at the samples' positions, ``[models, n, n_embd]``: of the models that lack a layer more.
 
-        Without removable layers it is the model of those that are kept.
+        Without removable layers it is the model of those that are kept. ``goes_on`` begins with what is known, and
+        keeps what it can for the next time.
         """
-        states = [self._model.embed(sample.input_ids[None]) for sample in self._samples]
-        for layer, paths in zip(kept, _paths(kept, removable), strict=True):
+        paths = _paths(kept, removable)
+        begin = max(self._before, default=0) if goes_on else 0
+        states = [*self._before[begin]] if begin else self._embeddings()
+        if begin and removable[-1] not in kept[begin:]:
+            states = [each[1:] for each in states]
+        advance(sum(paths[:begin]) * len(states))
+        for place, layer in enumerate(kept[begin:], start=begin):
+            if goes_on and layer in removable:
+                self._keep_states(place, states, len(removable))
             with self._model.block(layer) as block:
                 for number, before in enumerate(states):
                     # the first path lacks no layer yet
@@ -135,10 +156,19 @@ class DepthSearch:
                     if layer in removable:
                         after = torch.cat((after, before[:1]))
                     states[number] = after[1:] if removable and layer == removable[-1] else after
-                    advance(paths)
+                    advance(paths[place])
         return [
             self._model.ln_f(hidden[:, sample.positions]) for hidden, sample in zip(states, self._samples, strict=True)
         ]
+
+    def _embeddings(self) -> list[Tensor]:
+        return [self._model.embed(sample.input_ids[None]) for sample in self._samples]
+
+    def _keep_states(self, place: int, states: list[Tensor], models: int) -> None:
+        """Keep what models have before a layer, unless too little memory would be left for as many ``models``."""
+        known = sum(len(each[0]) for each in self._before.values())
+        if place and place not in self._before and known + len(states[0]) + models < self._most_states():
+            self._before[place] = [*states]
 
     def _run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """What a block makes of ``[models, time, n_embd]``, of a few together: its MLP takes several times that."""

@@ -77,6 +77,30 @@ def test_models_in_groups_and_in_parts_are_those_that_go_together(teacher_dir, m
     assert [removal.forward_kl for removal in found] == pytest.approx([each.forward_kl for each in together], rel=1e-5)
 
 
+@pytest.mark.parametrize("room", [1000, 22])
+def test_what_comes_before_a_removed_layer_is_not_run_again(tmp_path, monkeypatch, room):
+    """Against searches that begin anew after each removal, bit for bit; with room for all that is known or for some."""
+    write_family("Llama-3.2-1B", tmp_path / "teacher", tied=False, layers=8)
+    model, samples, runs, done = layerwise(tmp_path / "teacher"), random_samples(LENGTHS, 500), [], []
+    monkeypatch.setattr(depth, "STATES_BYTES", room * sum(LENGTHS) * model.config.n_embd * 4)
+    anew: list[depth.Removal] = []
+    for layers in range(7, 1, -1):
+        anew = DepthSearch(model, samples, 500).remove(layers, False, removed=anew)
+    run = model.run
+    monkeypatch.setattr(model, "run", lambda block, hidden: runs.append(len(hidden)) or run(block, hidden))
+    search = DepthSearch(model, samples, 500)
+    assert search.remove(2, False, done.append) == anew
+    assert sum(done) == search.work(2, False)
+    kept, known, fewest = [*range(8)], 0, 8
+    for removal in anew:
+        # before a layer there are the models that lack an earlier one, and the one that lacks none yet
+        fewest += sum(place + 1 for place in range(known, len(kept)))
+        known = kept.index(removal.layer)
+        kept.remove(removal.layer)
+    assert sum(done) > sum(runs) >= len(LENGTHS) * fewest
+    assert (sum(runs) == len(LENGTHS) * fewest) == (room == 1000)
+
+
 def test_layers_of_low_influence_go():
     influence = torch.tensor([0.1, 0.9, 0.2, 0.2, 0.5, 0.05])
     assert influential_layers(influence, 4, keep_ends=True) == [0, 1, 4, 5]
