@@ -214,16 +214,20 @@ def tell_memory(options: Options, models: Models, memory: MemoryEstimate) -> Non
 
 def _tell_cache(options: Options, memory: MemoryEstimate, samples: Samples | None) -> None:
     teacher, fills = options.teacher, options.teacher.cache_mode == "fill"
-    dtype = DTYPES[stored_type(teacher.cache_dtype, memory.teacher_dtype)]
-    size = bytes_of_token(memory.teacher.n_embd, dtype)
+    if memory.top_k is None:
+        dtype = DTYPES[stored_type(teacher.cache_dtype, memory.teacher_dtype)]
+        size = bytes_of_token(memory.teacher.n_embd, dtype)
+    else:
+        size = memory.top_k.bytes_of_token
     if samples is None:
         options = size, memory.cached_head, *memory.sizes, None if fills else options.train.epochs
-        say(wrapped(describe_without_data(teacher.cache_dir, *options)))
+        say(wrapped(describe_without_data(teacher.cache_dir, *options, reads_head=memory.top_k is None)))
         return
     found, per_epoch = samples.training, math.ceil(samples.training.samples / options.train.global_batch_size)
     epochs = total_steps(options.train, found.samples) / per_epoch
     tokens = math.ceil(found.response_tokens * (1 if fills else min(1, epochs))) + samples.validation.response_tokens
-    saving = describe_saving(*memory.sizes, found.response_tokens / max(1, found.tokens), None if fills else epochs)
+    share, epochs = found.response_tokens / max(1, found.tokens), None if fills else epochs
+    saving = describe_saving(*memory.sizes, share, epochs, reads_head=memory.top_k is None)
     say(wrapped(f"{describe_whole(teacher.cache_dir, size, tokens, memory.cached_head)}\n{saving}"))
 
 

@@ -11,6 +11,7 @@ from litgpt.data import DataModule
 
 from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.config.refusals import check_at_least_one, refuse_changed
+from litgpt_akl.loss.top_k import k_of
 from litgpt_akl.messages import UserError
 
 TARGETS = ("query", "key", "value", "projection", "mlp", "head")
@@ -83,8 +84,10 @@ class TeacherArgs:
     cache_mode: Literal["auto", "fill", "read"] = "auto"
     """Fill what the cache lacks while the student is trained (auto); only fill it, without a student, whose place the
     teacher's directory can take (fill); or refuse to start if anything is missing (read)"""
-    cache_dtype: Literal["bf16", "fp8"] | None = None
-    """What hidden states are stored as (default: what the teacher computes in, which changes nothing)"""
+    cache_dtype: str | None = None
+    """What is stored: hidden states as bf16 or fp8 (default: as the teacher computes them, which changes nothing); or,
+    by topk:64, in little space, the 64 most probable ids and the mass of all others. That is another objective, which
+    akl, fkl, rkl, mix and tad have; what it costs is measured and printed"""
     cache_part: str | None = None
     """With cache_mode fill, which share of the data this job is to fill, such as 2/4 for the second of four; all may
     write into one folder, or into several whose files are put together"""
@@ -103,6 +106,7 @@ class TeacherArgs:
                 f"--teacher.cache_part {self.cache_part} is for --teacher.cache_mode fill, not {self.cache_mode}."
                 " Leave it out."
             )
+        _check_cache_dtype(self.cache_dtype)
         self.part()
 
     def part(self) -> tuple[int, int]:
@@ -114,9 +118,22 @@ class TeacherArgs:
             raise UserError(f"--teacher.cache_part must be such as 2/4, the second of four, got {self.cache_part!r}.")
         return int(found[1]) - 1, int(found[2])
 
+    @property
+    def k(self) -> int | None:
+        """How many ids the cache keeps; None if it keeps hidden states, or there is none."""
+        return k_of(self.cache_dtype)
+
     def dtype(self, device_type: str) -> torch.dtype:
         """Of the teacher's weights, and of what a quantized one computes in."""
         return _dtype(self.precision, device_type)
+
+
+def _check_cache_dtype(cache_dtype: str | None) -> None:
+    if cache_dtype not in (None, "bf16", "fp8") and k_of(cache_dtype) is None:
+        raise UserError(
+            f"--teacher.cache_dtype must be bf16, fp8, or topk: with the number of ids to keep, got {cache_dtype!r}.\n"
+            "Give topk:64, or leave it out."
+        )
 
 
 def _dtype(precision: str | None, device_type: str) -> torch.dtype:
@@ -133,8 +150,9 @@ class CacheArgs:
     precision: Literal["32-true", "bf16-true"] | None = None
     """What the teacher's final norm and LM head are computed in, as finetune_akl will be told (default: bf16-true on a
     GPU, 32-true on a CPU)"""
-    cache_dtype: Literal["bf16", "fp8"] | None = None
-    """What hidden states are stored as (default: the precision)"""
+    cache_dtype: str | None = None
+    """What is stored: hidden states as bf16 or fp8 (default: the precision), or by topk:64 the 64 most probable ids and
+    the mass of all others"""
 
     def __post_init__(self) -> None:
         if self.cache_dir is not None and "://" in self.cache_dir:
@@ -142,6 +160,7 @@ class CacheArgs:
                 f"--teacher.cache_dir {self.cache_dir} is remote, and is to be written here.\n"
                 "Give a local folder, and copy it there."
             )
+        _check_cache_dtype(self.cache_dtype)
 
     def dtype(self, device_type: str) -> torch.dtype:
         """Of the hidden states that the final norm gives, as that of :class:`TeacherArgs` with these options."""

@@ -14,6 +14,7 @@ from litgpt.utils import parse_devices
 
 from litgpt_akl.config.args import GenerationArgs, Options
 from litgpt_akl.config.refusals import changed, check_at_least_one
+from litgpt_akl.loss.top_k_loss import DEFINED, why_undefined
 from litgpt_akl.messages import UserError
 
 OPTIMIZER = "AdamW"
@@ -37,6 +38,7 @@ def check_options(options: Options) -> None:
     check_training_args(options.train, options.eval)
     _check_beginning(options)
     _check_teacher(options)
+    _check_top_k(options)
     _check_no_effect(options)
     options.precision = choose_precision(options.precision, options.cuda)
     options.devices = count_devices(options.devices, options.num_nodes, needed=not options.dry_run)
@@ -91,6 +93,31 @@ def _check_teacher(options: Options) -> None:
         )
 
 
+def _check_top_k(options: Options) -> None:
+    """See that the objective is defined on what the cache keeps; raises UserError. Without a student there is none."""
+    k, distill = options.teacher.k, options.distill
+    if k is None or options.teacher.cache_mode == "fill":
+        return
+    for loss in map(distill.loss, (0.0, 1.0)):
+        undefined = why_undefined(loss, k)
+        if undefined is None:
+            continue
+        keyword, why = undefined
+        name = "tad.top_k" if keyword == "top_k" else keyword
+        given = f"{name} {getattr(loss, keyword)}"
+        if keyword in distill.schedule.given:
+            given = f"schedule.{keyword} {distill.schedule.given[keyword]}"
+        ways = {
+            "divergence": f"--distill.divergence {', '.join(DEFINED[:-1])} or {DEFINED[-1]}",
+            "temperature": "--distill.temperature 1",
+            "top_k": f"--teacher.cache_dtype topk:{max(64, loss.top_k + 1)}",
+        }
+        raise UserError(
+            f"--distill.{given} with --teacher.cache_dtype topk:{k}: {why}.\n"
+            f"Use {ways[keyword]}, or leave cache_dtype out to keep hidden states."
+        )
+
+
 def without_prompts(data: DataModule | None) -> tuple[str, str] | None:
     """Why a data module cannot tell prompts from responses, and what to give in its place.
 
@@ -133,7 +160,7 @@ def check_questions(data: DataModule | None, generation: GenerationArgs) -> None
 
 def _check_no_effect(options: Options) -> None:
     """Refuse options that others leave without effect."""
-    teacher, eval, data = options.teacher, options.eval, options.data
+    teacher, eval, data, distill = options.teacher, options.eval, options.data, options.distill
     logger = f"--logger_name {options.logger_name}"
     used = OF_LOGGERS.get(options.logger_name, ())
     found = [(f"log.{name}", value, logger) for name, value in changed(options.log).items() if name not in used]
@@ -143,6 +170,8 @@ def _check_no_effect(options: Options) -> None:
         found.append(("overwrite", "true", "--teacher.cache_mode fill"))
     if teacher.cpu_offload and teacher.cache_mode == "read" and options.distill.on_policy == 0:
         found.append(("teacher.cpu_offload", "true", "--teacher.cache_mode read"))
+    if teacher.k is not None and teacher.cache_mode != "fill" and distill.compile and distill.on_policy == 0:
+        found.append(("distill.compile", "true", f"--teacher.cache_dtype {teacher.cache_dtype}"))
     if eval.max_new_tokens is None and eval.evaluate_example != "first":
         found.append(("eval.evaluate_example", eval.evaluate_example, "--eval.max_new_tokens null"))
     if isinstance(data, LitData) and data.seed != LitData().seed:

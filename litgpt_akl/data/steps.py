@@ -115,7 +115,7 @@ PART = 100_000
 
 
 class HiddenStateCache(Protocol):
-    """Holds the teacher's final hidden states of samples."""
+    """Holds the teacher's final hidden states of samples, or its distributions, packed."""
 
     bytes_of_token_in_memory: int
     """Of a hidden state once it is read."""
@@ -137,7 +137,7 @@ class MicroBatch:
     keys: np.ndarray | None = None
     """``[batch, 2]``: number and digest of each sample, if there is a cache."""
     teacher_hidden: Tensor | None = None
-    """``[n, D]``: the teacher's final hidden states at the positions, if they are cached."""
+    """``[n, D]``: the teacher's final hidden states at the positions, or its distributions, packed, if cached."""
     is_on_policy: bool = False
     """Whether the student wrote the responses."""
 

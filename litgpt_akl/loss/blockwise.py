@@ -24,6 +24,15 @@ temperature 1 whatever the objective's is, so that runs can be compared; what is
 ``accuracy`` is whether it is the label."""
 
 
+_BLOCK_BYTES = {"cpu": 100 * 2**20}
+_BLOCK_BYTES_ELSEWHERE = 2**30
+
+
+def usual_block_tokens(vocab_size: int, device_type: str) -> int:
+    """Tokens that go through the heads at a time, of a budget for both models' logits."""
+    return max(16, _BLOCK_BYTES.get(device_type, _BLOCK_BYTES_ELSEWHERE) // (2 * 4 * vocab_size))
+
+
 class HeadLoss(NamedTuple):
     """What a loss over LM heads returns."""
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from litgpt_akl.loss.blockwise import Blocks, HeadLoss, LMHead, Score, TeacherLogits, blockwise_loss
+from litgpt_akl.loss.blockwise import Blocks, HeadLoss, LMHead, Score, TeacherLogits, blockwise_loss, usual_block_tokens
 from litgpt_akl.loss.comparison import (
     NO_SCRATCH,
     Comparison,
@@ -30,8 +30,6 @@ from litgpt_akl.loss.tile import Number, Tile
 
 IGNORE_INDEX = -100
 
-_BLOCK_BYTES = {"cpu": 100 * 2**20}
-_BLOCK_BYTES_ELSEWHERE = 2**30
 # less than 1 MB in float32, so that what a tile needs fits into a core's cache
 _TILE_ELEMENTS = 200_000
 
@@ -155,8 +153,7 @@ class DistillationLoss(Objective):
         """How many tokens go through the heads at a time."""
         if self.block_tokens is not None:
             return self.block_tokens
-        budget = _BLOCK_BYTES.get(device_type, _BLOCK_BYTES_ELSEWHERE)
-        return max(16, budget // (2 * 4 * vocab_size))
+        return usual_block_tokens(vocab_size, device_type)
 
     def compiles_on(self, device_type: str) -> bool:
         """Whether torch.compile fuses the element-wise part there."""

@@ -5,10 +5,15 @@ measure. Forward and reverse KL of such distributions are at most those of the w
 inequality.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from litgpt_akl.loss.blockwise import LMHead, usual_block_tokens
+from litgpt_akl.loss.comparison import compare
+from litgpt_akl.messages import UserError
 
 
 class Ranked(NamedTuple):
@@ -68,6 +73,64 @@ class TopK(NamedTuple):
         log_p = log_p - log_p.logsumexp(dim=-1, keepdim=True)
         label_log_p = label.view(torch.float32)[:, 0].to(dtype)
         return Ranked(places.bitwise_left_shift(shifts).sum(dim=-1), log_p, label_log_p)
+
+    def forward_kl(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """KL ``[n]`` from the distributions in rows to those of logits ``[n, vocab]``, which are lost."""
+        known = self.unpack(rows, logits.dtype)
+        return compare(known.log_p, lump(logits, known.ids).logits).forward_kl
+
+    def dense(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Logarithms ``[n, vocab]`` in float32, for a picture: the others share evenly what the label leaves them."""
+        known = self.unpack(rows, torch.float32)
+        of_label, others = known.label_log_p.exp(), known.log_p[:, -1].exp()
+        is_kept = (known.ids == labels[:, None]).any(dim=-1)
+        left, count = torch.where(is_kept, others, others - of_label), self.vocab_size - self.k - (~is_kept).float()
+        share = (left.clamp(min=0.0) / count.clamp(min=1.0)).log()
+        found = share[:, None].repeat(1, self.vocab_size).scatter_(-1, labels[:, None], known.label_log_p[:, None])
+        return found.scatter_(-1, known.ids, known.log_p[:, :-1])
+
+
+def k_of(name: str | None) -> int | None:
+    """How many ids a name such as ``topk:64`` means; None if it means anything else."""
+    found = re.fullmatch(r"topk:([1-9]\d{0,8})", name or "")
+    return None if found is None else int(found[1])
+
+
+def find_top_k(name: str | None, vocab_size: int) -> TopK | None:
+    """What a name such as ``topk:64`` means for so many ids; None for the name of anything else.
+
+    Raises UserError if there are not more than k ids.
+    """
+    k = k_of(name)
+    if k is not None and k >= vocab_size:
+        raise UserError(
+            f"--teacher.cache_dtype {name}: teacher and student share {vocab_size:,} ids, and at least one must be left"
+            f" to the others.\nGive topk:{min(64, vocab_size - 1)}, or leave it out to keep hidden states."
+        )
+    return None if k is None else TopK(k, vocab_size)
+
+
+def is_packed(teacher: Tensor) -> bool:
+    """Whether what a teacher has said of tokens are rows of :meth:`TopK.pack`, and not hidden states."""
+    return teacher.dtype == torch.uint8
+
+
+@torch.no_grad()
+def pack_head(teacher: LMHead, labels: Tensor, top_k: TopK) -> Tensor:
+    """Rows ``[n, bytes]`` of a teacher's final hidden states ``[n, D]``, its head read a block of tokens at a time."""
+    device, vocab_size = teacher.hidden.device, top_k.vocab_size
+    teacher = teacher.frozen(None, vocab_size, like=teacher.hidden)
+    dtype = torch.promote_types(teacher.hidden.dtype, torch.float32)
+    count, most = len(labels), usual_block_tokens(vocab_size, device.type)
+    buffer = torch.empty(min(count, most), vocab_size, dtype=dtype, device=device)
+    rows = torch.empty(count, top_k.bytes_of_token, dtype=torch.uint8, device=device)
+    with torch.autocast(device.type, enabled=False):
+        for start in range(0, count, most):
+            part = slice(start, min(start + most, count))
+            logits = buffer[: part.stop - start]
+            teacher.logits_into(logits, part)
+            rows[part] = top_k.pack(logits, labels[part])
+    return rows
 
 
 def _id_bytes(vocab_size: int) -> int:

@@ -24,38 +24,35 @@ DEFINED = ("akl", "fkl", "rkl", "mix", "tad")
 def why_undefined(objective: Objective, k: int) -> tuple[str, str] | None:
     """The keyword of an objective, and a reason, if it has no meaning for k ids and the mass of the others."""
     if objective.divergence not in DEFINED:
-        return "divergence", f"is not defined on k ids and the mass of all others; {', '.join(DEFINED)} are"
+        return "divergence", f"it is not defined on {k} ids and the mass of all others"
     if objective.temperature != 1.0:
-        return "temperature", "would need each of the other ids' probabilities; at temperature 1 their sum is enough"
+        return (
+            "temperature",
+            f"it needs each of the probabilities, and beside {k} ids only the sum of all others is known",
+        )
     if objective.divergence == "tad" and objective.top_k >= k:
-        return "top_k", f"leaves none of {k} ids to the rest, which it weighs by itself; less than {k} does"
+        return "top_k", f"none of {k} ids is left to the rest that it weighs by itself"
     return None
 
 
 def top_k_loss(
     loss: DistillationLoss,
-    student_hidden: Tensor,
-    student_head_weight: Tensor,
+    student: LMHead,
     teacher_rows: Tensor,
     labels: Tensor,
     *,
     vocab_size: int,
-    student_bias: Tensor | None = None,
-    student_softcap: float | None = None,
     sequences: Tensor | None = None,
 ) -> HeadLoss:
-    """Sum a loss over tokens, all of which count; tensors as of :class:`DistillationLoss`, which see.
+    """Sum a loss over tokens, all of which count.
 
     Args:
         loss: what is minimised.
-        student_hidden: ``[n, d]``.
-        student_head_weight: ``[v, d]``.
+        student: its final hidden states ``[n, d]`` and its LM head.
         teacher_rows: ``[n, bytes]`` from :meth:`TopK.pack`, made for the same ``labels`` and ``vocab_size``.
-        labels: ``[n]``.
+        labels: ``[n]``, the id that follows each position.
         vocab_size: ids from here on are padding and get no mass.
-        student_bias: ``[v]``.
-        student_softcap: the student's ``final_logit_softcapping``.
-        sequences: ``[n]``.
+        sequences: ``[n]``, the number of the sequence that each position is of, for tad; default: all are of one.
 
     Raises:
         ValueError: the loss is not defined on k ids and the mass of the others.
@@ -63,11 +60,11 @@ def top_k_loss(
     layout = TopK.of(teacher_rows, vocab_size)
     if undefined := why_undefined(loss, layout.k):
         name, why = undefined
-        raise ValueError(f"{name} {getattr(loss, name)} {why}")
-    block_tokens = loss.tokens_per_block(vocab_size, student_hidden.device.type)
+        raise ValueError(f"{name} {getattr(loss, name)}: {why}")
+    block_tokens = loss.tokens_per_block(vocab_size, student.hidden.device.type)
     score = partial(_make_score, loss, layout, teacher_rows, labels, sequences)
     blocks = Blocks(block_tokens, vocab_size, loss.kd_ratio, score)
-    return blockwise_loss(student_hidden, student_head_weight, student_bias, student_softcap, labels, blocks)
+    return blockwise_loss(*student, labels, blocks)
 
 
 def _make_score(

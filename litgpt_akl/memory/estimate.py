@@ -20,6 +20,7 @@ from litgpt_akl.config.args import Options
 from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.data.preview import Lengths
 from litgpt_akl.loss.distillation_loss import DistillationLoss
+from litgpt_akl.loss.top_k import TopK, find_top_k
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.generation import BATCH
 from litgpt_akl.models.lora import lora_config
@@ -83,6 +84,8 @@ class MemoryEstimate:
     cpu_offload: bool = False
     teacher_role: Literal["live", "cached", "fill"] = "live"
     """Whether all of it is there, its LM head only, or it fills a cache and there is no student."""
+    top_k: TopK | None = None
+    """How the cache keeps distributions, for which not even the head is there; None if it keeps hidden states."""
     on_policy_prompts: int = 0
     """From which the student writes together in a process."""
     prompt_length: int | None = None
@@ -136,7 +139,7 @@ class MemoryEstimate:
     @property
     def cached_head(self) -> int:
         """Bytes of the teacher's LM head in a cache; a LoRA student has its base's in memory anyway."""
-        return 0 if self.shares_base else self.sizes[1].head * self.teacher_dtype.itemsize
+        return 0 if self.shares_base or self.top_k is not None else self.sizes[1].head * self.teacher_dtype.itemsize
 
     @cached_property
     def moments(self) -> list[Moment]:
@@ -158,13 +161,18 @@ class _Step:
         self.has_student, self.has_teacher = estimate.teacher_role != "fill", not is_cached
         self.student, teacher = estimate.sizes
         if is_cached:
-            teacher = teacher._replace(whole=teacher.head, root=teacher.head, block=0)
+            head = teacher.head if estimate.top_k is None else 0
+            teacher = teacher._replace(whole=head, root=head, block=0)
         self.dtype = torch.bfloat16 if estimate.precision == "bf16-true" else torch.float32
         self.width, self.teacher_width = self.dtype.itemsize, estimate.teacher_dtype.itemsize
         shape, mixed = estimate.shape, estimate.precision == "bf16-mixed"
         self.tokens = math.prod(shape)
         self.hidden = self.tokens * estimate.student.n_embd * self.width
-        self.teacher_hidden = self.tokens * estimate.teacher.n_embd * self.teacher_width
+        self.teacher_states = self.teacher_hidden = self.tokens * estimate.teacher.n_embd * self.teacher_width
+        # on-policy samples have the teacher's hidden states in any case
+        self.is_packed = estimate.top_k is not None and not estimate.on_policy_prompts
+        if self.is_packed:
+            self.teacher_hidden = self.tokens * estimate.top_k.bytes_of_token
         self.blocks = measure_blocks(estimate.student, *shape, self.dtype, mixed)
         # autocast's copies of weights, which each product keeps for its backward
         self.copies, self.copies_of_block = self.student.products * 2 * mixed, self.student.block * 2 * mixed
@@ -183,7 +191,7 @@ class _Step:
         self.teacher_root, self.teacher_block = teacher.root * teacher_gathered, teacher.block * teacher_gathered
         self.shared_out = self.student.trained_block * (self.width + FLOAT32) * self.sharded
         inference = max(b.no_grad for b in measure_blocks(estimate.teacher, *shape, estimate.teacher_dtype, False))
-        inference += 2 * self.teacher_hidden
+        inference += 2 * self.teacher_states
         # memory of a stream of the teacher's own serves nothing else when it is free
         alone = estimate.device == "cuda" and estimate.processes == 1
         runs_ahead = alone and self.accumulates and estimate.teacher_role == "live"
@@ -208,7 +216,11 @@ class _Step:
             gathered = _gathered(self.teacher_root, self.teacher_block)
             # offloaded, the device's own shards, until they are gathered
             shards = self.estimate.cpu_offload * max(self.teacher_root, self.teacher_block) / self.estimate.shards
-            yield "teacher's forward", {GATHERED: gathered + shards, ACTIVATIONS: self.inference}
+            parts = {GATHERED: gathered + shards, ACTIVATIONS: self.inference}
+            if self.estimate.top_k is not None:
+                # the logits, and what finding the largest takes at most
+                parts |= {LOSS: 2 * self._block_of_logits(), COPIES: self._copied_teacher_head()}
+            yield "teacher's forward", parts
         if self.has_student:
             # the last block, when the others have left what their backwards need
             last = max(block.forward - block.kept for block in self.blocks)
@@ -259,24 +271,36 @@ class _Step:
             LOSS: 4 * prompts * self.estimate.vocab_size * FLOAT32,
         }
 
+    def _block_of_logits(self) -> int:
+        """Bytes of the logits of one model that are in memory at a time."""
+        vocab_size = self.estimate.vocab_size
+        blocks = math.ceil(self.tokens / self.estimate.loss.tokens_per_block(vocab_size, self.estimate.device))
+        return math.ceil(self.tokens / blocks) * vocab_size * FLOAT32
+
+    def _copied_teacher_head(self) -> int:
+        return self._copied(self.estimate.vocab_size * self.estimate.teacher.n_embd, self.teacher_width)
+
     def _loss(self) -> dict[str, float]:
-        loss, vocab_size, device = self.estimate.loss, self.estimate.vocab_size, self.estimate.device
-        blocks = math.ceil(self.tokens / loss.tokens_per_block(vocab_size, device))
-        buffers = 2 if loss.temperature == 1.0 else 4
+        loss, device = self.estimate.loss, self.estimate.device
+        buffers, of_teacher = 2 if loss.temperature == 1.0 else 4, 0
         if device == "cuda":
             # the gradient, before it takes the place of the logits; where nothing is fused, four of the comparison
             buffers += 1 + max((loss.compile is False) * 4, loss.working_blocks)
         # both models' final hidden states, and the gradient of the student's
         hidden, teacher_hidden = (self.tokens * c.n_embd for c in (self.estimate.student, self.estimate.teacher))
-        at_head = hidden * (self.width + FLOAT32) + self._copied(hidden, self.width)
-        at_head += self.teacher_hidden + self._copied(teacher_hidden, self.teacher_width)
-        teacher_head = self._copied(vocab_size * self.estimate.teacher.n_embd, self.teacher_width)
+        at_head = hidden * (self.width + FLOAT32) + self._copied(hidden, self.width) + self.teacher_hidden
+        if self.is_packed:
+            # the gradient takes the place of the logits, and a softcap's needs them
+            buffers = 1 + (self.estimate.student.final_logit_softcapping is not None)
+        else:
+            at_head += self._copied(teacher_hidden, self.teacher_width)
+            of_teacher = self._copied_teacher_head()
         return {
             GRADIENTS: self.always[GRADIENTS] + self.student.trained_head * FLOAT32,
             GATHERED: self.teacher_root + self.root + self.block,
-            COPIES: self.copies + self._copied(self.student.head, self.width) + teacher_head,
+            COPIES: self.copies + self._copied(self.student.head, self.width) + of_teacher,
             ACTIVATIONS: self.kept + self.kept_by_norm + at_head,
-            LOSS: buffers * math.ceil(self.tokens / blocks) * vocab_size * FLOAT32,
+            LOSS: buffers * self._block_of_logits(),
         }
 
     def _copied(self, numbers: int, width: int) -> int:
@@ -361,6 +385,7 @@ def make_estimate(
     states, fused = try_optimizer(make_optimizer, torch.bfloat16 if options.precision == "bf16-true" else torch.float32)
     # no cache has what a student is about to write
     reads = "cached" if teacher.cache_mode == "read" and distill.on_policy == 0 else "live"
+    top_k = find_top_k(teacher.cache_dtype, models.vocab_size)
     prompts = min(BATCH, math.ceil(train.global_batch_size / (options.devices * options.num_nodes)))
     return MemoryEstimate(
         student=lora_config(models.student, options.lora) if adapts else models.student,
@@ -386,6 +411,7 @@ def make_estimate(
         quantize=teacher.quantize,
         cpu_offload=teacher.cpu_offload,
         teacher_role="fill" if teacher.cache_mode == "fill" else reads,
+        top_k=top_k,
         on_policy_prompts=prompts * (distill.on_policy > 0),
     )
 

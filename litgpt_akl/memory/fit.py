@@ -68,7 +68,7 @@ def describe_memory(estimate: MemoryEstimate, limit: float | None) -> str:
         names = [f"{of.name} of {of.n_layer} layers" for of in (estimate.student, estimate.teacher)]
     teacher = f"{names[1]} in {'bf16' if estimate.teacher_dtype == torch.bfloat16 else 'float32'}"
     if estimate.teacher_role == "cached":
-        teacher += ", cached: its LM head only"
+        teacher += ", cached: its LM head only" if estimate.top_k is None else ", cached: nothing of it is loaded"
     elif estimate.cpu_offload:
         teacher += ", from CPU memory"
     student = "" if estimate.teacher_role == "fill" else f"{names[0]} in {estimate.precision}, taught by "

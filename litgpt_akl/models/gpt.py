@@ -18,8 +18,10 @@ from litgpt.model import GPT, do_softcapping
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from litgpt_akl.loss.blockwise import HeadLoss
+from litgpt_akl.loss.blockwise import HeadLoss, LMHead
 from litgpt_akl.loss.distillation_loss import DistillationLoss
+from litgpt_akl.loss.top_k import TopK, is_packed, pack_head
+from litgpt_akl.loss.top_k_loss import top_k_loss
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.lora import without_adapters
 from litgpt_akl.models.parallel import load_weights, reshard
@@ -177,8 +179,21 @@ def hidden_states(teacher: nn.Module, input_ids: Tensor, positions: Tensor) -> T
 
     A model with adapters teaches as its base, without them.
     """
-    output_of_head = teacher.lm_head.output_of_head(lambda head, hidden: hidden.flatten(0, 1)[positions])
-    with torch.no_grad(), without_adapters(teacher), output_of_head:
+    return _ask(teacher, input_ids, lambda head, hidden: hidden.flatten(0, 1)[positions])
+
+
+def top_k_rows(teacher: nn.Module, input_ids: Tensor, positions: Tensor, labels: Tensor, top_k: TopK) -> Tensor:
+    """The teacher's distributions there, packed, ``[n, bytes]`` in uint8; the ids ``labels`` ``[n]`` follow."""
+
+    def give(head: Head, hidden: Tensor) -> Tensor:
+        return pack_head(LMHead(hidden.flatten(0, 1)[positions], head.weight, head.bias, head.softcap), labels, top_k)
+
+    return _ask(teacher, input_ids, give)
+
+
+def _ask(teacher: nn.Module, input_ids: Tensor, give: Callable[[Head, Tensor], Tensor]) -> Tensor:
+    """What a teacher's forward gives when its head is whole."""
+    with torch.no_grad(), without_adapters(teacher), teacher.lm_head.output_of_head(give):
         return teacher(input_ids)
 
 
@@ -196,29 +211,23 @@ def distillation_loss(
 
     Args:
         teacher: from :func:`set_up_teacher`, or the student for its base without adapters; its head is read here, after
-            its forward, or after :func:`~litgpt_akl.models.parallel.unshard`.
+            its forward, or after :func:`~litgpt_akl.models.parallel.unshard`, unless distributions are given.
         input_ids: ``[batch, time]``.
         positions: ``[n]``, flat positions in ``input_ids`` whose next token is a response token.
         labels: ``[n]``, those next tokens.
-        teacher_hidden: ``[n, D]``, the teacher's final hidden states at the positions.
+        teacher_hidden: ``[n, D]``, the teacher's final hidden states at the positions; or ``[n, bytes]``, its
+            distributions there from :func:`top_k_rows`.
         vocab_size: ids that tokenizer and both heads have.
     """
     teacher_head = teacher.lm_head
 
     def give(head: Head, hidden: Tensor) -> HeadLoss:
-        return loss(
-            *head.factors(hidden.flatten(0, 1)[positions]),
-            teacher_hidden,
-            teacher_head.weight,
-            labels,
-            student_bias=head.bias,
-            teacher_bias=teacher_head.bias,
-            student_softcap=head.softcap,
-            teacher_softcap=teacher_head.softcap,
-            vocab_size=vocab_size,
-            sequences=positions // input_ids.size(1),
-            all_count=True,
-        )
+        student = LMHead(*head.factors(hidden.flatten(0, 1)[positions]), head.bias, head.softcap)
+        known = {"vocab_size": vocab_size, "sequences": positions // input_ids.size(1)}
+        if is_packed(teacher_hidden):
+            return top_k_loss(loss, student, teacher_hidden, labels, **known)
+        of_teacher = LMHead(teacher_hidden, teacher_head.weight, teacher_head.bias, teacher_head.softcap)
+        return loss.of_heads(student, of_teacher, labels, **known, all_count=True)
 
     with student.lm_head.output_of_head(give):
         result = student(input_ids)

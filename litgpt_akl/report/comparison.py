@@ -65,6 +65,11 @@ def _warnings(histories: Sequence[History]) -> list[str]:
                 f"{both} were validated on other data: the teacher's cross-entropy is {entropies[0]:.3f} in one and"
                 f" {entropies[1]:.3f} in the other. Their numbers cannot be compared."
             )
+        kept = [f"{of.kept_ids:,} ids and all others as one" if of.kept_ids else "all ids" for of in (first, other)]
+        if kept[0] != kept[1]:
+            found.append(
+                f"{both}: KL is on {kept[0]} in one and on {kept[1]} in the other. Their KLs cannot be compared."
+            )
         if steps[0] != steps[1]:
             found.append(f"{both} are at different steps: {steps[0]:,} and {steps[1]:,}.")
     return found

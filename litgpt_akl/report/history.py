@@ -14,6 +14,7 @@ from litgpt_akl.config.recipe import options_of
 from litgpt_akl.files.manifest import RECIPE
 from litgpt_akl.files.reading import explain_damage, read_yaml
 from litgpt_akl.files.table import read_table
+from litgpt_akl.loss.top_k import k_of
 from litgpt_akl.messages import UserError, first_line, quoted, say
 
 POINTS = 1000
@@ -35,6 +36,11 @@ class History:
     """The same of the validations' rows, under the names of training: without ``val_``."""
     logged: datetime | None = None
     """When the last row was written."""
+
+    @property
+    def kept_ids(self) -> int | None:
+        """How many of the teacher's ids its cache keeps, with all others as one; None if it knows all."""
+        return k_of((self.recipe.get("teacher") or {}).get("cache_dtype"))
 
     @property
     def divergence(self) -> str | None:

@@ -139,6 +139,9 @@ def _heading(runs: Sequence[Shown]) -> dict[str, Any]:
     facts = [
         _name(next(filter(None, paths), None) or str(data.get("class_path") or "").rpartition(".")[2]),
         _objective(recipe.get("distill") or {}) if recipe else None,
+        f"KL on the teacher's {history.kept_ids:,} most probable ids and all others as one"
+        if history.kept_ids
+        else None,
         f"step {last_step(history):,}" + (f" of {planned:,}" if planned else ""),
         f"{history.logged.day} {history.logged:%B %Y}" if history.logged else None,
     ]

@@ -19,10 +19,11 @@ from torch import Tensor
 from litgpt_akl.data.dataset import TokenizedDataset, sample_keys
 from litgpt_akl.files.directories import clear_unfinished_files, explain_failure, write_file
 from litgpt_akl.files.manifest import Damaged
+from litgpt_akl.loss.top_k import TopK
 from litgpt_akl.messages import UserError, progress_bar, say
 from litgpt_akl.teacher.cache_identity import Identity, check_identity
 from litgpt_akl.teacher.cache_size import bytes_of_token
-from litgpt_akl.teacher.chunk_file import DTYPES, Chunk, Record, list_chunks, open_chunks, read_records, write_chunk
+from litgpt_akl.teacher.chunk_file import Chunk, Record, list_chunks, open_chunks, read_records, write_chunk
 
 CHUNK_BYTES = 32 * 2**20
 """Of hidden states that are kept in memory until they are written together: what a killed process loses at most."""
@@ -32,14 +33,17 @@ NONE = -1
 
 
 class TeacherCache:
-    """A teacher's hidden states of the samples of a dataset, by their numbers.
+    """A teacher's hidden states of the samples of a dataset, by their numbers; or with ``top_k`` its distributions.
 
     The directory is a folder of chunks, or the URL of one, which is only read. ``dtype`` and ``width`` are those of a
-    hidden state on disk. If it is ``writable``, records may be added, and damaged chunks deleted.
+    token on disk. If it is ``writable``, records may be added, and damaged chunks deleted.
     """
 
-    def __init__(self, directory: str, samples: int, dtype: torch.dtype, width: int, writable: bool) -> None:
+    def __init__(
+        self, directory: str, samples: int, dtype: torch.dtype, width: int, writable: bool, top_k: TopK | None = None
+    ) -> None:
         self.directory, self.dtype, self.width, self.writable = directory, dtype, width, writable
+        self.top_k = top_k
         self._chunks: list[Chunk] = []
         self._known: set[str] = set()
         self._chunk_of, self._row_of = (np.full(samples, NONE, dtype=np.int32) for _ in range(2))
@@ -47,7 +51,7 @@ class TeacherCache:
         self._pending_bytes = 0
         self._stamp: int | None = None
         self.bytes_of_token = bytes_of_token(width, dtype)
-        self._dtype_in_memory = torch.float32 if dtype.itemsize == 1 else dtype
+        self._dtype_in_memory = torch.float32 if dtype == torch.float8_e4m3fn else dtype
         self.bytes_of_token_in_memory = width * self._dtype_in_memory.itemsize
         if writable:
             clear_unfinished_files(Path(directory), LEFT_BEHIND)
@@ -216,9 +220,9 @@ def open_caches(
     if "://" not in directory:
         directory = os.path.abspath(directory)
     teacher_weights = check_identity(directory, identity, create=writable)
-    dtype, found = DTYPES[identity.stored_as], []
+    found = []
     for name, dataset in zip(("training", "validation"), splits, strict=True):
-        cache = TeacherCache(f"{directory.rstrip('/')}/{name}", len(dataset), dtype, identity.width, writable)
+        cache = TeacherCache(f"{directory.rstrip('/')}/{name}", len(dataset), *identity.row, writable, identity.top_k)
         _compare(cache, dataset)
         found.append(cache)
     return Caches(*found, directory, writable, teacher_weights)

@@ -18,10 +18,12 @@ from litgpt_akl.data.preparation import probe
 from litgpt_akl.data.steps import StepSampler
 from litgpt_akl.files.directories import explain_failure, write_file
 from litgpt_akl.files.reading import with_checksum, without_checksum
+from litgpt_akl.loss.top_k import TopK, find_top_k, k_of
 from litgpt_akl.messages import UserError, reason
 from litgpt_akl.models.pair import Pair
 from litgpt_akl.models.tokenizer import token_map
 from litgpt_akl.models.weights import fingerprint, weights_files
+from litgpt_akl.teacher.chunk_file import DTYPES
 
 IDENTITY = "cache.json"
 FORMAT = 1
@@ -40,7 +42,7 @@ class Identity:
     """What it computes in."""
     teacher_quantize: str | None
     stored_as: str
-    """The type of the hidden states on disk, by its name in safetensors."""
+    """The type of the hidden states on disk, by its name in safetensors; or that of distributions, such as topk:64."""
     width: int
     """Numbers in a hidden state."""
     tokenizer: str
@@ -55,7 +57,22 @@ class Identity:
     validation_tokens: int
     date: str | None = None
     """The day that the chat template writes, if it writes any; caches of before do not tell."""
+    vocab_size: int | None = None
+    """Over how many ids distributions are; None for hidden states, which do not depend on it, and before there were
+    any others."""
     format: int = FORMAT
+
+    @property
+    def top_k(self) -> TopK | None:
+        """How distributions are stored; None for hidden states."""
+        return None if self.vocab_size is None else find_top_k(self.stored_as, self.vocab_size)
+
+    @property
+    def row(self) -> tuple[torch.dtype, int]:
+        """What a token has on disk: the type and number of its numbers."""
+        if self.top_k is not None:
+            return torch.uint8, self.top_k.bytes_of_token
+        return DTYPES[self.stored_as], self.width
 
 
 def check_identity(directory: str, identity: Identity, create: bool) -> str | None:
@@ -81,7 +98,7 @@ def check_identity(directory: str, identity: Identity, create: bool) -> str | No
     changes = [
         f"{name} {saved.get(name)!r} -> {value!r}"
         for name, value in asdict(identity).items()
-        if saved.get(name, value if name == "date" else NOT_THERE) != value
+        if saved.get(name, {"date": value, "vocab_size": None}.get(name, NOT_THERE)) != value
         and not (name == "teacher_weights" and name in saved and value is None)
     ]
     if changes:
@@ -134,11 +151,15 @@ def make_identity(
         validation_samples=len(splits[1]),
         validation_tokens=splits[1].tokens,
         date=getattr(data, "date", None),
+        vocab_size=None if k_of(teacher.cache_dtype) is None else pair.vocab_size,
     )
 
 
 def stored_type(cache_dtype: str | None, dtype: torch.dtype) -> str:
-    """The type of hidden states on disk, by its name in safetensors: what was asked for, else the teacher's own."""
+    """The type of hidden states on disk, by its name in safetensors: what was asked for, else the teacher's own; that
+    of distributions by its own name."""
+    if k_of(cache_dtype) is not None:
+        return cache_dtype
     names = {"bf16": "BF16", "fp8": "F8_E4M3", torch.bfloat16: "BF16", torch.float32: "F32"}
     return names[cache_dtype or dtype]
 

@@ -20,7 +20,7 @@ def readable(size: float) -> str:
 
 def bytes_of_token(width: int, dtype: torch.dtype) -> int:
     """Of a hidden state of so many numbers on disk, with its scale if it is in float8."""
-    return width * dtype.itemsize + (4 if dtype.itemsize == 1 else 0)
+    return width * dtype.itemsize + (4 if dtype == torch.float8_e4m3fn else 0)
 
 
 def response_tokens(dataset: TokenizedDataset, numbers: np.ndarray) -> int:
@@ -37,7 +37,7 @@ def check_space(directory: str, needed: int) -> None:
     if needed > free:
         raise UserError(
             f"--teacher.cache_dir {directory} needs {readable(needed)}, and its disk has {readable(free)} free.\n"
-            "Make room, give another directory, or use --teacher.cache_dtype bf16 or fp8."
+            "Make room, give another directory, or use --teacher.cache_dtype bf16, fp8 or topk:64."
         )
 
 
@@ -63,9 +63,12 @@ def _and_head(head: int) -> str:
     return f", and {readable(head)} for the teacher's LM head" if head else ""
 
 
-def describe_saving(student: ModelSize, teacher: ModelSize, share: float, epochs: float | None) -> str:
+def describe_saving(
+    student: ModelSize, teacher: ModelSize, share: float, epochs: float | None, reads_head: bool = True
+) -> str:
     """When a cache pays off, if a ``share`` of all tokens are response tokens; ``epochs`` are None if unknown."""
-    saving = f"an epoch that reads it costs about {cached_cost(student, teacher, share):.2f} of one with the teacher"
+    cost = cached_cost(student, teacher, share, reads_head)
+    saving = f"an epoch that reads it costs about {cost:.2f} of one with the teacher"
     if epochs is None:
         return f"By matrix products, {saving}."
     worth = "it pays off from the second on" if epochs > 1 else "it pays off when another run reads it"
@@ -73,21 +76,27 @@ def describe_saving(student: ModelSize, teacher: ModelSize, share: float, epochs
 
 
 def describe_without_data(
-    directory: str, bytes_of_token: int, head: int, student: ModelSize, teacher: ModelSize, epochs: float | None
+    directory: str,
+    bytes_of_token: int,
+    head: int,
+    student: ModelSize,
+    teacher: ModelSize,
+    epochs: float | None,
+    reads_head: bool = True,
 ) -> str:
     """What can be said of a cache before there are data; ``head`` are the bytes of the teacher's LM head."""
     return (
         f"Teacher cache {directory}: {bytes_of_token:,} bytes a response token,"
         f" {readable(bytes_of_token * 10**6)} for a million of them{_and_head(head)}.\n"
-        f"{describe_saving(student, teacher, 1.0, epochs)} All tokens are taken for response tokens here."
+        f"{describe_saving(student, teacher, 1.0, epochs, reads_head)} All tokens are taken for response tokens here."
     )
 
 
-def cached_cost(student: ModelSize, teacher: ModelSize, share: float) -> float:
-    """Of a step with a cached teacher, relative to one whose teacher computes.
+def cached_cost(student: ModelSize, teacher: ModelSize, share: float, reads_head: bool = True) -> float:
+    """Of a step with a cached teacher, relative to one whose teacher computes; one of distributions reads no head.
 
     A product costs two operations for each number of a matrix and each token forward, and four more backward; the LM
     heads see the response tokens alone, which are ``share`` of all.
     """
-    cached = 6 * (student.products + share * student.head) + 2 * share * teacher.head
-    return cached / (cached + 2 * teacher.products)
+    trained, of_head = 6 * (student.products + share * student.head), 2 * share * teacher.head
+    return (trained + of_head * reads_head) / (trained + of_head + 2 * teacher.products)

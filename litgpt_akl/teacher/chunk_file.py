@@ -1,4 +1,4 @@
-"""Files of hidden states in the safetensors format, each with an index of its records and their checksums.
+"""Files of what a teacher has said of tokens in the safetensors format, each with its records' index and checksums.
 
 A chunk's name is the checksum of its index, so two writers never meet, and chunks of several folders can be put into
 one. Whatever is read is checked against what was written.
@@ -27,8 +27,8 @@ NUMBER, DIGEST, START, TOKENS, CHECKSUM = range(5)
 IN_MEMORY = np.dtype([("number", np.int32), ("digest", np.int64), ("tokens", np.uint32), ("checksum", np.int64)])
 """An index while a cache is open, of which there may be millions of rows; the first rows follow from the tokens."""
 ENDING = ".safetensors"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
-"""Of hidden states, by their names in safetensors."""
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8}
+"""Of hidden states, and of packed distributions, by their names in safetensors."""
 
 _FIRST_READ = 2**16
 _READ_TOGETHER = 128
@@ -43,7 +43,7 @@ class Record(NamedTuple):
     digest: int
     """Of the sample's ids and of which of them count."""
     hidden: Tensor
-    """``[tokens, width]`` on the CPU."""
+    """``[tokens, width]`` on the CPU: hidden states, or packed distributions."""
 
 
 @dataclass(frozen=True)

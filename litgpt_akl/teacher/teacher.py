@@ -1,6 +1,7 @@
 """The teacher as training meets it: live or cached, which is all the same to the loss."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import lightning as L
 import torch
@@ -9,23 +10,24 @@ from litgpt.config import Config
 from torch import Tensor, nn
 
 from litgpt_akl.data.steps import MicroBatch
-from litgpt_akl.models.gpt import hidden_states, make_head
+from litgpt_akl.loss.top_k import TopK, is_packed
+from litgpt_akl.models.gpt import hidden_states, make_head, top_k_rows
 from litgpt_akl.models.parallel import all_reduce_max_each, unshard
 from litgpt_akl.teacher.cache import TeacherCache
 from litgpt_akl.teacher.chunk_file import Record
 
 
 class HeadOnly(nn.Module):
-    """What is needed of a teacher whose hidden states are cached."""
+    """What is needed of a teacher whose hidden states are cached: its head; of cached distributions not even that."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, has_head: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.lm_head = make_head(config)
+        self.lm_head = make_head(config) if has_head else None
 
 
 class Teacher:
-    """Gives hidden states for micro-batches, by computing them or from a cache.
+    """Gives hidden states for micro-batches, by computing them or from a cache; of a cache of distributions, those.
 
     The model is a frozen GPT, or a :class:`HeadOnly` with what loads the whole if something turns out not to be cached.
     """
@@ -39,6 +41,9 @@ class Teacher:
     ) -> Iterator[tuple[MicroBatch, Tensor]]:
         """Micro-batches on the device, each with the teacher's final hidden states ``[n, D]`` at its positions.
 
+        If the cache keeps the most probable ids, recorded ones come with their distributions packed, ``[n, bytes]``,
+        also where they are computed now: what is trained on does not depend on who has filled the cache.
+
         When all are done, what the cache lacked is added to it. All processes must ask together, each for as many.
         """
         live = self._to_compute(batches, cache)
@@ -49,8 +54,8 @@ class Teacher:
         # a sharded teacher's own gathering overlaps with the student's work, and its stream is not ours to choose; one
         # micro-batch has nothing to overlap with, and memory of another stream would serve the teacher only
         ahead = self.fabric.device.type == "cuda" and self.fabric.world_size == 1 and len(batches) > 1
-        computed = []
-        answers = self._ahead(batches, live) if ahead else map(self._hidden_states, batches, live)
+        computed, answer = [], partial(self._answer, None if cache is None else cache.top_k)
+        answers = self._ahead(batches, live, answer) if ahead else map(answer, batches, live)
         for batch, found in zip(batches, answers, strict=True):
             if cache is not None and batch.teacher_hidden is None and not batch.is_on_policy:
                 computed.append((batch, found[1]))
@@ -70,7 +75,12 @@ class Teacher:
         lacking = [batch.teacher_hidden is None for batch in batches]
         return [flag > 0 for flag in all_reduce_max_each(self.fabric, lacking)]
 
-    def _ahead(self, batches: list[MicroBatch], live: list[bool]) -> Iterator[tuple[MicroBatch, Tensor]]:
+    def _ahead(
+        self,
+        batches: list[MicroBatch],
+        live: list[bool],
+        answer: Callable[[MicroBatch, bool], tuple[MicroBatch, Tensor]],
+    ) -> Iterator[tuple[MicroBatch, Tensor]]:
         """The same on a stream of its own, so that it goes on while the student works on the micro-batch before."""
         # one for all steps: what is freed on a stream is used again on that stream only
         self._stream = stream = self._stream or torch.cuda.Stream()
@@ -80,22 +90,25 @@ class Teacher:
         waiting = []
         for pair in zip(batches, live, strict=True):
             with torch.cuda.stream(stream):
-                found = self._hidden_states(*pair)
+                found = answer(*pair)
                 waiting.append((found, stream.record_event()))
             if len(waiting) > 1:
                 yield _handed_over(*waiting.pop(0), main)
         for last in waiting:
             yield _handed_over(*last, main)
 
-    def _hidden_states(self, batch: MicroBatch, live: bool) -> tuple[MicroBatch, Tensor]:
+    def _answer(self, top_k: TopK | None, batch: MicroBatch, live: bool) -> tuple[MicroBatch, Tensor]:
         moved = move_data_to_device(batch, self.fabric.device)
-        if live:
+        if live and top_k is not None and not batch.is_on_policy:
+            computed = top_k_rows(self.model, moved.input_ids, moved.positions, moved.labels, top_k)
+        elif live:
             computed = hidden_states(self.model, moved.input_ids, moved.positions)
         else:
             unshard(self.model)
         if moved.teacher_hidden is None:
             return moved, computed
-        return moved, moved.teacher_hidden.to(self.model.lm_head.weight.dtype)
+        found = moved.teacher_hidden
+        return moved, found if is_packed(found) else found.to(self.model.lm_head.weight.dtype)
 
 
 def _handed_over(

@@ -16,6 +16,8 @@ from litgpt_akl.config.refusals import check_at_least_one
 from litgpt_akl.data.data_module import prepare_datasets
 from litgpt_akl.data.dataset import TokenizedDataset, digest
 from litgpt_akl.data.steps import collate
+from litgpt_akl.loss.blockwise import LMHead
+from litgpt_akl.loss.top_k import TopK, find_top_k, pack_head
 from litgpt_akl.messages import UserError, progress_bar, say
 from litgpt_akl.models.gpt import make_head
 from litgpt_akl.models.pair import Pair, check_pair
@@ -63,6 +65,7 @@ class EngineExchange:
         check_at_least_one(max_seq_length=self.max_seq_length)
         teacher_dir = find_checkpoint_dir(self.teacher_checkpoint_dir, "teacher", self.access_token)
         self.pair = check_pair(self.checkpoint_dir or teacher_dir, teacher_dir, self.access_token)
+        find_top_k(self.teacher.cache_dtype, self.pair.vocab_size)
 
     def open(self) -> None:
         """Read the data, and open the cache or begin it."""
@@ -119,6 +122,12 @@ class LastLayers(nn.Module):
         self.requires_grad_(False)
         exchange.pair.check_unchanged("teacher")
 
+    def rows(self, states: Tensor, labels: Tensor, top_k: TopK | None) -> Tensor:
+        """What a cache keeps of normed states ``[n, width]`` that the ids ``[n]`` follow: they, or distributions."""
+        if top_k is None:
+            return states
+        return pack_head(LMHead(states, self.head.weight, self.head.bias, self.head.softcap), labels, top_k)
+
     def head_weights(self) -> dict[str, Tensor]:
         """By the names that a teacher's whole weights have."""
         return {f"lm_head.{name}": tensor for name, tensor in self.head.state_dict().items()}
@@ -160,7 +169,8 @@ def import_states(exchange: EngineExchange, files: EngineFiles, normed: bool) ->
     """
     last, found = LastLayers(exchange), Imported()
     _check_states(exchange, files, last, normed)
-    write_head(exchange.caches.directory, last.head_weights())
+    if exchange.caches.training.top_k is None:
+        write_head(exchange.caches.directory, last.head_weights())
     total = sum(len(numbers) for *_, numbers in exchange.absent())
     with progress_bar(total=total, desc="importing", unit="record", leave=False, delay=1) as bar:
         for name, cache, dataset, numbers in exchange.absent():
@@ -171,8 +181,10 @@ def import_states(exchange: EngineExchange, files: EngineFiles, normed: bool) ->
                 if file is None:
                     found.lacking[name] += 1
                     continue
-                states = files.read(file, sample["input_ids"], collate([sample]).positions).to(exchange.dtype)
-                cache.add([Record(number, digest(sample), states if normed else last.norm(states))])
+                batch = collate([sample])
+                states = files.read(file, sample["input_ids"], batch.positions).to(exchange.dtype)
+                rows = last.rows(states if normed else last.norm(states), batch.labels, cache.top_k)
+                cache.add([Record(number, digest(sample), rows)])
                 found.records += 1
     exchange.caches.flush()
     return found

@@ -18,6 +18,7 @@ from litgpt_akl.files.examples import HIGHEST, take_examples, write_examples
 from litgpt_akl.files.manifest import EXAMPLES
 from litgpt_akl.loss.comparison import compare, in_head
 from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
+from litgpt_akl.loss.top_k import is_packed
 from litgpt_akl.messages import reason, tell
 from litgpt_akl.models.generation import generate, longest_prompt, without_end
 from litgpt_akl.models.gpt import Head
@@ -75,13 +76,24 @@ def keep_examples(fabric: L.Fabric, run: Run, state: dict, complain: Callable[[s
     for answer, number in zip(answers, records, strict=True):
         answer["recorded"], positions = _recorded(fabric, run, state, dataset, number)
         latest["positions"] += positions
-    latest["note"] = _add_responses(fabric, run, state, answers, prompts, before)
+    notes = _add_responses(fabric, run, state, answers, prompts, before), _of_ids(run)
+    latest["note"] = " ".join(filter(None, notes))
     if fabric.is_global_zero:
         try:
             write_examples(run.out_dir, before["first"] if before else latest, latest)
             state["has_examples"] = True
         except OSError as error:
             complain(f"{run.out_dir / EXAMPLES} cannot be written ({reason(error)})")
+
+
+def _of_ids(run: Run) -> str:
+    """What a page is to say of a teacher of which the cache has a few ids alone; nothing if it has all."""
+    if run.memory.top_k is None:
+        return ""
+    return (
+        f"Of recorded responses the teacher's {run.memory.top_k.k:,} most probable tokens are cached, and the recorded"
+        " one: all others are drawn as if they had even shares of what is left, and KL takes them for one."
+    )
 
 
 def _describe_run(fabric: L.Fabric, run: Run, state: dict) -> dict[str, Any]:
@@ -92,6 +104,8 @@ def _describe_run(fabric: L.Fabric, run: Run, state: dict) -> dict[str, Any]:
             facts[role] = f"{model.config.n_layer} layers, {num_parameters(model) / 1e6:,.1f} M parameters"
     for name, dataset in (("Training", state["dataset"]), ("Validation", state["validation_dataset"])):
         facts[name] = f"{len(dataset):,} records, {dataset.tokens:,} tokens"
+    if state["top_k_cost"] is not None:
+        facts["Teacher cache"] = str(state["top_k_cost"])
     facts["Validated on"] = f"{len(run.validation_records(state['validation_dataset'])):,} records each time"
     on_gpu = fabric.device.type == "cuda"
     name = (
@@ -157,7 +171,8 @@ def _add_responses(
         with without_adapters(teacher):
             responses["teacher"] = _generate(fabric, run, teacher, given)
     else:
-        note = "The teacher's responses are missing: only its LM head is loaded, the rest is cached."
+        loaded = "nothing of it is loaded" if teacher.lm_head is None else "only its LM head is loaded"
+        note = f"The teacher's responses are missing: {loaded}, the rest is cached."
     responses["student"] = _generate(fabric, run, student, given)
     for role, found in responses.items():
         for place, ids in zip(asked, found or (), strict=found is not None):
@@ -193,7 +208,7 @@ def _compare(
     student, teacher = state["student"], state["teacher"]
     student.eval()
     ((moved, hidden),) = teacher.hidden_states([batch], cache)
-    look = partial(_look, run, run.distill.loss(), teacher.model, hidden, moved.positions, list(spread))
+    look = partial(_look, run, run.distill.loss(), teacher.model, hidden, moved, list(spread))
     with student.lm_head.output_of_head(look):
         compared = student(moved.input_ids)
     reshard(teacher.model)
@@ -202,11 +217,14 @@ def _compare(
     return Compared(*compared)
 
 
-def _look(run: Run, loss: Any, teacher: Any, hidden: Tensor, places: Tensor, spread: list, head: Head, own: Tensor):
+def _look(run: Run, loss: Any, teacher: Any, hidden: Tensor, batch: MicroBatch, spread: list, head: Head, own: Tensor):
     """What the student's forward gives: within it both heads are whole, also where teacher and student share one."""
-    own, vocab_size = own.flatten(0, 1)[places], run.pair.vocab_size
+    places, vocab_size = batch.positions, run.pair.vocab_size
+    own, top_k = own.flatten(0, 1)[places], run.memory.top_k if is_packed(hidden) else None
 
     def logits(rows: slice | list[int]) -> tuple[Tensor, Tensor]:
+        if top_k is not None:
+            return top_k.dense(hidden[rows], batch.labels[rows]), head.logits(own[rows])
         with without_adapters(teacher):
             # Fabric hands hidden states of half precision over in float32
             of_teacher = teacher.lm_head.logits(hidden[rows].to(teacher.lm_head.weight.dtype))
@@ -218,8 +236,9 @@ def _look(run: Run, loss: Any, teacher: Any, hidden: Tensor, places: Tensor, spr
         rows = slice(start, min(start + size, COMPARED))
         scaled = [each[:, :vocab_size].float() / loss.temperature for each in logits(rows)]
         found = compare(*scaled)
+        kl = found.forward_kl if top_k is None else top_k.forward_kl(hidden[rows], scaled[1].clone())
         # rounding may make it negative, and JSON knows no infinity; NaN stays
-        parts.append([found.forward_kl.clamp(0, HIGHEST)])
+        parts.append([kl.clamp(0, HIGHEST)])
         for each, log_sum in zip(scaled, (found.teacher_log_sum, found.student_log_sum), strict=True):
             top = each.topk(min(ALTERNATIVES, vocab_size))
             parts[-1] += [(top.values - log_sum[:, None]).exp(), top.indices]

@@ -24,6 +24,7 @@ from litgpt_akl.training.run import Run, Splits
 from litgpt_akl.training.setup import make_state, make_teacher, open_inputs
 from litgpt_akl.training.summary import close
 from litgpt_akl.training.teacher_accuracy import report_accuracy
+from litgpt_akl.training.top_k_cost import report_cost
 
 WAY_ON = "The same command with --resume auto goes on from the last checkpoint."
 """After a signal."""
@@ -50,6 +51,7 @@ def train(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> None:
     if run.resume is not None:
         fabric.print(f"Resuming from {run.resume}, step {state['step_count']}")
     report_accuracy(fabric, run, state["teacher"].model, splits[0], caches)
+    state["top_k_cost"] = report_cost(fabric, run, state["teacher"].model, splits[0], state["student"])
     if fabric.is_global_zero:
         set_evaluation_aside(run.out_dir)
         with explain_failure(run.out_dir):
@@ -128,6 +130,7 @@ def fill(fabric: L.Fabric, run: Run) -> None:
         return
     teacher = make_teacher(fabric, run, caches)
     report_accuracy(fabric, run, teacher.model, splits[0], caches)
+    report_cost(fabric, run, teacher.model, splits[0])
     # in the micro-batches of a run's first epoch, so that a run with these options finds its own numbers
     sampler, (first, parts) = run.step_sampler(splits[0]), run.teacher.part()
     steps = range(first, sampler.steps_per_epoch, parts)

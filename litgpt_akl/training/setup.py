@@ -170,7 +170,8 @@ def _describe_cache(
         return text
     epochs = total_steps(run.train, len(splits[0])) / run.step_sampler(splits[0]).steps_per_epoch
     share = splits[0].all_response_tokens / splits[0].tokens
-    saving = describe_saving(*run.memory.sizes, share, None if run.teacher.cache_mode == "fill" else epochs)
+    epochs = None if run.teacher.cache_mode == "fill" else epochs
+    saving = describe_saving(*run.memory.sizes, share, epochs, reads_head=run.memory.top_k is None)
     return f"{text} {saving}"
 
 
@@ -211,6 +212,7 @@ def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> di
         **{"last_validation": -1, "saved_student": -1, "metrics_marker": MetricsMarker()},
         # what was shown and said
         **{"has_examples": False, "sample": run.sample, "teacher_answers": {}, "teacher_is_doubted": False},
+        "top_k_cost": None,
         # what Python and its packages took is not in the estimate either
         "memory_before": memory_before,
         **{"told_of_page": set(), "page_drawn": time.monotonic()},
@@ -255,8 +257,13 @@ def _build_student(fabric: L.Fabric, run: Run, config: Config, tied: bool) -> to
 
 
 def make_teacher(fabric: L.Fabric, run: Run, caches: Caches) -> Teacher:
-    """The teacher, or if its hidden states are cached its LM head alone; UserError if its weights cannot be read."""
+    """The teacher, or if its hidden states are cached its LM head alone; UserError if its weights cannot be read.
+
+    If its distributions are cached there is nothing of it.
+    """
     load = partial(_load_teacher, fabric, run, caches)
+    if run.memory.teacher_role == "cached" and run.memory.top_k is not None:
+        return Teacher(fabric, HeadOnly(run.pair.teacher_config, has_head=False), load)
     if run.memory.teacher_role == "cached":
         if head := _load_head(fabric, run, caches):
             return Teacher(fabric, head, load)
@@ -281,10 +288,10 @@ def _load_head(fabric: L.Fabric, run: Run, caches: Caches) -> HeadOnly | None:
 
 
 def _load_teacher(fabric: L.Fabric, run: Run, caches: Caches) -> GPT:
-    """The frozen teacher; its head goes into a cache that is being filled."""
+    """The frozen teacher; its head goes into a cache of hidden states that is being filled."""
     directory, config = run.pair.teacher_dir, run.pair.teacher_config
     dtype = run.teacher.dtype(fabric.device.type)
-    if fabric.is_global_zero and caches.writable:
+    if fabric.is_global_zero and caches.writable and run.memory.top_k is None:
         weights = open_weights(directory, config)
         names = [name for name in ("lm_head.weight", "lm_head.bias") if name in weights]
         head = {name: weights[name].to(dtype, copy=True) for name in names}

@@ -89,7 +89,8 @@ def _pair(run: Run) -> str:
     else:
         text += f", teacher {_model(run, 'teacher')}, {size['teacher'] / size['student']:.2g} times as large"
     if run.memory.teacher_role == "cached":
-        text += ", cached: its LM head alone is loaded"
+        loaded = "its LM head alone" if run.memory.top_k is None else "nothing of it"
+        text += f", cached: {loaded} is loaded"
     if run.lora.r is not None:
         trained = amount(run.memory.sizes[0].trained)
         text += f". LoRA of rank {run.lora.r} on {', '.join(run.lora.targets)}: {trained} parameters are trained"
@@ -110,8 +111,13 @@ def _objective(run: Run) -> str:
     changing = {name: f"{first:g} to {last:g}" for name, (first, last) in distill.schedule.given.items()}
     own = ", ".join(f"{name} {changing.get(name, getattr(loss, name))}" for name in names)
     fused = ", fused by torch.compile" if loss.compiles_on(run.memory.device) else ""
+    ids = ""
+    if run.memory.top_k is not None:
+        # that of on-policy samples is of all ids, and fused where it can be
+        fused = fused if distill.on_policy > 0 else ""
+        ids = f" on the teacher's {run.memory.top_k.k:,} most probable ids and all others as one"
     return (
-        f"{distill.divergence}{f' ({own})' if own else ''}, kd_ratio {distill.kd_ratio},"
+        f"{distill.divergence}{f' ({own})' if own else ''}{ids}, kd_ratio {distill.kd_ratio},"
         f" temperature {changing.get('temperature', distill.temperature)}{fused}"
     )
 
@@ -215,6 +221,9 @@ QUICK |= {"generation.max_new_tokens": "64"}
 """Options of an evaluation that takes a minute where one of all records takes an hour."""
 
 
+OF_IDS = "Both KLs take all ids but the teacher's {:,} most probable ones for one, and are lower than those of all ids."
+
+
 def close(run: Run, log: Path | None, records: int) -> None:
     """Print what a run has come to, from its ``log`` of metrics, and how to go on; in process 0, after all else.
 
@@ -223,6 +232,8 @@ def close(run: Run, log: Path | None, records: int) -> None:
     validations = _validations(log)
     if len(validations) > 1:
         print(f"\n{table(validations[0], validations[-1], records)}\n", flush=True)
+        if run.memory.top_k is not None:
+            entry("Note", f"{OF_IDS.format(run.memory.top_k.k)} evaluate_akl has those of all ids.")
     entry("Student", run.out_dir / FINAL)
     if (run.out_dir / PAGE).is_file():
         entry("Report", run.out_dir / PAGE)

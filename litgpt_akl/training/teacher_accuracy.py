@@ -62,7 +62,8 @@ def report_accuracy(fabric: L.Fabric, run: Run, teacher: nn.Module, dataset: Tok
     said = {}
     if run.teacher.quantize is not None:
         said[run.teacher.quantize] = "The teacher in {}: forward KL of its full weights to it {}"
-    if caches.writable and caches.training.dtype.itemsize < run.memory.teacher_dtype.itemsize:
+    stores_hidden = caches.writable and caches.training.top_k is None
+    if stores_hidden and caches.training.dtype.itemsize < run.memory.teacher_dtype.itemsize:
         said[run.teacher.cache_dtype] = "The teacher cache in {}: forward KL of the teacher to it {}"
     path = (Path(caches.directory) if caches.writable else run.out_dir) / FILE
     samples = range(min(SAMPLES, len(dataset)))

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from litgpt_akl.commands.export_prompts import export_prompts
 from litgpt_akl.commands.import_hidden_states import import_hidden_states
 from litgpt_akl.config.args import CacheArgs, TeacherArgs
+from litgpt_akl.loss.top_k import TopK
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.export import write_export
 from litgpt_akl.teacher.engine_files import EngineFiles
@@ -91,6 +92,31 @@ def test_a_served_teacher_trains_as_the_live_one(place, short, tmp_path, teacher
     assert difference(live, cached) < 1e-5 < difference(live, start) / 10
     found = [[row["val_loss"] for row in metrics(tmp_path / name) if "val_loss" in row] for name in ("live", "cached")]
     assert found[0] == pytest.approx(found[1], rel=1e-5) and len(found[0]) == 2
+    few = CacheArgs(cache_dir=str(tmp_path / "few"), cache_dtype="topk:8")
+    import_hidden_states(tmp_path / "states", data=short, **place | {"teacher": few})
+    assert_few_of(Path(few.cache_dir), Path(place["teacher"].cache_dir))
+
+
+def assert_few_of(few: Path, whole: Path) -> None:
+    """The one cache has of each token the most probable ids, as the hidden states in the other one have them."""
+    (head,) = (load_file(path) for path in whole.glob("head-*"))
+    layout = TopK(8, json.loads((few / "cache.json").read_text())["vocab_size"])
+    rows, states = map(records_in, (few, whole))
+    assert rows.keys() == states.keys() and len(rows) == 40 and not list(few.glob("head-*"))
+    for number, of in rows.items():
+        logits = (states[number] @ head["lm_head.weight"].T)[:, : layout.vocab_size]
+        wanted, found = logits.log_softmax(-1).topk(8), layout.unpack(of, torch.float32)
+        assert torch.equal(wanted.indices, found.ids)
+        torch.testing.assert_close(found.log_p[:, :8], wanted.values, rtol=1e-3, atol=1e-3)
+
+
+def records_in(cache: Path) -> dict[int, torch.Tensor]:
+    """What a cache has of each training sample, by number."""
+    found = {}
+    for chunk in map(load_file, (cache / "training").iterdir()):
+        for number, _, start, tokens, _ in chunk["index"].tolist():
+            found[number] = chunk["hidden"][start : start + tokens]
+    return found
 
 
 @pytest.mark.parametrize("family", with_all_slow_but((), ("Qwen3-30B-A3B", "Gemma-2-2b", "pythia-14m")))

@@ -7,11 +7,12 @@ import pytest
 import torch
 from helpers.reference import log_softmax, lumped, ranked_divergence
 
-from litgpt_akl.loss.blockwise import STATISTICS
+from litgpt_akl.loss.blockwise import STATISTICS, LMHead
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.objective import DivergenceName
 from litgpt_akl.loss.top_k import TopK
-from litgpt_akl.loss.top_k_loss import DEFINED, top_k_loss
+from litgpt_akl.loss.top_k_loss import DEFINED
+from litgpt_akl.loss.top_k_loss import top_k_loss as loss_of_heads
 
 VOCAB, TOKENS = 90, 23
 LEAVES = ("student_hidden", "student_head_weight", "student_bias")
@@ -34,6 +35,22 @@ def problem(k, dtype=torch.float64, student_scale=0.4, teacher=None, **changes) 
         "vocab_size": VOCAB,
     }
     return inputs | changes
+
+
+def top_k_loss(
+    loss,
+    student_hidden,
+    student_head_weight,
+    teacher_rows,
+    labels,
+    *,
+    vocab_size,
+    student_bias=None,
+    student_softcap=None,
+    sequences=None,
+):
+    student = LMHead(student_hidden, student_head_weight, student_bias, student_softcap)
+    return loss_of_heads(loss, student, teacher_rows, labels, vocab_size=vocab_size, sequences=sequences)
 
 
 def student_logits(inputs):
@@ -287,12 +304,12 @@ def test_kl_is_at_most_that_of_whole_distributions(k):
 
 @pytest.mark.parametrize("divergence", sorted({*DivergenceName.__args__} - {*DEFINED}))
 def test_other_divergences_are_refused(divergence):
-    with pytest.raises(ValueError, match=f"divergence {divergence} is not defined on k ids"):
+    with pytest.raises(ValueError, match=f"divergence {divergence}: it is not defined on 12 ids"):
         top_k_loss(DistillationLoss(divergence=divergence), **problem(12))
 
 
 def test_other_temperatures_and_a_rest_without_ids_are_refused():
-    with pytest.raises(ValueError, match="temperature 2.0 would need each of the other ids"):
+    with pytest.raises(ValueError, match="temperature 2.0: it needs each of the probabilities"):
         top_k_loss(DistillationLoss(temperature=2.0), **problem(12))
-    with pytest.raises(ValueError, match="top_k 12 leaves none of 12 ids"):
+    with pytest.raises(ValueError, match="top_k 12: none of 12 ids is left"):
         top_k_loss(DistillationLoss(divergence="tad", top_k=12), **problem(12))

@@ -16,6 +16,7 @@ from litgpt.config import Config
 from litgpt.model import GPT
 
 from litgpt_akl.loss.distillation_loss import DistillationLoss
+from litgpt_akl.loss.top_k import TopK
 from litgpt_akl.memory.estimate import GB, GRADIENTS, LOSS, OPTIMIZER, PARTS, STUDENT, TEACHER, try_optimizer
 from litgpt_akl.memory.fit import check_fit, describe_memory, report_memory, ways_out, ways_out_together
 from litgpt_akl.messages import UserError
@@ -53,6 +54,15 @@ MEASURED = {
         sequence_length=512,
         on_policy_prompts=24,
     ),
+    "distributions on a few ids, cached": make_estimate(
+        model(2, 256, 50_000),
+        model(2, 384, 50_000),
+        teacher_role="cached",
+        top_k=TopK(64, 50_000),
+        global_batch_size=2,
+        micro_batch_size=1,
+        sequence_length=128,
+    ),
     "two processes": make_estimate(
         model(4, 512, 4096), model(5, 768, 4096), devices=2, micro_batch_size=2, sequence_length=384
     ),
@@ -68,8 +78,8 @@ MEASURED = {
 }
 
 
-SLOW = {"a pair as in README, smaller"}
-"""Take some ten seconds."""
+SLOW = {"a pair as in README, smaller", "distributions on a few ids, cached"}
+"""Take some ten seconds, or are like others."""
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in MEASURED])
@@ -109,6 +119,16 @@ def test_every_moment_has_all_parts():
         assert tuple(moment.parts) == PARTS
         assert min(moment.parts.values()) >= 0
         assert moment.total == sum(moment.parts.values())
+
+
+def test_a_cache_of_a_few_ids_needs_neither_the_teachers_head_nor_its_logits():
+    cached = replace(ON_GPUS, teacher_role="cached")
+    few = replace(cached, top_k=TopK(64, cached.vocab_size))
+    assert (cached.cached_head, few.cached_head) == (2 * LLAMA_70B.padded_vocab_size * LLAMA_70B.n_embd, 0)
+    moments = [{moment.name: moment.parts for moment in of.moments}["student's loss"] for of in (cached, few)]
+    assert [parts[TEACHER] > 0 for parts in moments] == [True, False]
+    # the student's logits, which become their gradient; of the other also the teacher's, and a gradient of its own
+    assert moments[0][LOSS] == 3 * moments[1][LOSS]
 
 
 def test_tied_matrices_are_counted_once():

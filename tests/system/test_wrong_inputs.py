@@ -35,6 +35,7 @@ G = "generate_responses teacher --data StreamingSFT --data.path texts/records.js
 M = "make_student teacher made --layers 2"
 HELD = f"--teacher_checkpoint_dir teacher {DATA} --teacher.cache_dir held"
 P = f"export_prompts prompts.jsonl {HELD}"
+TOP_K = "--teacher.cache_dir c --teacher.cache_dtype topk:"
 IMPORT = f"import_hidden_states states {HELD}"
 X = "export_hf student exported"
 R = "report_akl run"
@@ -310,6 +311,15 @@ TOGETHER = of(
     ("--teacher.cpu_offload true", "--teacher.cpu_offload true|CPU|Leave it out", ""),
     ("--teacher.cache_mode read", "--teacher.cache_mode read|--teacher.cache_dir", ""),
     ("--teacher.cache_dir c --teacher.cache_part 3/2", "--teacher.cache_part|fill", "--teacher.cache_dir c"),
+    ("--teacher.cache_dir c --teacher.cache_dtype topk:0", "--teacher.cache_dtype|got 'topk:0'", f"{TOP_K}64"),
+    (f"{TOP_K}16 --distill.divergence jsd", "--distill.divergence jsd|topk:16|akl, fkl, rkl, mix or tad", f"{TOP_K}16"),
+    (f"{TOP_K}16 --distill.temperature 2", "--distill.temperature 2.0|topk:16|--distill.temperature 1", f"{TOP_K}16"),
+    (
+        f"{TOP_K}8 --distill.divergence tad",
+        "--distill.tad.top_k 10|--teacher.cache_dtype topk:64",
+        f"{TOP_K}64 --distill.divergence tad",
+    ),
+    (f"{TOP_K}8 --distill.compile true", "--distill.compile true|--teacher.cache_dtype topk:8|remove it", f"{TOP_K}8"),
     ("--log.project mine", "--log.project mine|--logger_name csv|remove it", ""),
     ("--accept_changes true", "--accept_changes true|remove it", ""),
     ("--overwrite true --resume true", "--overwrite true|--resume true|Leave one", "--overwrite true"),

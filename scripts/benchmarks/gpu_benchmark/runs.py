@@ -135,8 +135,10 @@ def _make_teacher(fabric: L.Fabric, estimate: MemoryEstimate, confidence: float 
         # bitsandbytes quantizes what comes from the CPU
         weights = DrawnWeights(config, "teacher", **{**options, "confidence": confidence or PEAKED}, place="cpu")
         return load_quantized(teacher, weights, estimate.quantize, dtype, fabric.device)
+    is_cached = estimate.teacher_role == "cached"
+    if is_cached and estimate.top_k is not None:
+        return HeadOnly(config, has_head=False)
     with empty_weights(fabric, dtype):
-        is_cached = estimate.teacher_role == "cached"
         teacher = HeadOnly(config) if is_cached else build_model(config, estimate.teacher_tied)
     if compile and not is_cached:
         compile_blocks(teacher)
@@ -148,8 +150,10 @@ def _make_teacher(fabric: L.Fabric, estimate: MemoryEstimate, confidence: float 
 
 def _empty_cache(estimate: MemoryEstimate) -> Caches:
     """A cache from which nothing is read: each micro-batch has its hidden states, as a loader's processes read them."""
+    of, row = estimate.top_k, (estimate.teacher_dtype, estimate.teacher.n_embd)
     with TemporaryDirectory() as directory:
-        return Caches(TeacherCache(directory, 0, estimate.teacher_dtype, estimate.teacher.n_embd, writable=False))
+        row = row if of is None else (torch.uint8, of.bytes_of_token)
+        return Caches(TeacherCache(directory, 0, *row, writable=False, top_k=of))
 
 
 def steps_of(estimate: MemoryEstimate, number: int) -> Iterator[StepBatch]:
@@ -164,6 +168,10 @@ def steps_of(estimate: MemoryEstimate, number: int) -> Iterator[StepBatch]:
 def _micro_batch(estimate: MemoryEstimate) -> MicroBatch:
     input_ids = torch.randint(estimate.vocab_size, (estimate.samples, estimate.sequence_length))
     batch = MicroBatch(input_ids, torch.arange(input_ids.numel()), input_ids.flatten())
-    if estimate.teacher_role == "cached":
+    if estimate.teacher_role == "cached" and estimate.top_k is not None:
+        # a few at a time, since the logits are no part of what such a run holds
+        parts = (estimate.top_k.pack(torch.randn(len(of), estimate.vocab_size), of) for of in batch.labels.split(16))
+        batch.teacher_hidden = torch.cat([*parts])
+    elif estimate.teacher_role == "cached":
         batch.teacher_hidden = torch.randn(input_ids.numel(), estimate.teacher.n_embd).to(estimate.teacher_dtype)
     return batch
