@@ -34,6 +34,7 @@ from litgpt_akl.training.out_dir import check_places, default_out_dir
 from litgpt_akl.training.run import Run, choose_day, total_steps
 from litgpt_akl.training.sample_text import describe_format, describe_mask
 
+OTHER_TOKENIZER = " Or let them be compared on what they share, by --teacher.tokenizer other."
 NOT_IN_RECIPE = ("access_token", "dry_run", "overwrite")
 """Options that a repeated run is not to have."""
 
@@ -83,7 +84,8 @@ def setup(
 
     What a run needs:
       checkpoint_dir            the student
-      --teacher_checkpoint_dir  the teacher, which has the student's tokenizer
+      --teacher_checkpoint_dir  the teacher, which has the student's tokenizer,
+                                unless you give --teacher.tokenizer other
       --data, --data.path       the records: a class that reads them, and a file
       --optimizer.lr            the learning rate: 2e-5 for a student of the
                                 teacher's family, 1e-3 for one of make_student,
@@ -100,7 +102,8 @@ def setup(
 
     Arguments:
         checkpoint_dir: The student's checkpoint directory, or a model id that LitGPT can download.
-        teacher_checkpoint_dir: The teacher's checkpoint directory, or a model id; it must have the student's tokenizer.
+        teacher_checkpoint_dir: The teacher's checkpoint directory, or a model id; it must have the student's tokenizer,
+            unless ``--teacher.tokenizer other`` lets the two be compared on what they share.
             If it is a LoRA student's own, both share their weights in memory. ``--teacher.use_base true`` in its place
             means just that.
         data: A class that reads records, and its options, which ``--data.help CLASS`` lists. ``StreamingSFT`` reads
@@ -187,7 +190,10 @@ def setup(
 def find_pair(options: Options) -> Pair:
     """Both models, downloaded if need be, and the run's directory; raises UserError if they do not go together."""
     weights_needed = options.teacher.cache_dir is None or options.distill.on_policy > 0
-    pair = check_pair(options.checkpoint_dir, options.teacher_dir, options.access_token, weights_needed)
+    other = options.teacher.tokenizer == "other"
+    directories = options.checkpoint_dir, options.teacher_dir
+    known = {"other_tokenizer": other, "way_out": OTHER_TOKENIZER}
+    pair = check_pair(*directories, options.access_token, weights_needed, **known)
     if options.export_hf:
         check_export(pair.student_dir, pair.student_config)
     options.out_dir = init_out_dir(options.out_dir)

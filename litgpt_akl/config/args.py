@@ -1,5 +1,6 @@
 """Arguments of distillation, each with what it means: they are the help text."""
 
+import math
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -77,6 +78,16 @@ class TeacherArgs:
     block in its forward: less GPU memory, more time; with several GPUs"""
     use_base: bool = False
     """Whether the teacher is the student as it was before training: with --lora.r, in place of a teacher's directory"""
+    tokenizer: Literal["same", "other"] = "same"
+    """Whether the teacher's tokenizer is the student's, or may be another one: the teacher then reads each record in
+    its own tokens and its own chat template, and both are compared over the ids and the pieces of text that they share
+    (other)"""
+    min_aligned: float = 0.25
+    """With tokenizer other, the least share of response tokens that must be one token for both models, and the least
+    mass that the teacher must give there to ids which both have; below either the run is refused"""
+    chunk_temperature: float = 100.0
+    """With tokenizer other, the root that is taken of the probabilities of a piece of several tokens before they are
+    compared: at 1 improbable pieces hardly count"""
     cache_dir: str | None = None
     """A folder that keeps the teacher's final hidden states at response tokens. What is there is not computed
     again, in later epochs and later runs; once all of it is, the teacher is not loaded. May be a URL, with cache_mode
@@ -93,6 +104,7 @@ class TeacherArgs:
     write into one folder, or into several whose files are put together"""
 
     def __post_init__(self) -> None:
+        self._check_tokenizer()
         if self.cache_dir is None:
             refuse_changed("teacher", self, "cache_", "without --teacher.cache_dir", "Give it")
             return
@@ -108,6 +120,16 @@ class TeacherArgs:
             )
         _check_cache_dtype(self.cache_dtype)
         self.part()
+
+    def _check_tokenizer(self) -> None:
+        if self.tokenizer == "same":
+            for name in ("min_aligned", "chunk_temperature"):
+                way_out = "Give --teacher.tokenizer other"
+                refuse_changed("teacher", self, name, "where both models have one tokenizer", way_out)
+        if not 0 <= self.min_aligned <= 1:
+            raise UserError(f"--teacher.min_aligned must be from 0 to 1, got {self.min_aligned}.")
+        if not 1 <= self.chunk_temperature < math.inf:
+            raise UserError(f"--teacher.chunk_temperature must be at least 1, got {self.chunk_temperature}.")
 
     def part(self) -> tuple[int, int]:
         """Which share a job fills, from 0, and of how many."""

@@ -45,6 +45,7 @@ def check_options(options: Options) -> None:
     check_hybrid_sharding(options.hybrid_sharding, options.devices, options.num_nodes)
     _check_cpu_offload(options)
     _check_on_policy(options)
+    _check_other_tokenizer(options)
     _check_others(options)
 
 
@@ -146,6 +147,34 @@ def _check_on_policy(options: Options) -> None:
             "--distill.on_policy 1.0 with --teacher.cache_dir: a cache knows recorded responses, and none is read."
             " Leave one of them out."
         )
+
+
+def _check_other_tokenizer(options: Options) -> None:
+    """Refuse what does not go with a teacher of another tokenizer."""
+    teacher, data = options.teacher, options.data
+    if teacher.tokenizer == "same":
+        return
+    kind, too_long = type(data).__name__, getattr(data, "too_long", "drop")
+    found = {
+        "--dry_run true": options.dry_run and "neither model is read then. Start the run",
+        f"--distill.on_policy {options.distill.on_policy}": options.distill.on_policy > 0
+        and "the student's responses are no tokens of the teacher. Leave on_policy out",
+        "--teacher.use_base true": teacher.use_base and "a student's base has its tokenizer. Leave tokenizer out",
+        f"--data {kind}": kind != "StreamingSFT" and "its records come as tokens. Use --data StreamingSFT",
+        "--data.mask_prompt false": not getattr(data, "mask_prompt", True)
+        and "prompts are other texts in another template. Give --data.mask_prompt true",
+        f"--data.too_long {too_long}": too_long == "cut"
+        and "both models would be cut off at other places. Use --data.too_long drop",
+        "--data.micro_batch_tokens": getattr(data, "micro_batch_tokens", None) is not None
+        and "the teacher's tokens are not counted. Use --train.micro_batch_size",
+        f"--teacher.quantize {teacher.quantize}": teacher.quantize is not None
+        and "what it costs is measured over one vocabulary. Leave quantize out",
+        f"--teacher.cache_dtype {teacher.cache_dtype}": teacher.cache_dtype is not None
+        and "what it costs is measured over one vocabulary. Leave cache_dtype out",
+    }
+    for what, why in found.items():
+        if why:
+            raise UserError(f"--teacher.tokenizer other with {what}: {why}.")
 
 
 def check_questions(data: DataModule | None, generation: GenerationArgs) -> None:

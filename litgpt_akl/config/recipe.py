@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from litgpt.prompts import PromptStyle, prompt_styles
 
+from litgpt_akl.config.args import TeacherArgs
 from litgpt_akl.config.distillation import KEYWORDS, DistillArgs
 from litgpt_akl.config.old_names import with_new_names
 from litgpt_akl.messages import UserError, is_masked, masked
@@ -23,13 +24,14 @@ NO_EFFECT = re.compile(
     r"|(log|eval)\..*"
     r"|train\.(save_interval|log_interval|micro_batch_size|max_time)"
     r"|distill\.(block_tokens|compile)"
-    r"|teacher\.(cpu_offload|cache_(dir|mode|part))"
+    r"|teacher\.(cpu_offload|min_aligned|cache_(dir|mode|part))"
     r"|(teacher_)?checkpoint_dir|data\..*)"
 )
 """Arguments that may change when a run goes on: they leave its result as it is, up to rounding. Models and samples are
 compared by what they are, not by where they lie."""
 DEFAULTS = {f"distill.{name}": attrgetter(name)(DistillArgs()) for name in KEYWORDS}
-"""Of the options that belong to one divergence."""
+DEFAULTS |= {f"teacher.{name}": getattr(TeacherArgs(), name) for name in ("tokenizer", "chunk_temperature")}
+"""Of the options that belong to one divergence, or that have come since recipes were written."""
 BEFORE = {"distill.tad.weighting": "constant"}
 """What runs did that know no such option yet, where it is not the default."""
 

@@ -7,6 +7,7 @@ from litgpt.data import DataModule, LitData
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.config.checks import FOR_PRETRAINING
+from litgpt_akl.data.aligned_dataset import OtherTokenizer
 from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.litdata import open_chunks
 from litgpt_akl.data.litgpt_modules import SFTSettings, open_module
@@ -29,6 +30,7 @@ def prepare_datasets(
     vocab_size: int | None = None,
     prompts_alone: bool = False,
     rows_of: RowsOf = prepare,
+    teacher: OtherTokenizer | None = None,
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
     """A data module's training and validation samples, tokenised.
 
@@ -44,6 +46,7 @@ def prepare_datasets(
         vocab_size: ids that the models know (default: all of the tokenizer); records with others are bad.
         prompts_alone: whether training records of a :class:`StreamingSFT` may have no response: a student gives it.
         rows_of: what makes rows of records that are read from files.
+        teacher: if it has another tokenizer, which only a :class:`StreamingSFT` can be read with.
 
     Raises UserError for unreadable data, a bad record, a sample that is too long, or no training samples, with file and
     line where there is one.
@@ -63,7 +66,7 @@ def prepare_datasets(
         return open_chunks(data, train.max_seq_length or context_length, cut_by, vocab_size)
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=train.max_seq_length)
     if isinstance(data, StreamingSFT):
-        options = cut_by, date, teacher_dir, vocab_size, prompts_alone, rows_of
+        options = cut_by, date, teacher_dir, vocab_size, prompts_alone, rows_of, teacher
         return data.prepare(checkpoint_dir, context_length, *options)
     style = getattr(data, "prompt_style", None)
     options = train.max_seq_length, context_length, "stop", cut_by, vocab_size

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile, gettempdir
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ class TokenizedDataset:
     """``[chunks]``: where each chunk ends, if reading a sample means fetching the chunk that it lies in."""
     place: Callable[[int], str]
     """Where a sample comes from, for a person."""
+    collate: Callable[[list[dict[str, Tensor]]], Any] | None = None
+    """What makes a micro-batch of samples, if they are not padded as usual."""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -49,6 +51,25 @@ class TokenizedDataset:
     def response_tokens(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of each sample that a token before them predicts and that count in the loss, ``[n]``."""
         return self.lengths(numbers) - 1
+
+    def teacher_response_tokens(self, numbers: np.ndarray) -> np.ndarray:
+        """Tokens of each sample that a teacher's hidden states stand before, ``[n]``."""
+        return self.response_tokens(numbers)
+
+    @property
+    def teacher_tokens(self) -> int:
+        """Of all samples together, as the teacher reads them."""
+        return self.tokens
+
+    @property
+    def teacher_response_count(self) -> int:
+        """Those of all samples together."""
+        return self.all_response_tokens
+
+    @property
+    def longest_of_teacher(self) -> int:
+        """Tokens of the longest sample that the teacher reads in tokens of its own; 0 if these are the student's."""
+        return 0
 
     def prompt_lengths(self, numbers: np.ndarray) -> np.ndarray:
         """Tokens of each sample before the first that counts, ``[n]``."""
@@ -68,7 +89,8 @@ def digest(sample: dict[str, Tensor]) -> int:
 
 def sample_keys(numbers: Sequence[int], samples: list[dict[str, Tensor]]) -> np.ndarray:
     """The number and the digest of each sample, ``[samples, 2]``: by these a cache knows them."""
-    keys = [(number, digest(sample)) for number, sample in zip(numbers, samples, strict=True)]
+    # a teacher of another tokenizer reads ids of its own
+    keys = [(number, digest(sample.get("teacher", sample))) for number, sample in zip(numbers, samples, strict=True)]
     return np.array(keys, dtype=np.int64).reshape(-1, 2)
 
 
@@ -200,7 +222,7 @@ class ArrowDataset(TokenizedDataset):
         return responses.values.to_numpy()[responses.offsets.to_numpy()[:-1]].astype(np.int64)
 
     def read(self, numbers: Sequence[int]) -> list[dict[str, Tensor]]:
-        columns = map(_split, self._columns(numbers, "input_ids", "responses"))
+        columns = map(split_lists, self._columns(numbers, "input_ids", "responses"))
         return [self._sample(ids, responses) for ids, responses in zip(*columns, strict=True)]
 
     def _sample(self, input_ids: np.ndarray, responses: np.ndarray) -> dict[str, Tensor]:
@@ -210,7 +232,7 @@ class ArrowDataset(TokenizedDataset):
 
     def prompt(self, number: int) -> Tensor:
         """The ids of a sample before its first response."""
-        ids, responses = (_split(column)[0] for column in self._columns([number], "input_ids", "responses"))
+        ids, responses = (split_lists(column)[0] for column in self._columns([number], "input_ids", "responses"))
         # where whole samples count, a response may be cut off entirely
         return torch.from_numpy(ids[: responses[0] if len(responses) else None].astype(np.int64))
 
@@ -219,7 +241,8 @@ class ArrowDataset(TokenizedDataset):
         return self._place(file, line, int(number if self._numbers is None else self._numbers[number]))
 
 
-def _split(column: "pa.ChunkedArray") -> list[np.ndarray]:
+def split_lists(column: "pa.ChunkedArray") -> list[np.ndarray]:
+    """The lists of a column, one for each row."""
     lists = column.combine_chunks()
     values, offsets = lists.values.to_numpy(), lists.offsets.to_numpy()
     return np.split(values[: offsets[-1]], offsets[:-1])[1:]

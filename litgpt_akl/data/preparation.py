@@ -22,7 +22,8 @@ from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from torch.utils.data import Dataset
 
-from litgpt_akl.data.encoding import Encoder
+from litgpt_akl.data.aligned_dataset import COLUMNS, Aligner
+from litgpt_akl.data.encoding import Encoded, Encoder
 from litgpt_akl.data.files import identify
 from litgpt_akl.data.formats import NO_RESPONSE, asks_only
 from litgpt_akl.data.records import TOO_DEEP, Record, is_too_deep, place, read
@@ -54,10 +55,11 @@ TOKENIZER_FILES += ("special_tokens_map.json",)
 
 
 @cache
-def row_schema() -> "pa.Schema":
-    """The columns of prepared data, a row for each record."""
+def row_schema(for_teacher: bool = False) -> "pa.Schema":
+    """The columns of prepared data, a row for each record; beside them those of a teacher of another tokenizer."""
     from datasets import Features, List, Value  # slow to import, and only runs with records to read need it
 
+    own = {name: List(Value("int32")) for name in COLUMNS} if for_teacher else {}
     columns = Features(
         {
             "input_ids": List(Value("int32")),
@@ -73,6 +75,7 @@ def row_schema() -> "pa.Schema":
             "lost": Value("int32"),  # of these, how many the text has not
             "notes": Value("string"),  # of one line each
             "by_template": Value("bool"),  # whether a chat template wrote the text, and not a prompt style
+            **own,
         }
     )
     return columns.arrow_schema
@@ -102,6 +105,10 @@ def style_identity(style: PromptStyle) -> list:
     return [probe(style), code, repr(vars(style))]
 
 
+class TooLong(ValueError):
+    """A record has more tokens than a model may be given."""
+
+
 @dataclass(frozen=True, eq=False)
 class Settings:
     """All that decides what becomes of a record; plain data, since it goes to other processes."""
@@ -122,6 +129,10 @@ class Settings:
     """What becomes of a record that has more tokens than ``limit``."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further ones of :class:`Encoder`, plain data."""
+    teacher: "Settings | None" = None
+    """Those by which a teacher of another tokenizer reads the same records."""
+    reader: str = ""
+    """Whose tokens these are, in a message; empty for the student's."""
 
     other_cache: ClassVar[str] = "Give another directory with --data.cache_dir."
     """What to do where prepared data cannot be kept."""
@@ -138,7 +149,8 @@ class Settings:
         """What decides beside the tokenizer and the prompt style, as plain data."""
         template = None if self.template is None else self.template.identity
         limits = [self.max_seq_length, self.context_length, self.vocab_size, self.on_error, self.too_long]
-        return [self.tokenizer.use_bos, *limits, template, self.options]
+        others = [] if self.teacher is None else [self.teacher.fingerprint]
+        return [self.tokenizer.use_bos, *limits, template, self.options, *others]
 
     @property
     def limit(self) -> int:
@@ -151,6 +163,17 @@ class Settings:
         files = [self.checkpoint_dir / name for name in TOKENIZER_FILES]
         hashes = [hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "" for path in files]
         return _hash([FORMAT, style_identity(self.prompt_style), hashes, self.rules])
+
+    def check_ids(self, ids: list[int]) -> None:
+        """See that a record's ids can be read; raises TooLong, or ValueError for one that nobody knows."""
+        if (highest := max(ids)) >= (self.vocab_size or math.inf):
+            token = self.tokenizer.decode(torch.tensor([highest]))
+            raise ValueError(f"has the token {highest} ({token!r}), which the models do not both know")
+        if len(ids) <= self.limit:
+            return
+        if self.max_seq_length is not None and self.max_seq_length < self.context_length:
+            raise TooLong(f"has {len(ids):,} tokens{self.reader}; {self.cut_by} is {self.max_seq_length:,}")
+        raise TooLong(f"has {len(ids):,} tokens{self.reader}; the pair reads {self.context_length:,}")
 
     def encoder(self) -> Encoder:
         """What makes token ids of records."""
@@ -213,6 +236,14 @@ class Rows(Dataset):
     def _encoder(self) -> Encoder:
         return self.settings.encoder()
 
+    @cached_property
+    def _teacher_encoder(self) -> Encoder:
+        return self.settings.teacher.encoder()
+
+    @cached_property
+    def _aligner(self) -> Aligner:
+        return Aligner(self.settings.tokenizer, self.settings.teacher.tokenizer)
+
     def __getitem__(self, packed: Portion | bytes) -> tuple[int, int, "pa.RecordBatch"]:
         """The number of the last record's file, how many of its bytes had been read, and the rows."""
         import pyarrow as pa
@@ -220,24 +251,24 @@ class Rows(Dataset):
         portion = pickle.loads(packed) if isinstance(packed, bytes) else packed
         rows = [self._row(record) | {"file": file, "line": record.line} for file, record in portion]
         file, record = portion[-1]
-        return file, record.bytes_read, pa.RecordBatch.from_pylist(rows, schema=row_schema())
+        schema = row_schema(self.settings.teacher is not None)
+        return file, record.bytes_read, pa.RecordBatch.from_pylist(rows, schema=schema)
 
     def _row(self, record: Record) -> dict:
-        dropped = False
+        of_teacher = {}
         try:
             if record.error is not None:
                 raise ValueError(record.error)
             encoded = self._encoder.encode(record.value)
-            if (highest := max(encoded.ids)) >= (self.settings.vocab_size or math.inf):
-                token = self.settings.tokenizer.decode(torch.tensor([highest]))
-                raise ValueError(f"has the token {highest} ({token!r}), which the models do not both know")
-            if len(encoded.ids) > self.settings.limit:
-                # kept on disk, this is read by commands that have other options
-                dropped = self.settings.too_long == "drop"
-                raise ValueError(self._describe_length(len(encoded.ids)))
+            self.settings.check_ids(encoded.ids)
+            if self.settings.teacher is not None:
+                encoded, of_teacher = self._with_teacher(record, encoded)
+        except TooLong as error:
+            # kept on disk, this is read by commands that have other options
+            return {**NOTHING, "error": str(error), "dropped": self.settings.too_long == "drop"}
         except (ValueError, RecursionError, MemoryError) as error:
             told = str(error) if isinstance(error, ValueError) else f"cannot be encoded: {error!r}"
-            return {**NOTHING, "error": _printable(told), "dropped": dropped}
+            return {**NOTHING, "error": _printable(told), "dropped": False}
         begins, ends = encoded.spans[::2], encoded.spans[1::2]
         return {
             "input_ids": np.fromiter(encoded.ids, np.int32, len(encoded.ids)),
@@ -252,13 +283,16 @@ class Rows(Dataset):
             "lost": encoded.lost,
             "notes": _printable("\n".join(encoded.notes)),
             "by_template": encoded.by_template,
+            **of_teacher,
         }
 
-    def _describe_length(self, length: int) -> str:
-        limit, cut_by = self.settings.max_seq_length, self.settings.cut_by
-        if limit is not None and limit < self.settings.context_length:
-            return f"has {length:,} tokens; {cut_by} is {limit:,}"
-        return f"has {length:,} tokens; the pair reads {self.settings.context_length:,}"
+    def _with_teacher(self, record: Record, encoded: Encoded) -> tuple[Encoded, dict[str, Any]]:
+        """The student's tokens, with notes on the teacher's; and the columns of these."""
+        of_teacher = self._teacher_encoder.encode(record.value)
+        self.settings.teacher.check_ids(of_teacher.ids)
+        columns = self._aligner.columns(encoded, of_teacher)
+        more = (f"for the teacher: {note}" for note in of_teacher.notes if note not in encoded.notes)
+        return encoded._replace(notes=(*encoded.notes, *more)), columns
 
 
 NOTHING = {"input_ids": [], "responses": [], "length": 0, "response_tokens": 0, "draw": 0.0, "said": 0, "lost": 0}
@@ -275,11 +309,12 @@ def _write_rows(path: Path, source: Source, settings: Settings, num_proc: int) -
     import pyarrow as pa
 
     starts, keys = list(accumulate(source.sizes, initial=0)), portions(source)
+    schema = row_schema(settings.teacher is not None)
     batches, size, count = [], 0, 0
     with (
         progress_bar(total=starts[-1], desc="preparing data", unit=source.unit, unit_scale=True, leave=False) as bar,
         path.open("wb") as file,
-        pa.ipc.new_stream(file, row_schema()) as writer,
+        pa.ipc.new_stream(file, schema) as writer,
     ):
         fewer = settings.fewer_processes.format(num_proc)
         results = fetch(Rows(settings), map(_pack, keys) if num_proc > 0 else keys, num_proc, fewer)
@@ -296,7 +331,7 @@ def _write_rows(path: Path, source: Source, settings: Settings, num_proc: int) -
                     batches, size = [], 0
         finally:
             results.stop()
-        writer.write_table(pa.Table.from_batches(batches, row_schema()).combine_chunks())
+        writer.write_table(pa.Table.from_batches(batches, schema).combine_chunks())
     return count
 
 

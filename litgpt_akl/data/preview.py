@@ -198,7 +198,8 @@ def measure(dataset: TokenizedDataset, look: Look | None = None, limit: int = 0,
         fits = (prompts > 0) & (prompts <= answerable)
         prompt = max(prompt, int(prompts[fits].max(initial=0)))
         recorded = max(recorded, int(dataset.lengths(numbers)[~fits].max(initial=0)))
-    found = Lengths(len(dataset), dataset.tokens, dataset.all_response_tokens, dataset.longest, prompt, recorded)
+    longest = max(dataset.longest, dataset.longest_of_teacher)
+    found = Lengths(len(dataset), dataset.tokens, dataset.all_response_tokens, longest, prompt, recorded)
     if look is None or look.is_exact:
         return found
     numbers = np.arange(len(dataset))

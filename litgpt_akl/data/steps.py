@@ -142,6 +142,11 @@ class MicroBatch:
     """Whether the student wrote the responses."""
 
     @property
+    def for_teacher(self) -> "MicroBatch":
+        """What the teacher reads."""
+        return self
+
+    @property
     def counts(self) -> list[int]:
         """Positions of each sample."""
         rows = self.positions // self.input_ids.size(1)
@@ -262,10 +267,11 @@ def _read(
 ) -> Iterator[MicroBatch]:
     for own in parts:
         samples = dataset.read(own) if len(own) else []
-        batch = collate(samples)
+        batch = (dataset.collate or collate)(samples)
         if cache is not None:
-            batch.keys = sample_keys(own, samples)
-            batch.teacher_hidden = cache.read(batch.keys)
+            of_teacher = batch.for_teacher
+            of_teacher.keys = sample_keys(own, samples)
+            of_teacher.teacher_hidden = cache.read(of_teacher.keys)
         yield batch
 
 
@@ -337,7 +343,9 @@ def most_bytes(step_batches: StepBatches, measure: bool = True) -> int:
     hidden = 0 if step_batches.cache is None else step_batches.cache.bytes_of_token_in_memory
     # ids are of 8 bytes, each response token has a position and a label, and each rank has all prompts
     prompts = step_batches.world_size * int(lengths.sum()) if step_batches.on_policy > 0 else 0
-    return 8 * (tokens + prompts) + int(counts.sum()) * (16 + hidden)
+    # a teacher's own tokens come beside them, each with its place in the alignment
+    of_teacher = samples * dataset.longest_of_teacher
+    return 8 * (tokens + prompts + of_teacher) + (int(counts.sum()) + of_teacher) * (16 + hidden) + 48 * of_teacher
 
 
 def _largest(of: Callable[[np.ndarray], np.ndarray], samples: int, most: int) -> np.ndarray:

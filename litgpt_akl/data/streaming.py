@@ -3,7 +3,8 @@
 import math
 import os
 import sys
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
 
 from litgpt_akl.data.accounting import tell_what_is_left_out, tell_what_occurs_twice
+from litgpt_akl.data.aligned_dataset import AlignedDataset, OtherTokenizer
 from litgpt_akl.data.dataset import ALL, ArrowDataset
 from litgpt_akl.data.encoding import puts_marks
 from litgpt_akl.data.files import find_files, group_by_split
@@ -124,6 +126,7 @@ class StreamingSFT(DataModule):
         vocab_size: int | None = None,
         prompts_alone: bool = False,
         rows_of: RowsOf = prepare,
+        teacher: OtherTokenizer | None = None,
     ) -> tuple[ArrowDataset, ArrowDataset]:
         """The training and the validation records; arguments are those of ``prepare_datasets``.
 
@@ -131,6 +134,8 @@ class StreamingSFT(DataModule):
         """
         common = checkpoint_dir, context_length, cut_by, date, teacher_dir, vocab_size
         settings = self.settings(*common, prompts_alone)
+        if teacher is not None:
+            settings = replace(settings, teacher=self._settings_of_teacher(teacher, cut_by, date))
         self.by_template, self.ends = 0, ()
         train_files, validation_files = self.files()
         if validation_files:
@@ -188,6 +193,13 @@ class StreamingSFT(DataModule):
         }
         common = checkpoint_dir, self.tokenizer, self.prompt_style, self.max_seq_length, context_length
         return Settings(*common, self.on_error, cut_by, vocab_size, self.template, self.too_long, options)
+
+    def _settings_of_teacher(self, teacher: OtherTokenizer, cut_by: str, date: str | None) -> Settings:
+        """Those of the same records for a teacher of another tokenizer, which is asked in its own form."""
+        own = copy(self)
+        own.tokenizer, own.prompt_style, own.chat_template, own._style_is_chosen = teacher.tokenizer, None, None, False
+        common = teacher.checkpoint_dir, teacher.context_length, cut_by, date, None, teacher.vocab_size
+        return replace(own.settings(*common), reader=" of the teacher")
 
     def _find_template(self, checkpoint_dir: Path, date: str | None, teacher_dir: Path | None) -> ChatTemplate | None:
         choice = self.chat_template
@@ -278,7 +290,8 @@ class StreamingSFT(DataModule):
         is_validated: bool,
     ) -> ArrowDataset:
         options = {"mask_prompt": self.mask_prompt, "settings": settings.fingerprint, "place": records.place}
-        return ArrowDataset(rows, draws, least_response=int(is_validated), **options)
+        kind = ArrowDataset if settings.teacher is None else AlignedDataset
+        return kind(rows, draws, least_response=int(is_validated), **options)
 
 
 def _refusal_of_chats(template: ChatTemplate | None, checkpoint_dir: Path, style: PromptStyle) -> str | None:

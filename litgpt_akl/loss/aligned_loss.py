@@ -133,6 +133,10 @@ class AlignedLoss(NamedTuple):
                 values[name][others[is_in]] = (found.detach() / sizes)[chunks]
         return HeadLoss(loss, len(labels), values)
 
+    def of_batch(self, teacher_labels: Tensor, alignment: Alignment) -> "LossOfBatch":
+        """The same of a micro-batch whose tokens belong together so, as a loss of two heads."""
+        return LossOfBatch(self, teacher_labels, alignment)
+
     def _at_positions(
         self, student: LMHead, teacher: LMHead, labels: Tensor, alignment: Alignment, sequences: Tensor | None
     ) -> HeadLoss:
@@ -196,6 +200,18 @@ class AlignedLoss(NamedTuple):
             head = LMHead(head.hidden.detach(), head.weight.detach(), head.bias, head.softcap)
         block = self.loss.tokens_per_block(size, head.hidden.device.type)
         return blockwise_surprisal(head, ids, whole_set=whole_set, vocab_size=size, block_tokens=block)
+
+
+class LossOfBatch(NamedTuple):
+    """An aligned loss that takes the place of a :class:`DistillationLoss` for one micro-batch."""
+
+    loss: AlignedLoss
+    teacher_labels: Tensor
+    alignment: Alignment
+
+    def of_heads(self, student: LMHead, teacher: LMHead, labels: Tensor, *, sequences: Tensor, **_) -> HeadLoss:
+        """That of a :class:`DistillationLoss`; the vocabularies have sizes of their own, and all labels count."""
+        return self.loss(student, teacher, labels, self.teacher_labels, self.alignment, sequences)
 
 
 def chunk_divergence(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:

@@ -59,7 +59,7 @@ class MemoryEstimate:
     """Whether embeddings and LM head are one matrix."""
     teacher_tied: bool
     vocab_size: int
-    """Ids that tokenizer and both heads have."""
+    """Ids that tokenizer and both heads have; of two tokenizers the larger one's."""
     loss: DistillationLoss
     device: Literal["cpu", "cuda"]
     devices: int
@@ -94,6 +94,8 @@ class MemoryEstimate:
     """Tokens of the longest with its response; None for ``sequence_length``."""
     validation_length: int = 0
     """Tokens of the longest sample that is validated; 0 without any."""
+    shared_ids: int = 0
+    """Rows of both LM heads that are copied to be compared, if the teacher has another tokenizer."""
     is_assumed: bool = True
     """Whether nothing is known of the samples: each is taken for as long as it may be."""
 
@@ -298,10 +300,19 @@ class _Step:
         return {
             GRADIENTS: self.always[GRADIENTS] + self.student.trained_head * FLOAT32,
             GATHERED: self.teacher_root + self.root + self.block,
-            COPIES: self.copies + self._copied(self.student.head, self.width) + of_teacher,
+            COPIES: self.copies + self._copied(self.student.head, self.width) + of_teacher + self._rows_of_shared_ids(),
             ACTIVATIONS: self.kept + self.kept_by_norm + at_head,
             LOSS: buffers * self._block_of_logits(),
         }
+
+    def _rows_of_shared_ids(self) -> int:
+        """Both heads' rows, with the gradient of the student's; and a gradient of all of its ids beside that."""
+        estimate, rows = self.estimate, self.estimate.shared_ids
+        if rows == 0:
+            return 0
+        own, others = rows * estimate.student.n_embd, rows * estimate.teacher.n_embd
+        copies = own * self.width + self._copied(own, self.width) + others * self.teacher_width
+        return copies + self._copied(others, self.teacher_width) + (own + self.student.trained_head) * FLOAT32
 
     def _copied(self, numbers: int, width: int) -> int:
         """Bytes of the copy that the loss needs if it multiplies in another type: float32 but for half on CUDA."""

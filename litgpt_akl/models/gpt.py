@@ -18,6 +18,7 @@ from litgpt.model import GPT, do_softcapping
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from litgpt_akl.loss.aligned_loss import LossOfBatch
 from litgpt_akl.loss.blockwise import HeadLoss, LMHead
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.top_k import TopK, is_packed, pack_head
@@ -200,7 +201,7 @@ def _ask(teacher: nn.Module, input_ids: Tensor, give: Callable[[Head, Tensor], T
 def distillation_loss(
     student: nn.Module,
     teacher: nn.Module,
-    loss: DistillationLoss,
+    loss: DistillationLoss | LossOfBatch,
     input_ids: Tensor,
     positions: Tensor,
     labels: Tensor,
@@ -215,8 +216,8 @@ def distillation_loss(
         input_ids: ``[batch, time]``.
         positions: ``[n]``, flat positions in ``input_ids`` whose next token is a response token.
         labels: ``[n]``, those next tokens.
-        teacher_hidden: ``[n, D]``, the teacher's final hidden states at the positions; or ``[n, bytes]``, its
-            distributions there from :func:`top_k_rows`.
+        teacher_hidden: ``[n, D]``, the teacher's final hidden states at the positions, or at those of its own tokens;
+            or ``[n, bytes]``, its distributions there from :func:`top_k_rows`.
         vocab_size: ids that tokenizer and both heads have.
     """
     teacher_head = teacher.lm_head

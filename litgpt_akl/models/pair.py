@@ -34,6 +34,10 @@ class Pair:
     """Of all files of both models, by role, from before any was read."""
     notes: tuple[str, ...] = ()
     """What the two differ in that is no fault, to be said once."""
+    teacher_tokenizer: Tokenizer | None = None
+    """The teacher's own, if it need not be the student's; ``vocab_size`` are then the student's ids alone."""
+    teacher_vocab_size: int | None = None
+    """Ids that the teacher has, in that case."""
 
     @property
     def directories(self) -> dict[str, Path]:
@@ -47,7 +51,9 @@ class Pair:
 
     @property
     def context_length(self) -> int:
-        """Tokens that both models can read."""
+        """The student's tokens that both models can read, of which a teacher with its own tokenizer reads none."""
+        if self.teacher_tokenizer is not None:
+            return self.student_config.block_size
         return min(self.student_config.block_size, self.teacher_config.block_size)
 
     def check_unchanged(self, role: str) -> None:
@@ -71,10 +77,13 @@ def check_pair(
     access_token: str | None = None,
     teacher_weights_needed: bool = True,
     student_option: str | None = None,
+    other_tokenizer: bool = False,
+    way_out: str = "",
 ) -> Pair:
     """Read both models' configurations and tokenizers and see that they fit.
 
-    ``student_option`` is what a message calls the option that gave the student, if that is not ``checkpoint_dir``.
+    ``student_option`` is what a message calls the option that gave the student, if that is not ``checkpoint_dir``. With
+    ``other_tokenizer`` they need not have one tokenizer; ``way_out`` is what else can be done where they have not.
 
     Raises:
         UserError: a directory that is no checkpoint, tokenizers that differ, a head narrower than the tokenizer. The
@@ -87,15 +96,37 @@ def check_pair(
     student_files = read_model_files(student_dir)
     configs = {"student": read_config(student_dir), "teacher": read_config(teacher_dir)}
     tokenizer, teacher_tokenizer = read_tokenizer(student_dir), read_tokenizer(teacher_dir)
-    vocab_size, notes = _compare_tokens({"student": tokenizer, "teacher": teacher_tokenizer}, directories, configs)
-    for role, reader in (("student", tokenizer), ("teacher", teacher_tokenizer)):
-        if not isinstance(reader.eos_id, int) or not 0 <= reader.eos_id < vocab_size:
+    tokenizers, notes = {"student": tokenizer, "teacher": teacher_tokenizer}, []
+    if other_tokenizer:
+        sizes = {role: _count_own(role, reader, configs[role]) for role, reader in tokenizers.items()}
+    else:
+        vocab_size, notes = _compare_tokens(tokenizers, directories, configs, way_out)
+        sizes = dict.fromkeys(tokenizers, vocab_size)
+    for role, reader in tokenizers.items():
+        if not isinstance(reader.eos_id, int) or not 0 <= reader.eos_id < sizes[role]:
             raise UserError(
-                f"The {role}'s end-of-text id is {reader.eos_id}; its tokenizer has the ids 0 to {vocab_size - 1}.\n"
+                f"The {role}'s end-of-text id is {reader.eos_id}; its tokenizer has the ids 0 to {sizes[role] - 1}.\n"
                 "Set eos_token in its tokenizer_config.json to a token of the tokenizer."
             )
-    notes = (*notes, *_compare_ends(tokenizer, teacher_tokenizer, directories))
-    return Pair(*directories.values(), *configs.values(), tokenizer, vocab_size, student_files, stamps, notes)
+    known = *directories.values(), *configs.values(), tokenizer, sizes["student"], student_files, stamps
+    if other_tokenizer:
+        return Pair(*known, teacher_tokenizer=teacher_tokenizer, teacher_vocab_size=sizes["teacher"])
+    return Pair(*known, (*notes, *_compare_ends(tokenizer, teacher_tokenizer, directories)))
+
+
+def _count_own(role: str, tokenizer: Tokenizer, config: Config) -> int:
+    """How many ids a model has that is compared with no other one; raises UserError if its head lacks one of text."""
+    tokens, rows = token_map(tokenizer), config.padded_vocab_size
+    if any(id >= rows for id in tokens.keys() - _added_ids(tokenizer)):
+        raise _narrow_head(role, config, tokens)
+    return min(1 + max(tokens), rows)
+
+
+def _narrow_head(role: str, config: Config, tokens: dict[int, str]) -> UserError:
+    return UserError(
+        f"The {role}'s LM head has {config.padded_vocab_size:,} ids, but its tokenizer has {len(tokens):,}"
+        f" ({tokens[max(tokens)]!r} is the last).\nUse the tokenizer it was trained with."
+    )
 
 
 def _added_ids(tokenizer: Tokenizer) -> set[int]:
@@ -106,7 +137,7 @@ def _added_ids(tokenizer: Tokenizer) -> set[int]:
 
 
 def _compare_tokens(
-    tokenizers: dict[str, Tokenizer], directories: dict[str, Path], configs: dict[str, Config]
+    tokenizers: dict[str, Tokenizer], directories: dict[str, Path], configs: dict[str, Config], way_out: str
 ) -> tuple[int, list[str]]:
     """How many ids both models have, and how their added tokens differ, by which models of one family may.
 
@@ -124,7 +155,7 @@ def _compare_tokens(
         raise UserError(
             f"The tokenizers differ in {len(differing):,} ids: {told[0]} ({directories['student']} has"
             f" {len(student):,} ids, {directories['teacher']} {len(teacher):,}).\n"
-            "Choose models of one family: their next-token distributions are over the same ids then."
+            f"Choose models of one family: their next-token distributions are over the same ids then.{way_out}"
         )
     vocab_size = 1 + min(max(student), max(teacher))
     notes = []
@@ -133,10 +164,7 @@ def _compare_tokens(
     for role, config in configs.items():
         beyond = [id for id in range(config.padded_vocab_size, vocab_size) if id in maps[role]]
         if any(id not in added[role] for id in beyond):
-            raise UserError(
-                f"The {role}'s LM head has {config.padded_vocab_size:,} ids, but its tokenizer has {len(maps[role]):,}"
-                f" ({maps[role][max(maps[role])]!r} is the last).\nUse the tokenizer it was trained with."
-            )
+            raise _narrow_head(role, config, maps[role])
         if beyond:
             notes.append(f"The {role} has no embedding of {maps[role][beyond[0]]!r}, id {beyond[0]}.")
     common = min(vocab_size, *(config.padded_vocab_size for config in configs.values()))
@@ -171,7 +199,7 @@ class Models(NamedTuple):
     student: Config
     teacher: Config
     vocab_size: int
-    """Ids that both heads have, and if the pair was checked, the tokenizer."""
+    """Ids that both heads have, and if the pair was checked, the tokenizer; of two tokenizers the larger one's."""
     student_tied: bool
     """Whether embeddings and LM head are said to be one matrix."""
     teacher_tied: bool
@@ -195,9 +223,12 @@ def find_models(checkpoint_dir: Path, teacher_checkpoint_dir: Path, pair: Pair |
             pair = check_pair(*directories.values())
     if pair is not None:
         directories, found = pair.directories, {"student": pair.student_config, "teacher": pair.teacher_config}
+    vocab_size = min(config.padded_vocab_size for config in found.values())
+    if pair is not None:
+        vocab_size = max(pair.vocab_size, pair.teacher_vocab_size or 0)
     return Models(
         **found,
-        vocab_size=pair.vocab_size if pair else min(config.padded_vocab_size for config in found.values()),
+        vocab_size=vocab_size,
         student_tied=is_said_to_be_tied(directories["student"]) is True,
         teacher_tied=is_said_to_be_tied(directories["teacher"]) is True,
         is_one=pair.is_one_model if pair else directories["student"] == directories["teacher"],

@@ -134,7 +134,8 @@ def make_identity(
     recorded: str | None = None,
 ) -> Identity:
     """What the hidden states of a run's teacher depend on; ``recorded`` is a cache's fingerprint of its weights."""
-    tokens = sorted(token_map(pair.tokenizer).items())
+    tokens = sorted(token_map(pair.teacher_tokenizer or pair.tokenizer).items())
+    style = "the teacher's own" if pair.teacher_tokenizer else describe_style(getattr(data, "prompt_style", None))
     return Identity(
         teacher=pair.teacher_config.name,
         teacher_weights=fingerprint(pair.teacher_dir, like=recorded) if weights_files(pair.teacher_dir) else None,
@@ -143,13 +144,13 @@ def make_identity(
         stored_as=stored_type(teacher.cache_dtype, dtype),
         width=pair.teacher_config.n_embd,
         tokenizer=xxhash.xxh3_64_hexdigest(repr(tokens).encode()),
-        prompt_style=describe_style(getattr(data, "prompt_style", None)),
+        prompt_style=style,
         mask_prompt=getattr(data, "mask_prompt", False),
         max_seq_length=max_seq_length,
         training_samples=len(splits[0]),
-        training_tokens=splits[0].tokens,
+        training_tokens=splits[0].teacher_tokens,
         validation_samples=len(splits[1]),
-        validation_tokens=splits[1].tokens,
+        validation_tokens=splits[1].teacher_tokens,
         date=getattr(data, "date", None),
         vocab_size=None if k_of(teacher.cache_dtype) is None else pair.vocab_size,
     )

@@ -24,11 +24,11 @@ def bytes_of_token(width: int, dtype: torch.dtype) -> int:
 
 
 def response_tokens(dataset: TokenizedDataset, numbers: np.ndarray) -> int:
-    """Of some of a dataset's samples."""
+    """The teacher's, of some of a dataset's samples."""
     if len(numbers) == len(dataset):
-        return dataset.all_response_tokens
+        return dataset.teacher_response_count
     parts = (numbers[start : start + PART] for start in range(0, len(numbers), PART))
-    return sum(int(dataset.response_tokens(part).sum()) for part in parts)
+    return sum(int(dataset.teacher_response_tokens(part).sum()) for part in parts)
 
 
 def check_space(directory: str, needed: int) -> None:

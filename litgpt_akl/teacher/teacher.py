@@ -5,7 +5,7 @@ from functools import partial
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.fabric.utilities.apply_func import apply_to_collection, move_data_to_device
 from litgpt.config import Config
 from torch import Tensor, nn
 
@@ -46,7 +46,8 @@ class Teacher:
 
         When all are done, what the cache lacked is added to it. All processes must ask together, each for as many.
         """
-        live = self._to_compute(batches, cache)
+        read = [batch.for_teacher for batch in batches]
+        live = self._to_compute(read, cache)
         if any(live) and self._load is not None:
             # random numbers of training must not depend on what a cache holds
             with torch.random.fork_rng():
@@ -56,7 +57,7 @@ class Teacher:
         ahead = self.fabric.device.type == "cuda" and self.fabric.world_size == 1 and len(batches) > 1
         computed, answer = [], partial(self._answer, None if cache is None else cache.top_k)
         answers = self._ahead(batches, live, answer) if ahead else map(answer, batches, live)
-        for batch, found in zip(batches, answers, strict=True):
+        for batch, found in zip(read, answers, strict=True):
             if cache is not None and batch.teacher_hidden is None and not batch.is_on_policy:
                 computed.append((batch, found[1]))
             yield found
@@ -99,15 +100,16 @@ class Teacher:
 
     def _answer(self, top_k: TopK | None, batch: MicroBatch, live: bool) -> tuple[MicroBatch, Tensor]:
         moved = move_data_to_device(batch, self.fabric.device)
+        read = moved.for_teacher
         if live and top_k is not None and not batch.is_on_policy:
-            computed = top_k_rows(self.model, moved.input_ids, moved.positions, moved.labels, top_k)
+            computed = top_k_rows(self.model, read.input_ids, read.positions, read.labels, top_k)
         elif live:
-            computed = hidden_states(self.model, moved.input_ids, moved.positions)
+            computed = hidden_states(self.model, read.input_ids, read.positions)
         else:
             unshard(self.model)
-        if moved.teacher_hidden is None:
+        if read.teacher_hidden is None:
             return moved, computed
-        found = moved.teacher_hidden
+        found = read.teacher_hidden
         return moved, found if is_packed(found) else found.to(self.model.lm_head.weight.dtype)
 
 
@@ -116,7 +118,6 @@ def _handed_over(
 ) -> tuple[MicroBatch, Tensor]:
     """What may be read on ``stream``, and whose memory is not given away before that is done."""
     stream.wait_event(done)
-    batch, hidden = found
-    for tensor in (batch.input_ids, batch.positions, batch.labels, hidden):
-        tensor.record_stream(stream)
+    # also of the teacher's own tokens, if it has others
+    apply_to_collection(found, Tensor, lambda tensor: tensor.record_stream(stream))
     return found

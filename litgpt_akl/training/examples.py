@@ -126,6 +126,9 @@ def _recorded(
     fabric: L.Fabric, run: Run, state: dict, dataset: TokenizedDataset, number: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The response of a record as both models see it, and their distributions at positions spread over it."""
+    if run.pair.teacher_tokenizer is not None:
+        (batch,) = in_order(dataset, [number], *run.micro_batch)
+        return _describe_text(run, batch.labels.tolist(), None), []
     cache = state["caches"].validation
     (batch,) = in_order(dataset, [number], *run.micro_batch, cache=cache)
     count = len(batch.positions)
@@ -155,6 +158,7 @@ def _add_responses(
     if run.eval.max_new_tokens is None:
         return "There are no example responses: --eval.max_new_tokens is null."
     student, teacher, note = state["student"], state["teacher"].model, ""
+    is_alike = run.pair.teacher_tokenizer is None
     longest = min(longest_prompt(model.config) for model in (student, teacher))
     asked = [place for place, prompt in enumerate(prompts) if 0 < len(prompt) <= longest]
     if not asked:
@@ -167,6 +171,8 @@ def _add_responses(
     # earlier versions kept no ids
     if all(text is not None and "ids" in text for text in known):
         responses["teacher"] = [text["ids"] for text in known]
+    elif not is_alike:
+        note = "The teacher's responses are missing: it has another tokenizer."
     elif not isinstance(teacher, HeadOnly):
         with without_adapters(teacher):
             responses["teacher"] = _generate(fabric, run, teacher, given)
@@ -177,7 +183,7 @@ def _add_responses(
     for role, found in responses.items():
         for place, ids in zip(asked, found or (), strict=found is not None):
             compared = None
-            if ids and not isinstance(teacher, HeadOnly):
+            if ids and is_alike and not isinstance(teacher, HeadOnly):
                 compared = _compare(fabric, run, state, _micro_batch(prompts[place], ids))
             answers[place][role] = {**_describe_text(run, ids, compared), "ids": ids}
     return note

@@ -20,6 +20,7 @@ from litgpt_akl.models.gpt import distillation_loss
 from litgpt_akl.models.parallel import all_reduce_max_each, gather_full
 from litgpt_akl.training.checkpoint import save_student, save_training_state
 from litgpt_akl.training.logging import Progress, flushed_metrics
+from litgpt_akl.training.other_tokenizer import loss_of_batch, per_position
 from litgpt_akl.training.reporting import report
 from litgpt_akl.training.run import Run
 from litgpt_akl.training.teacher_accuracy import doubt_teacher
@@ -131,6 +132,7 @@ def take_step(
         if batch.is_on_policy:
             # what the student wrote is no label
             loss, weight = replace(loss, kd_ratio=1.0), loss.kd_ratio
+        loss = loss_of_batch(state, loss, batch)
         result = distillation_loss(student, teacher.model, loss, *targets, state["vocab_size"])
         # sharding averages gradients over the processes
         fabric.backward(result.loss * (weight * fabric.world_size / step_batch.response_tokens))
@@ -140,7 +142,7 @@ def take_step(
     total = sums.of_all()
     loss = total.pop("loss").item() / step_batch.response_tokens
     means = torch.stack([*total.values()]) / step_batch.response_tokens
-    result = StepResult(loss, dict(zip(total, means.tolist(), strict=True)), norm)
+    result = StepResult(loss, per_position(dict(zip(total, means.tolist(), strict=True))), norm)
     if result.finite:
         optimizer.step()
     optimizer.zero_grad()

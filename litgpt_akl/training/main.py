@@ -18,6 +18,7 @@ from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.launch import StopSignals, ending_together, is_loss_of_another, leave_if_stopped
 from litgpt_akl.training.logging import continue_metrics, flushed_metrics
 from litgpt_akl.training.loop import fit, save_final
+from litgpt_akl.training.other_tokenizer import report_mass
 from litgpt_akl.training.out_dir import out_dir_locked, set_evaluation_aside
 from litgpt_akl.training.reporting import end_on_page, refresh_page, report
 from litgpt_akl.training.run import Run, Splits
@@ -52,6 +53,7 @@ def train(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> None:
         fabric.print(f"Resuming from {run.resume}, step {state['step_count']}")
     report_accuracy(fabric, run, state["teacher"].model, splits[0], caches)
     state["top_k_cost"] = report_cost(fabric, run, state["teacher"].model, splits[0], state["student"])
+    report_mass(fabric, run, state)
     if fabric.is_global_zero:
         set_evaluation_aside(run.out_dir)
         with explain_failure(run.out_dir):

@@ -76,7 +76,8 @@ def tell_validation(step: int, metrics: dict[str, float]) -> None:
 def tell_example(fabric: L.Fabric, run: Run, state: dict) -> None:
     """Print the prompt that was asked for, with the recorded response and both models' most probable ones.
 
-    Nothing is printed if a model cannot read it. The teacher is asked once, and not if its LM head alone is loaded. All
+    Nothing is printed if a model cannot read it. The teacher is asked once, and not if its LM head alone is loaded, or
+    if it has another tokenizer. All
     processes must ask together.
     """
     student, teacher, dataset = state["student"], state["teacher"].model, state["validation_dataset"]
@@ -86,7 +87,8 @@ def tell_example(fabric: L.Fabric, run: Run, state: dict) -> None:
         return
     options = {"max_new_tokens": run.eval.max_new_tokens, "stop": run.stop, "vocab_size": run.pair.vocab_size}
     prompt, answers = tuple(example.prompt.tolist()), state["teacher_answers"]
-    if prompt not in answers and not isinstance(teacher, HeadOnly):
+    is_alike = run.pair.teacher_tokenizer is None
+    if prompt not in answers and is_alike and not isinstance(teacher, HeadOnly):
         with without_adapters(teacher):
             # every process asks the same: a sharded model only runs in all of them together
             answers[prompt] = generate(fabric, teacher, [example.prompt], **options)[0]

@@ -17,6 +17,7 @@ from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import HiddenStateCache, MicroBatch, StepBatches, StepSampler, in_order, load
 from litgpt_akl.data.workers import Fetched
 from litgpt_akl.files.manifest import Damaged, read_manifest
+from litgpt_akl.loss.aligned_loss import SharedIds
 from litgpt_akl.memory.estimate import MemoryEstimate
 from litgpt_akl.models import chat_template
 from litgpt_akl.models.pair import Pair
@@ -77,6 +78,8 @@ class Run(Options):
     """How the student is asked; known once the data is read."""
     stop: list[list[int]] = field(default_factory=list)
     """What ends a response, wherever one is generated; known once the data is read."""
+    shared_ids: SharedIds | None = None
+    """Those of a student and a teacher of other tokenizers; known once the data is read."""
     sample: dict[str, Any] | None = None
     """The first training sample, as it is shown; in process 0, once the data is read."""
 

@@ -38,6 +38,7 @@ from litgpt_akl.training.checkpoint import draw_own_numbers, load_training_state
 from litgpt_akl.training.metrics import MetricsMarker
 from litgpt_akl.training.on_policy import OnPolicySamples, check_prompts
 from litgpt_akl.training.optimizer import make_optimizer, make_scheduler
+from litgpt_akl.training.other_tokenizer import make_aligned, share_vocabulary, teacher_of_data
 from litgpt_akl.training.out_dir import changes_since, identity, is_finished, open_out_dir
 from litgpt_akl.training.run import Run, Splits, choose_day, total_steps, warmup_steps
 from litgpt_akl.training.sample_text import describe_sample
@@ -68,8 +69,9 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
     with fabric.rank_zero_first():
         options = pair.context_length, pair.student_dir
         known = {"date": day.date, "teacher_dir": pair.teacher_dir, "vocab_size": pair.vocab_size}
-        known["prompts_alone"] = run.distill.on_policy == 1 and not fills
+        known |= {"prompts_alone": run.distill.on_policy == 1 and not fills, "teacher": teacher_of_data(run)}
         splits = prepare_datasets(run.data, pair.tokenizer, run.train, *options, **known)
+    run.shared_ids, shared = share_vocabulary(run, splits)
     ends = turn_ends(splits[0], pair.tokenizer.special_ids)
     ends += [id for id in getattr(run.data, "ends", ()) if id in pair.tokenizer.special_ids and id not in ends]
     run.stop = stop_sequences(pair.tokenizer, run.prompt_style, ends)
@@ -82,13 +84,15 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
             if dated:
                 fabric.print(dated)
             return None
-    told = {"notes": [*pair.notes, *notes], "day": dated, "on_policy": "", "cache": ""}
+    told = {"notes": [*pair.notes, *shared, *notes], "day": dated, "on_policy": "", "cache": ""}
     # a run that fills a cache has no student
     if run.distill.on_policy > 0 and not fills:
         options = {"longest": run.longest_sample, "steps": total_steps(run.train, len(splits[0]))}
         options["steps_per_epoch"] = run.step_sampler(splits[0]).steps_per_epoch
         told["on_policy"] = check_prompts(splits[0], pair.student_config, run.distill, **options)
     run.memory = with_samples(run.memory, splits, run.distill)
+    if run.shared_ids is not None and not run.shared_ids.are_all:
+        run.memory = replace(run.memory, shared_ids=len(run.shared_ids.student))
     caches = Caches()
     if run.teacher.cache_dir is not None:
         caches, told["cache"] = _open_cache(fabric, run, splits)
@@ -202,6 +206,7 @@ def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> di
         # of the next step
         "loss": run.distill.loss(0.0),
         "vocab_size": run.pair.vocab_size,
+        "aligned": make_aligned(run, run.shared_ids, fabric.device),
         # merged into the head alone, its adapter makes two matrices of one
         "tied": tied and not run.lora.head,
         # one process reads what has to be read

@@ -242,6 +242,8 @@ def close(run: Run, log: Path | None, records: int) -> None:
     print("\nNext:", flush=True)
     for words in next_commands(run):
         print(shown(f"  {command_line(words)}"), flush=True)
+    if run.pair.teacher_tokenizer is not None:
+        return
     few = f"{QUICK['max_records']} records and {QUICK['generation.max_prompts']} prompts"
     print(f"evaluate_akl reads {few} at most, for a first look: leave those options out for all.", flush=True)
 
@@ -301,7 +303,8 @@ def next_commands(run: Run) -> list[list[str]]:
         evaluation += ["--max_seq_length", str(run.train.max_seq_length)]
     for name, value in QUICK.items():
         evaluation += [f"--{name}", value]
-    commands = [["litgpt", "chat", final], evaluation]
+    # two tokenizers have no distributions that it could compare
+    commands = [["litgpt", "chat", final], *([evaluation] if pair.teacher_tokenizer is None else [])]
     return commands if run.export_hf else [*commands, ["litgpt", "export_hf", final, str(run.out_dir / FINAL_HF)]]
 
 

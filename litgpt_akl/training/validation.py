@@ -17,6 +17,7 @@ from litgpt_akl.messages import progress_bar
 from litgpt_akl.models.gpt import distillation_loss
 from litgpt_akl.models.parallel import all_gather_object, all_reduce, rank, reshard
 from litgpt_akl.teacher.teacher import Teacher
+from litgpt_akl.training.other_tokenizer import loss_of_batch, per_position
 from litgpt_akl.training.run import Run
 
 BINS = 15
@@ -167,7 +168,8 @@ def validate(fabric: L.Fabric, run: Run, state: dict) -> dict[str, float] | None
             break
         for moved, teacher_hidden in teacher.hidden_states([batch], cache):
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
-            result = distillation_loss(student, teacher.model, loss, *targets, state["vocab_size"])
+            of_batch = loss_of_batch(state, loss, moved)
+            result = distillation_loss(student, teacher.model, of_batch, *targets, state["vocab_size"])
             sums.add(loss=result.loss, tokens=result.loss.new_tensor(result.tokens), **result.stats)
         bar.update(min(fabric.world_size * len(batch.input_ids), records - bar.n))
     bar.close()
@@ -177,7 +179,7 @@ def validate(fabric: L.Fabric, run: Run, state: dict) -> dict[str, float] | None
         return None
     total = sums.of_all()
     tokens = total.pop("tokens").item()
-    means = {name: value.item() / tokens for name, value in total.items()}
+    means = per_position({name: value.item() / tokens for name, value in total.items()})
     cross_entropy = means["cross_entropy"]
     state.update(last_validation=state["step_count"], validation_loss=means["loss"])
     if state["step_count"] == 0:

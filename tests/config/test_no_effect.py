@@ -100,6 +100,14 @@ REFUSED = [
         lambda: {"teacher": TeacherArgs(cache_part="1/2", **CACHE)},
         "is for .*cache_mode fill",
     ),
+    *(
+        (
+            f"teacher.{name}",
+            lambda name=name, value=value: {"teacher": TeacherArgs(**{name: value})},
+            f"--teacher.{name} {value} has no effect where both models have one tokenizer. Give --teacher.tokenizer",
+        )
+        for name, value in {"min_aligned": 0.5, "chunk_temperature": 2.0}.items()
+    ),
     ("teacher.use_base", lambda: {"teacher": TeacherArgs(use_base=True)}, "--teacher.use_base true without --lora.r"),
     ("hybrid_sharding", lambda: {"hybrid_sharding": True}, "--hybrid_sharding true with --num_nodes 1 --devices 1"),
     ("distill.mix.ratio", lambda: {"distill": DistillArgs(mix=MixArgs(0.3))}, "--distill.mix.ratio 0.3 has no effect"),
@@ -147,7 +155,9 @@ REFUSED = [
 ALWAYS_USED = {
     *("access_token activation_checkpointing checkpoint_dir compile config data device_memory devices dry_run").split(),
     *("export_hf keep_last logger_name num_nodes on_nonfinite optimizer out_dir precision resume save_minutes").split(),
-    *("seed teacher_checkpoint_dir lora.r teacher.cache_dir teacher.precision teacher.quantize").split(),
+    *(
+        "seed teacher_checkpoint_dir lora.r teacher.cache_dir teacher.precision teacher.quantize teacher.tokenizer"
+    ).split(),
     *(f"distill.{name}" for name in "block_tokens compile divergence kd_ratio temperature".split()),
     "distill.schedule.temperature",
     # which ids are the head is logged and shown for every divergence

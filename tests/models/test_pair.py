@@ -81,6 +81,11 @@ def test_tokenizers_that_differ(teacher_dir, student_dir, tmp_path):
     edit_tokenizer(more, lambda vocab: vocab.update({"another": 1024}))
     with pytest.raises(UserError, match=r"differ in 1 ids: id 1024 is 'another' for the student and None for"):
         check_pair(more, teacher_dir)
+    # each has ids of its own, if they need not be the same
+    pair = check_pair(same_size, teacher_dir, other_tokenizer=True)
+    assert (pair.vocab_size, pair.teacher_vocab_size, pair.notes) == (1024, 1024, ())
+    with pytest.raises(UserError, match=r"student's LM head has 1,024 ids, but its tokenizer has 1,025"):
+        check_pair(more, teacher_dir, other_tokenizer=True)
     (more / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"more/tokenizer.json \(1 bytes\) cannot be read as a tokenizer"):
         check_pair(more, teacher_dir)
