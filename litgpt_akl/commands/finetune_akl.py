@@ -31,7 +31,7 @@ from litgpt_akl.training.logging import make_loggers, silence_known_noise
 from litgpt_akl.training.main import fill, main
 from litgpt_akl.training.optimizer import check_optimizer, make_optimizer
 from litgpt_akl.training.out_dir import check_places, default_out_dir
-from litgpt_akl.training.run import Run, choose_day, total_steps
+from litgpt_akl.training.run import Run, choose_day, describe_steps, total_steps
 from litgpt_akl.training.sample_text import describe_format, describe_mask
 
 OTHER_TOKENIZER = " Or let them be compared on what they share, by --teacher.tokenizer other."
@@ -209,6 +209,8 @@ def tell_memory(options: Options, models: Models, memory: MemoryEstimate) -> Non
         memory = with_lengths(memory, samples.training, samples.validation, options.distill)
         texts = describe_format(options.data, samples.looks[0].records)
         told = f"{samples}\nTexts: {texts}{describe_mask(options.data)}."
+        if options.teacher.cache_mode != "fill":
+            told += f"\nLength: {describe_steps(options.train, samples.training.samples)}."
     else:
         told = f"Data: each sample is taken for {memory.longest_sample:,} tokens, since {unknown}."
         told += "" if options.train.max_seq_length else " Say by --train.max_seq_length how long they are at most."

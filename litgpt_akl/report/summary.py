@@ -84,7 +84,9 @@ def cards(history: History) -> list[dict[str, Any]]:
             about = "of cross-entropy's distance to the teacher: {} to {}, teacher {}".format(
                 *(write(CROSS_ENTROPY, of) for of in numbers)
             )
-            if not math.isfinite(now):
+            if now > 1:
+                about += ". Over 100%: it fits the records better than its teacher does"
+            elif not math.isfinite(now):
                 about += ". There is no gap to close" if numbers[0] <= numbers[2] else ". Step 0 was not validated"
         part = (before - now) / (before - measure.teacher) if before != measure.teacher else math.nan
         shown.append(

@@ -61,7 +61,7 @@ class Progress:
         options = {"bar_format": "{desc}", "dynamic_ncols": True, "disable": not fabric.is_global_zero}
         # a file has lines of its own, in which nothing is renewed
         self.bar = progress_bar(total=total_steps, initial=first_step, **options) if sys.stderr.isatty() else None
-        self._line_written = -math.inf
+        self._line_written = self._step_written = -math.inf
         self._memory = MemoryWatch() if fabric.device.type == "cpu" else None
         self._start_counting()
 
@@ -134,8 +134,9 @@ class Progress:
             self._line_written = now
             self.bar.update(step - self.bar.n)
             self.bar.set_description_str(line, refresh=step == self._total)
-        elif now - self._line_written >= LINE_SECONDS or step == self._total:
-            self._line_written = now
+        elif now - self._step_written >= LINE_SECONDS or step == self._total:
+            # lines from within a step do not stand in for its own
+            self._line_written = self._step_written = now
             self.write(line)
 
     def write(self, text: str) -> None:

@@ -137,6 +137,13 @@ def total_steps(train: TrainArgs, samples: int) -> int:
     return min(limit for limit in limits if limit is not None)
 
 
+def describe_steps(train: TrainArgs, samples: int) -> str:
+    """The length of a run, for people."""
+    steps = total_steps(train, samples)
+    epochs = steps / math.ceil(samples / train.global_batch_size)
+    return f"{steps:,} steps of {train.global_batch_size:,} records, {epochs:.2g} epochs"
+
+
 def warmup_steps(train: TrainArgs, samples: int) -> int:
     """Optimizer steps with a rising learning rate; if nothing is set, a tenth of the run and at most 100."""
     steps = total_steps(train, samples)

@@ -23,7 +23,7 @@ from litgpt_akl.models.chat_template import ChatTemplate
 from litgpt_akl.models.prompt_format import PROBES, READ_BY_TRANSFORMERS, same_ids
 from litgpt_akl.models.vocabulary import count_ids, describe_padding
 from litgpt_akl.training.optimizer import make_optimizer
-from litgpt_akl.training.run import Run, Splits, total_steps, warmup_steps
+from litgpt_akl.training.run import Run, Splits, describe_steps, warmup_steps
 from litgpt_akl.training.sample_text import describe_mask, first_sample
 
 
@@ -126,13 +126,12 @@ def _optimizer(run: Run, splits: Splits) -> str:
     train, samples = run.train, len(splits[0])
     # only an optimizer knows what it has by default
     trial = make_optimizer(run.optimizer, nn.Linear(2, 2, bias=False), run.memory.optimizer_is_fused)
-    steps, warmup = total_steps(train, samples), warmup_steps(train, samples)
-    epochs = steps / run.step_sampler(splits[0]).steps_per_epoch
+    warmup = warmup_steps(train, samples)
     rises = f" after {warmup:,} step{'s' * (warmup > 1)} of warm-up" if warmup else ""
     limit = f", for {train.max_time:,.0f} s at most" if train.max_time else ""
     return (
         f"{type(trial).__name__}, lr {trial.param_groups[0]['lr']:g}{rises}, then by a cosine to {train.min_lr:g};"
-        f" {steps:,} steps of {train.global_batch_size:,} records, {epochs:.2g} epochs{limit}"
+        f" {describe_steps(train, samples)}{limit}"
     )
 
 

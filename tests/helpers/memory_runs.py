@@ -4,6 +4,7 @@ import ctypes
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,12 @@ def write_weights(path: Path, config: Config, tied: bool, trained: bool = True) 
     torch.save(weights, path)
 
 
+LENGTHS = (0.4, 0.9, 0.6, 1, 0.5, 1)
+"""Of the samples of steps, as shares of the longest: what is freed has other sizes than what is asked for next."""
+
+
 def take_steps(estimate: MemoryEstimate, small: MemoryEstimate, directory: Path) -> None:
-    """Two steps of such a run in this process; writes its growth in bytes to ``growth-RANK.pth``.
+    """Some steps of such a run in this process; writes its growth in bytes to ``growth-RANK.pth``.
 
     Args:
         estimate: on a CPU.
@@ -61,7 +66,9 @@ def take_steps(estimate: MemoryEstimate, small: MemoryEstimate, directory: Path)
         directory: with ``student.pth`` and ``teacher.pth``.
     """
     torch.set_num_threads(1)
-    return_freed_memory()
+    if estimate.processes > 1:
+        # as a run does
+        return_freed_memory()
     strategy = make_strategy(estimate.devices, estimate.num_nodes, estimate.hybrid_sharding)
     fabric = L.Fabric(
         accelerator="cpu",
@@ -79,7 +86,9 @@ def take_steps(estimate: MemoryEstimate, small: MemoryEstimate, directory: Path)
 
 def _distil(fabric: L.Fabric, estimate: MemoryEstimate, directory: Path | None) -> None:
     state = make_state(fabric, estimate, directory)
-    for step_batch in steps_of(estimate, 2):
+    for share in LENGTHS if estimate.processes == 1 else (1, 1):
+        length = max(8, int(share * estimate.sequence_length))
+        (step_batch,) = steps_of(replace(estimate, sequence_length=length), 1)
         if estimate.on_policy_prompts:
             prompts = [torch.zeros(estimate.sequence_length - 4, dtype=torch.int64)] * estimate.on_policy_prompts
             seeds = [(number,) for number in range(estimate.on_policy_prompts)]

@@ -120,6 +120,9 @@ def test_a_dry_run_says_how_long_the_longest_is(dry_run, alice_json, tmp_path):
     assert 64 < longest <= 128 and f"the longest micro-batch is of 4 x {longest} tokens." in printed
     assert "Predicted memory of the process" in printed
     assert "Texts: prompt style Default, prompts masked." in printed
+    training, train = int(re.search(r"Data: (\d+) training", printed)[1]), train_args(max_steps=None, epochs=3)
+    length = f"Length: {3 * -(-training // train.global_batch_size)} steps of 8 records, 3 epochs."
+    assert length in dry_run(alice(alice_json), train=train)
     data = streaming(write_records(tmp_path / "data.jsonl"))
     assert "Texts: prompt style Phi2, prompts count too." in dry_run(
         replace(data, prompt_style=Phi2(), mask_prompt=False)
