@@ -77,10 +77,11 @@ class DepthSearch:
         keep_ends: bool = True,
         advance: Callable[[int], object] = lambda runs: None,
         removed: Sequence[Removal] = (),
+        keep: Callable[[list[Removal]], object] = lambda removed: None,
     ) -> list[Removal]:
         """Removals until so many layers are left, in order; ``advance`` is told how many of :meth:`work` were done.
 
-        Those that were ``removed`` before, in this order, come first.
+        Those that were ``removed`` before, in this order, come first. ``keep`` is given all of them after each.
         """
         n_layer, found = self._model.config.n_layer, [*removed]
         if not self._teacher_hidden:
@@ -93,6 +94,7 @@ class DepthSearch:
             losses = self._losses(kept, removable, advance)
             best = int(losses.argmin())
             found.append(Removal(removable[best], losses[best].item()))
+            keep(found)
             place = kept.index(removable[best])
             del kept[place]
             self._before = {other: states for other, states in self._before.items() if other <= place}

@@ -1,6 +1,6 @@
 """What a teacher's parts are worth on calibration records: which are read, and the long work with its progress."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,19 +101,20 @@ def remove_layers(
     layers: int,
     keep_ends: bool,
     vocab_size: int,
-    before: Sequence[Removal] = (),
+    before: Sequence[Removal],
+    keep: Callable[[list[Removal]], object],
 ) -> list[Removal]:
     """Remove layers until so many are left, each time the one without which the forward KL on the samples is lowest.
 
-    Those that were removed ``before`` come first.
+    Those that were removed ``before`` come first, and ``keep`` is given all of them after each.
     """
     count = f"{model.config.n_layer - layers - len(before)}{' more' if before else ''}"
     tokens = sum(len(sample.positions) for sample in samples)
     say(
         f"Removing {count} layers one at a time by forward KL on {len(samples)} records ({tokens:,} response tokens);"
-        " --method block_influence takes no such search."
+        " --method block_influence takes no such search, and with --scores FILE one that is interrupted goes on."
     )
     search = DepthSearch(model, samples, vocab_size)
     total = search.work(layers, keep_ends, len(before))
     with progress_bar(desc="removing layers", total=total, unit=" blocks", unit_scale=True, leave=False) as bar:
-        return search.remove(layers, keep_ends, bar.update, before)
+        return search.remove(layers, keep_ends, bar.update, before, keep)

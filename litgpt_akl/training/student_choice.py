@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,8 +93,8 @@ class Calibration:
         some, of_these = self._kl_samples(), (making.kl_records, making.keep_ends)
         self.removed = self.scores.removed(*of_these)
         if len(self.removed) < n_layer - count:
-            self.removed = remove_layers(self.model, some, count, making.keep_ends, self.vocab_size, self.removed)
-            self.scores.keep_removed(*of_these, self.removed)
+            known, keep = self.removed, partial(self.scores.keep_removed, *of_these)
+            self.removed = remove_layers(self.model, some, count, making.keep_ends, self.vocab_size, known, keep)
         return sorted({*range(n_layer)} - {removal.layer for removal in self.removed[: n_layer - count]})
 
     def _kl_samples(self) -> list[Sample]:

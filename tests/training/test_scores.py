@@ -9,6 +9,7 @@ from helpers.runs import alice
 
 from litgpt_akl.commands.make_student import make_student
 from litgpt_akl.messages import UserError
+from litgpt_akl.training.scores import Scores
 
 
 def test_another_budget_starts_from_the_scores(teacher_dir, alice_json, tmp_path, capsys):
@@ -41,6 +42,28 @@ def test_another_budget_starts_from_the_scores(teacher_dir, alice_json, tmp_path
     make_student(teacher_dir, tmp_path / "4", layers=3, scores=scores, **{**options, "kl_records": 4})
     assert "Removing 1 layers" in capsys.readouterr().out
     assert b"3 False" in scores.read_bytes() and b"3 True" in scores.read_bytes() and b"4 True" in scores.read_bytes()
+
+
+def test_a_search_that_is_interrupted_goes_on(teacher_dir, alice_json, tmp_path, monkeypatch, capsys):
+    options = {"layers": 2, "data": alice(alice_json), "records": 10, "kl_records": 3, "keep_ends": False}
+    make_student(teacher_dir, tmp_path / "whole", **options)
+    keep, calls = Scores.keep_removed, []
+
+    def interrupted(scores: Scores, *arguments: object) -> None:
+        keep(scores, *arguments)
+        calls.append(None)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Scores, "keep_removed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_student(teacher_dir, tmp_path / "student", scores=tmp_path / "scores", **options)
+    assert not (tmp_path / "student").exists()
+    capsys.readouterr()
+    make_student(teacher_dir, tmp_path / "student", scores=tmp_path / "scores", **options)
+    assert "Removing 1 more layers" in capsys.readouterr().out
+    for file in ("lit_model.pth", "make_student.json"):
+        assert (tmp_path / "student" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 
 def test_scores_of_something_else_or_damaged_are_refused(teacher_dir, alice_json, tmp_path):
