@@ -80,14 +80,14 @@ class TeacherArgs:
     """Whether the teacher is the student as it was before training: with --lora.r, in place of a teacher's directory"""
     tokenizer: Literal["same", "other"] = "same"
     """Whether the teacher's tokenizer is the student's, or may be another one: the teacher then reads each record in
-    its own tokens and its own chat template, and both are compared over the ids and the pieces of text that they share
+    its own tokens and its own chat template, and both are compared over the ids and the chunks of text that they share
     (other)"""
     min_aligned: float = 0.25
     """With tokenizer other, the least share of response tokens that must be one token for both models, and the least
     mass that the teacher must give there to ids which both have; below either the run is refused"""
     chunk_temperature: float = 100.0
-    """With tokenizer other, the root that is taken of the probabilities of a piece of several tokens before they are
-    compared: at 1 improbable pieces hardly count"""
+    """With tokenizer other, the root that is taken of the probabilities of a chunk of several tokens before they are
+    compared: at 1 improbable chunks hardly count"""
     cache_dir: str | None = None
     """A folder that keeps the teacher's final hidden states at response tokens. What is there is not computed
     again, in later epochs and later runs; once all of it is, the teacher is not loaded. May be a URL, with cache_mode

@@ -61,7 +61,7 @@ def _describe(shared: SharedIds, dataset: AlignedDataset) -> str:
         f"The teacher has another tokenizer: {len(shared.student):,} ids are shared, of the student's"
         f" {shared.student_size:,} and the teacher's {shared.teacher_size:,}. Of the response tokens of the first"
         f" {min(SEEN, len(dataset)):,} records {shares['aligned']:.1%} are the same token for both"
-        f" and {shares['chunks']:.1%} lie in pieces of several"
+        f" and {shares['chunks']:.1%} lie in chunks of several"
     )
     return f"{text}, {shares['alone']:.1%} have no counterpart." if shares["alone"] else f"{text}."
 

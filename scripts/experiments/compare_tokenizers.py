@@ -32,7 +32,8 @@ from litgpt_akl.messages import say
 WORDS = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 METHODS = {"cross-entropy": 0.0, "teacher beside it": 0.5, "teacher alone": 1.0}
 """By the share of the divergence in the loss."""
-WARMUP = {"lr_warmup_steps": 15}
+TRAIN = {"global_batch_size": 8, "micro_batch_size": 8, "epochs": None, "min_lr": 0.0, "max_norm": 1.0}
+TRAIN |= {"lr_warmup_steps": 20}
 HELD_OUT = 200
 RESULTS = "results.json"
 
@@ -90,7 +91,7 @@ def train(out: Path, method: str, seed: int, steps: int) -> dict[str, float]:
         teacher=TeacherArgs(tokenizer="other", cache_dir=str(out / "cache")),
         distill=DistillArgs(divergence="fkl", kd_ratio=METHODS[method]),
         optimizer={"lr": 3e-3},
-        train=TrainArgs(global_batch_size=16, micro_batch_size=16, epochs=None, max_steps=steps, min_lr=0.0, **WARMUP),
+        train=TrainArgs(max_steps=steps, **TRAIN),
         eval=EvalArgs(
             interval=steps, max_iters=1000, max_new_tokens=None, initial_validation=False, final_validation=True
         ),
@@ -128,7 +129,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("tokenizers"))
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--samples", type=int, default=3, help="texts that the teacher writes for each of 601 prompts")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     arguments = parser.parse_args()
@@ -139,11 +140,12 @@ def main() -> None:
     if not (out / "train.json").exists():
         write_records(out, out / "teacher", arguments.samples)
     results = json.loads(path.read_text()) if path.exists() else {method: {} for method in METHODS}
-    for method in METHODS:
-        for seed in arguments.seeds:
-            if str(seed) not in results[method]:
-                results[method][str(seed)] = train(out, method, seed, arguments.steps)
-                materials.write_json(path, results)
+    tasks = [(method, seed) for seed in arguments.seeds for method in METHODS]
+    # what is asked first
+    for method, seed in sorted(tasks, key=lambda task: METHODS[task[0]] == 1):
+        if str(seed) not in results[method]:
+            results[method][str(seed)] = train(out, method, seed, arguments.steps)
+            materials.write_json(path, results)
     materials.write_json(out / "tokenizers.json", {"steps": arguments.steps, "results": results})
     (out / "tokenizers.md").write_text(table(results), encoding="utf-8")
     say(table(results))
