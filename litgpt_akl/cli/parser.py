@@ -7,6 +7,7 @@ import sys
 import textwrap
 from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 from types import UnionType
@@ -117,6 +118,9 @@ def explain(message: str, parser: Parser) -> str:
     options, command = _options_in_use(parser)
     key = ".".join(dict.fromkeys(KEY.findall(message)))
     class_path = CLASS_PATH.findall(message)[-1:]
+    entries = _entries_of(KEY.findall(message)[:1], options)
+    if entries and (told := _explain_entry(message, entries, *KEY.findall(message))):
+        return told
     if match := NO_COMMAND.search(message):
         return f"there is no command {match[1]}{_did_you_mean(match[1], _commands(parser))}"
     if words := message.partition("Unrecognized arguments: ")[2].split():
@@ -193,6 +197,29 @@ def _explain_unknown(name: str, key: str, class_path: list[str], options: dict[s
 
 def _no_option(name: str, options: dict[str, Action], value: str = "") -> str:
     return f"there is no option --{name}{suggestion(name, options, value)}"
+
+
+def _explain_entry(message: str, entries: dict[str, Any], option: str, name: str = "") -> str | None:
+    """What is wrong with an entry of a list, each of which has these; None if it is not about one of them."""
+    if match := UNKNOWN.search(message):
+        return f"--{option} has no {match[1]}{_did_you_mean(match[1], entries)}; it has {', '.join(entries)}"
+    if name in entries and (found := VALUE.search(message)):
+        value = _one_line(found[1].strip("'\""), 80)
+        return f"--{option}: {name} takes {_describe(entries[name])}, not '{value}'"
+    return None
+
+
+def _entries_of(option: list[str], options: dict[str, Action]) -> dict[str, Any]:
+    """The names and types of what each entry of an option's value has, if that is a list of such."""
+    accepted = getattr(options.get(*option), "_typehint", None) if option else None
+    return next((found for found in map(_entries, _members(accepted)) if found), {})
+
+
+def _entries(accepted: Any) -> dict[str, Any]:
+    """The same of what is accepted."""
+    if get_origin(accepted) is not list or not is_dataclass(get_args(accepted)[0]):
+        return {}
+    return {field.name: field.type for field in fields(get_args(accepted)[0])}
 
 
 def _explain_required(name: str, options: dict[str, Action]) -> str:
@@ -273,6 +300,8 @@ def _describe(accepted: Any) -> str:
             names += map(str, get_args(member))
         elif get_origin(member) is tuple:
             names.append(f"a list of {len(get_args(member))} values, such as {list(range(len(get_args(member))))}")
+        elif entries := _entries(member):
+            names.append(f"a list with {', '.join(entries)} of each, such as '[{{{next(iter(entries))}: A}}]'")
         elif member in TYPE_NAMES:
             names.append(TYPE_NAMES[member])
         elif inspect.isclass(member):

@@ -16,13 +16,15 @@ from litgpt_akl.config.args import LoRAArgs, Options, TeacherArgs
 from litgpt_akl.config.checks import OPTIMIZER, check_options, optimizer_config, without_student
 from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.config.recipe import check_masked, given, recipe_as_yaml
+from litgpt_akl.config.teachers import ListedTeacher
 from litgpt_akl.memory.estimate import MemoryEstimate, make_estimate, with_lengths
 from litgpt_akl.memory.fit import report_memory, wrapped
 from litgpt_akl.memory.samples import Samples, look_at_samples, why_unknown
 from litgpt_akl.messages import say
 from litgpt_akl.models.export import check_export
 from litgpt_akl.models.gpt import check_quantization
-from litgpt_akl.models.pair import Models, Pair, check_pair, find_models
+from litgpt_akl.models.pair import Models, Pair
+from litgpt_akl.models.several import check_pairs, find_models_of
 from litgpt_akl.teacher.cache_identity import stored_type
 from litgpt_akl.teacher.cache_size import bytes_of_token, describe_saving, describe_whole, describe_without_data
 from litgpt_akl.teacher.chunk_file import DTYPES
@@ -43,6 +45,7 @@ def setup(
     checkpoint_dir: Path,
     *,
     teacher_checkpoint_dir: Path | None = None,
+    teachers: list[ListedTeacher] | None = None,
     data: DataModule | None = None,
     optimizer: str | dict = OPTIMIZER,
     out_dir: Path | None = None,
@@ -106,6 +109,9 @@ def setup(
             unless ``--teacher.tokenizer other`` lets the two be compared on what they share.
             If it is a LoRA student's own, both share their weights in memory. ``--teacher.use_base true`` in its place
             means just that.
+        teachers: Several teachers in place of one, such as ``'[{directory: A, weight: 2}, {directory: B}]'``: the
+            student learns the average of their distributions, here 2/3 and 1/3. Each may have a ``cache_dir``; the
+            other options of a teacher are for all.
         data: A class that reads records, and its options, which ``--data.help CLASS`` lists. ``StreamingSFT`` reads
             JSON, JSONL and Parquet. With ``--data.mask_prompt true`` the loss is on responses alone.
         optimizer: The name of a class, which for one of ``torch.optim`` is enough; its options beside it, such as
@@ -159,7 +165,7 @@ def setup(
     """
     options = Options(**locals())
     options.optimizer = optimizer_config(optimizer)
-    options.out_dir = out_dir or default_out_dir(options.checkpoint_dir, options.teacher_dir)
+    options.out_dir = out_dir or default_out_dir(options.checkpoint_dir, *options.teacher_dirs)
     arguments = {name: value for name, value in vars(options).items() if name not in NOT_IN_RECIPE}
     check_masked(arguments)
     recipe = recipe_as_yaml(arguments)
@@ -179,7 +185,7 @@ def setup(
     if teacher.quantize is not None:
         check_quantization(teacher.quantize, options.processes, needed=not dry_run)
     pair = None if dry_run else find_pair(options)
-    models = find_models(options.checkpoint_dir, options.teacher_dir, pair)
+    models = find_models_of(options.checkpoint_dir, options.teacher_dirs, pair)
     memory = make_estimate(options, models, partial(make_optimizer, options.optimizer, fused=fused))
     if pair is None:
         tell_memory(options, models, memory)
@@ -189,15 +195,15 @@ def setup(
 
 def find_pair(options: Options) -> Pair:
     """Both models, downloaded if need be, and the run's directory; raises UserError if they do not go together."""
-    weights_needed = options.teacher.cache_dir is None or options.distill.on_policy > 0
-    other = options.teacher.tokenizer == "other"
-    directories = options.checkpoint_dir, options.teacher_dir
-    known = {"other_tokenizer": other, "way_out": OTHER_TOKENIZER}
-    pair = check_pair(*directories, options.access_token, weights_needed, **known)
+    teachers = options.args_of_teachers
+    weights_needed = [args.cache_dir is None or options.distill.on_policy > 0 for args in teachers]
+    known = {"other_tokenizer": options.teacher.tokenizer == "other", "way_out": OTHER_TOKENIZER}
+    pair = check_pairs(options.checkpoint_dir, options.teacher_dirs, options.access_token, weights_needed, **known)
     if options.export_hf:
         check_export(pair.student_dir, pair.student_config)
     options.out_dir = init_out_dir(options.out_dir)
-    check_places(options.out_dir, options.teacher, pair)
+    for args, of in zip(teachers, pair.of_each, strict=True):
+        check_places(options.out_dir, args, of)
     return pair
 
 
@@ -205,7 +211,9 @@ def tell_memory(options: Options, models: Models, memory: MemoryEstimate) -> Non
     """Print what a dry run would take of disk and memory; raises UserError if it does not fit."""
     samples, unknown = None, why_unknown(options)
     if unknown is None:
-        samples = look_at_samples(options, models, memory, choose_day((), options.teacher.cache_dir).date)
+        samples = look_at_samples(
+            options, models, memory, choose_day((), *(args.cache_dir for args in options.args_of_teachers)).date
+        )
         memory = with_lengths(memory, samples.training, samples.validation, options.distill)
         texts = describe_format(options.data, samples.looks[0].records)
         told = f"{samples}\nTexts: {texts}{describe_mask(options.data)}."
@@ -215,13 +223,14 @@ def tell_memory(options: Options, models: Models, memory: MemoryEstimate) -> Non
         told = f"Data: each sample is taken for {memory.longest_sample:,} tokens, since {unknown}."
         told += "" if options.train.max_seq_length else " Say by --train.max_seq_length how long they are at most."
     say(wrapped(told))
-    if options.teacher.cache_dir is not None:
-        _tell_cache(options, memory, samples)
+    for args, of in zip(options.args_of_teachers, memory.of_each, strict=True):
+        if args.cache_dir is not None:
+            _tell_cache(options, args, of, samples)
     report_memory(memory, options.device_memory, in_full=True)
 
 
-def _tell_cache(options: Options, memory: MemoryEstimate, samples: Samples | None) -> None:
-    teacher, fills = options.teacher, options.teacher.cache_mode == "fill"
+def _tell_cache(options: Options, teacher: TeacherArgs, memory: MemoryEstimate, samples: Samples | None) -> None:
+    fills = teacher.cache_mode == "fill"
     if memory.top_k is None:
         dtype = DTYPES[stored_type(teacher.cache_dtype, memory.teacher_dtype)]
         size = bytes_of_token(memory.teacher.n_embd, dtype)

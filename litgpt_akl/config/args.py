@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ from litgpt.data import DataModule
 
 from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.config.refusals import check_at_least_one, refuse_changed
+from litgpt_akl.config.teachers import ListedTeacher
 from litgpt_akl.loss.top_k import k_of
 from litgpt_akl.messages import UserError
 
@@ -105,10 +106,7 @@ class TeacherArgs:
 
     def __post_init__(self) -> None:
         self._check_tokenizer()
-        if self.cache_dir is None:
-            refuse_changed("teacher", self, "cache_", "without --teacher.cache_dir", "Give it")
-            return
-        if "://" in self.cache_dir and self.cache_mode != "read":
+        if "://" in (self.cache_dir or "") and self.cache_mode != "read":
             raise UserError(
                 f"--teacher.cache_dir {self.cache_dir} is remote, and is only read: use --teacher.cache_mode read.\n"
                 "Fill a local folder, and copy it there."
@@ -225,6 +223,7 @@ class Options:
 
     checkpoint_dir: Path
     teacher_checkpoint_dir: Path | None
+    teachers: list[ListedTeacher] | None
     data: DataModule | None
     optimizer: str | dict
     out_dir: Path | None
@@ -264,9 +263,26 @@ class Options:
         return self.devices * self.num_nodes
 
     @property
+    def teacher_dirs(self) -> list[Path]:
+        """Where the teachers are, as they were given; mostly one."""
+        if self.teachers:
+            return [teacher.directory for teacher in self.teachers]
+        given = self.checkpoint_dir if self.teacher.use_base else self.teacher_checkpoint_dir
+        return [] if given is None else [given]
+
+    @property
     def teacher_dir(self) -> Path | None:
-        """Where the teacher is, as it was given."""
-        return self.checkpoint_dir if self.teacher.use_base else self.teacher_checkpoint_dir
+        """Where the teacher is, the first of several."""
+        return next(iter(self.teacher_dirs), None)
+
+    @property
+    def args_of_teachers(self) -> list[TeacherArgs]:
+        """The options of each teacher, which differ in their caches."""
+        if not self.teachers:
+            return [self.teacher]
+        live = {name: field.default for name, field in TeacherArgs.__dataclass_fields__.items() if "cache_" in name}
+        changes = ({"cache_dir": of.cache_dir} if of.cache_dir else live for of in self.teachers)
+        return [replace(self.teacher, **of) for of in changes]
 
 
 OPTIONS = tuple(field.name for field in fields(Options))

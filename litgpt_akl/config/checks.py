@@ -13,7 +13,8 @@ from litgpt.data import DataModule, LitData, MicroLlama, OpenWebText, TextFiles,
 from litgpt.utils import parse_devices
 
 from litgpt_akl.config.args import GenerationArgs, Options
-from litgpt_akl.config.refusals import changed, check_at_least_one
+from litgpt_akl.config.refusals import changed, check_at_least_one, refuse_changed
+from litgpt_akl.config.teachers import check_listed
 from litgpt_akl.loss.top_k_loss import DEFINED, why_undefined
 from litgpt_akl.messages import UserError
 
@@ -72,6 +73,10 @@ def no_data() -> str:
 def _check_teacher(options: Options) -> None:
     """See that there is one teacher, and that adapters and other options agree."""
     teacher, lora, teacher_dir = options.teacher, options.lora, options.teacher_checkpoint_dir
+    if options.teachers is not None:
+        _check_several(options)
+    elif teacher.cache_dir is None:
+        refuse_changed("teacher", teacher, "cache_", "without --teacher.cache_dir", "Give it")
     if teacher.use_base and lora.r is None:
         raise UserError(
             "--teacher.use_base true without --lora.r: all of the student is trained, so no base is left to teach it.\n"
@@ -82,7 +87,7 @@ def _check_teacher(options: Options) -> None:
             f"--teacher.use_base true and --teacher_checkpoint_dir {teacher_dir} are two teachers."
             " Leave one of them out."
         )
-    if not teacher.use_base and teacher_dir is None:
+    if options.teacher_dir is None:
         raise UserError(
             "--teacher_checkpoint_dir is missing. Only with --lora.r can the student's base be the teacher: ask for it"
             " by --teacher.use_base true."
@@ -119,6 +124,35 @@ def _check_top_k(options: Options) -> None:
         )
 
 
+def _check_several(options: Options) -> None:
+    """See that a list of teachers stands alone, and that each of them can be one."""
+    teacher, teacher_dir = options.teacher, options.teacher_checkpoint_dir
+    others = {"teacher_checkpoint_dir": teacher_dir, "teacher.use_base": "true" if teacher.use_base else None}
+    for name, value in others.items():
+        if value is not None:
+            raise UserError(
+                f"--teachers and --{name} {value} both name teachers.\nLeave one of them out; the list takes several."
+            )
+    if teacher.cache_dir is not None:
+        raise UserError(
+            f"--teacher.cache_dir {teacher.cache_dir} with --teachers: each teacher has a cache of its own.\n"
+            "Give cache_dir in --teachers, beside the directory, in its place."
+        )
+    if teacher.tokenizer == "other":
+        raise UserError(
+            "--teacher.tokenizer other with --teachers: distributions are averaged over the same ids.\n"
+            "Leave it out, or give one teacher."
+        )
+    if teacher.k is not None:
+        raise UserError(
+            f"--teacher.cache_dtype {teacher.cache_dtype} with --teachers: of an average the most probable ids are not"
+            " those of each teacher.\nLeave cache_dtype out to keep hidden states, or give one teacher."
+        )
+    if not any(of.cache_dir for of in options.teachers):
+        refuse_changed("teacher", teacher, "cache_", "without a cache_dir in --teachers", "Give one")
+    check_listed(options.teachers, teacher.cache_mode)
+
+
 def without_prompts(data: DataModule | None) -> tuple[str, str] | None:
     """Why a data module cannot tell prompts from responses, and what to give in its place.
 
@@ -142,7 +176,7 @@ def _check_on_policy(options: Options) -> None:
             f"--distill.on_policy {on_policy} needs to know what is a prompt: give {other}.\n{why}; else leave"
             " on_policy out."
         )
-    if on_policy == 1 and options.teacher.cache_dir is not None:
+    if on_policy == 1 and any(args.cache_dir for args in options.args_of_teachers):
         raise UserError(
             "--distill.on_policy 1.0 with --teacher.cache_dir: a cache knows recorded responses, and none is read."
             " Leave one of them out."

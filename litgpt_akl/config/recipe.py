@@ -32,6 +32,8 @@ compared by what they are, not by where they lie."""
 DEFAULTS = {f"distill.{name}": attrgetter(name)(DistillArgs()) for name in KEYWORDS}
 DEFAULTS |= {f"teacher.{name}": getattr(TeacherArgs(), name) for name in ("tokenizer", "chunk_temperature")}
 """Of the options that belong to one divergence, or that have come since recipes were written."""
+OF_PLACE = ("directory", "cache_dir")
+"""Of one of several teachers: where it lies."""
 BEFORE = {"distill.tad.weighting": "constant"}
 """What runs did that know no such option yet, where it is not the default."""
 
@@ -67,12 +69,23 @@ def check_masked(arguments: dict[str, Any]) -> None:
 
 def differences(saved: str, current: str) -> list[str]:
     """What differs between two recipes, as YAML, in arguments that change the result of a run."""
-    saved, current = (_with_later_options(options_of(yaml.safe_load(text))) for text in (saved, current))
+    found = (_with_later_options(options_of(yaml.safe_load(text))) for text in (saved, current))
+    saved, current = map(_without_places, found)
     return [
         f"{name} {saved.get(name)} -> {current.get(name)}"
         for name in dict.fromkeys([*saved, *current])
         if saved.get(name) != current.get(name) and not NO_EFFECT.fullmatch(name)
     ]
+
+
+def _without_places(options: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's options, and of several teachers only what each counts: they are compared by what they are."""
+    teachers = options.get("teachers")
+    if not isinstance(teachers, list):
+        return options
+    counts = [{name: value for name, value in of.items() if name not in OF_PLACE} for of in teachers]
+    # a list of one is that teacher
+    return options | {"teachers": counts if len(counts) > 1 else None}
 
 
 def _with_later_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -120,8 +120,11 @@ class HiddenStateCache(Protocol):
     bytes_of_token_in_memory: int
     """Of a hidden state once it is read."""
 
-    def read(self, keys: np.ndarray) -> Tensor | None:
-        """Hidden states ``[n, D]`` of samples, if all are cached; ``keys`` ``[samples, 2]`` are numbers and digests."""
+    def read(self, keys: np.ndarray) -> Tensor | tuple[Tensor | None, ...] | None:
+        """Hidden states ``[n, D]`` of samples, if all are cached; ``keys`` ``[samples, 2]`` are numbers and digests.
+
+        Of several teachers it is one tensor, or None, for each.
+        """
 
 
 @dataclass
@@ -136,8 +139,9 @@ class MicroBatch:
     """``[n]``: those next tokens."""
     keys: np.ndarray | None = None
     """``[batch, 2]``: number and digest of each sample, if there is a cache."""
-    teacher_hidden: Tensor | None = None
-    """``[n, D]``: the teacher's final hidden states at the positions, or its distributions, packed, if cached."""
+    teacher_hidden: Tensor | tuple[Tensor | None, ...] | None = None
+    """``[n, D]``: the teacher's final hidden states at the positions, or its distributions, packed, if cached; of
+    several teachers one for each."""
     is_on_policy: bool = False
     """Whether the student wrote the responses."""
 

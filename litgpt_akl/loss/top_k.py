@@ -6,6 +6,7 @@ inequality.
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -110,9 +111,9 @@ def find_top_k(name: str | None, vocab_size: int) -> TopK | None:
     return None if k is None else TopK(k, vocab_size)
 
 
-def is_packed(teacher: Tensor) -> bool:
+def is_packed(teacher: Tensor | Sequence[Tensor]) -> bool:
     """Whether what a teacher has said of tokens are rows of :meth:`TopK.pack`, and not hidden states."""
-    return teacher.dtype == torch.uint8
+    return isinstance(teacher, Tensor) and teacher.dtype == torch.uint8
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ between its blocks. What a model's blocks take is measured on fake tensors; to f
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -21,6 +21,7 @@ from litgpt_akl.config.distillation import DistillArgs
 from litgpt_akl.data.preview import Lengths
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.loss.top_k import TopK, find_top_k
+from litgpt_akl.memory.teachers import FLOAT32, TeacherMemory, TeacherModel, is_packed, position_tables
 from litgpt_akl.messages import UserError
 from litgpt_akl.models.generation import BATCH
 from litgpt_akl.models.lora import lora_config
@@ -33,13 +34,11 @@ PARTS = STUDENT, GRADIENTS, OPTIMIZER, TEACHER, GATHERED, COPIES, ACTIVATIONS, L
     *("allocator's gaps",),
 )
 """What memory is needed for; the rows of the table."""
-GB, FLOAT32 = 1e9, 4
+GB = 1e9
 GAPS_OF_ACTIVATIONS, GAPS_OF_OTHERS = 0.35, 0.1
 """What the allocator of a single process on a CPU holds and cannot use, as shares of what is in use: micro-batches have
 many lengths, and so have the blocks that they leave. Measured were 12 to 36 % of all, the more of it is activations.
 Several processes give freed blocks back, which takes their time."""
-QUANTIZED = {"int8": 1, "nf4": 0.5 + 4 / 64}
-"""Bytes of a weight; for nf4 with a float32 scale for every 64."""
 
 
 class Moment(NamedTuple):
@@ -103,6 +102,8 @@ class MemoryEstimate:
     """Rows of both LM heads that are copied to be compared, if the teacher has another tokenizer."""
     is_assumed: bool = True
     """Whether nothing is known of the samples: each is taken for as long as it may be."""
+    others: tuple[TeacherModel, ...] = ()
+    """The teachers after the first, if there are several; all are held at once, or fill their caches in turn."""
 
     @property
     def processes(self) -> int:
@@ -139,6 +140,22 @@ class MemoryEstimate:
         return self.shape[0]
 
     @property
+    def teachers(self) -> tuple[TeacherModel, ...]:
+        """All there are; mostly one."""
+        return TeacherModel(self.teacher, self.teacher_tied, self.teacher_role), *self.others
+
+    @property
+    def of_each(self) -> list["MemoryEstimate"]:
+        """The same run with each teacher alone."""
+        changes = (dict(zip(("teacher", "teacher_tied", "teacher_role"), of, strict=True)) for of in self.teachers)
+        return [replace(self, others=(), **of) for of in changes]
+
+    def with_roles(self, roles: Sequence[Literal["live", "cached", "fill"]]) -> "MemoryEstimate":
+        """The same run, with what is known now of each teacher."""
+        others = tuple(of._replace(role=role) for of, role in zip(self.others, roles[1:], strict=True))
+        return replace(self, teacher_role=roles[0], others=others)
+
+    @property
     def sizes(self) -> tuple[ModelSize, ModelSize]:
         """Of student and teacher."""
         return measure_size(self.student, self.student_tied), measure_size(self.teacher, self.teacher_tied)
@@ -169,22 +186,18 @@ class _Step:
     """What is in memory at each moment of a step, beside what always is."""
 
     def __init__(self, estimate: MemoryEstimate) -> None:
-        self.estimate, is_cached = estimate, estimate.teacher_role == "cached"
-        self.has_student, self.has_teacher = estimate.teacher_role != "fill", not is_cached
-        self.student, teacher = estimate.sizes
-        if is_cached:
-            head = teacher.head if estimate.top_k is None else 0
-            teacher = teacher._replace(whole=head, root=head, block=0)
+        self.estimate, self.teachers = estimate, [TeacherMemory(estimate, teacher) for teacher in estimate.teachers]
+        self.has_student = estimate.teacher_role != "fill"
+        self.live = [teacher for teacher in self.teachers if teacher.is_live]
+        # caches are filled by one teacher after the other
+        together = sum if self.has_student else max
+        self.student, self.teacher_widths = estimate.sizes[0], sum(of.config.n_embd for of in estimate.teachers)
         self.dtype = torch.bfloat16 if estimate.precision == "bf16-true" else torch.float32
         self.width, self.teacher_width = self.dtype.itemsize, estimate.teacher_dtype.itemsize
         shape, mixed = estimate.shape, estimate.precision == "bf16-mixed"
         self.tokens = math.prod(shape)
         self.hidden = self.tokens * estimate.student.n_embd * self.width
-        self.teacher_states = self.teacher_hidden = self.tokens * estimate.teacher.n_embd * self.teacher_width
-        # on-policy samples have the teacher's hidden states in any case
-        self.is_packed = estimate.top_k is not None and not estimate.on_policy_prompts
-        if self.is_packed:
-            self.teacher_hidden = self.tokens * estimate.top_k.bytes_of_token
+        self.teacher_hidden = together(teacher.hidden for teacher in self.teachers)
         self.blocks = measure_blocks(estimate.student, *shape, self.dtype, mixed)
         # autocast's copies of weights, which each product keeps for its backward
         self.copies, self.copies_of_block = self.student.products * 2 * mixed, self.student.block * 2 * mixed
@@ -198,41 +211,32 @@ class _Step:
         self.accumulates = math.ceil(estimate.global_batch_size / estimate.samples) > estimate.processes
         # what is whole while it is gathered, and gradients while those of another block are shared out, in float32
         self.sharded = estimate.shards > 1
-        gathered, teacher_gathered = self.width * self.sharded, self.teacher_width * self.sharded
+        gathered = self.width * self.sharded
         self.root, self.block = self.student.root * gathered, self.student.block * gathered
-        self.teacher_root, self.teacher_block = teacher.root * teacher_gathered, teacher.block * teacher_gathered
+        self.teacher_root = together(teacher.root for teacher in self.teachers)
         self.shared_out = self.student.trained_block * (self.width + FLOAT32) * self.sharded
-        inference = max(b.no_grad for b in measure_blocks(estimate.teacher, *shape, estimate.teacher_dtype, False))
-        inference += 2 * self.teacher_states
         # memory of a stream of the teacher's own serves nothing else when it is free
-        alone = estimate.device == "cuda" and estimate.processes == 1
-        runs_ahead = alone and self.accumulates and estimate.teacher_role == "live"
-        self.inference = 0 if runs_ahead else inference
-        is_elsewhere = estimate.shares_base or (estimate.cpu_offload and not is_cached)
-        teacher_blocks = (teacher.whole - teacher.root) * QUANTIZED.get(estimate.quantize, self.teacher_width)
-        teacher_tables = self.has_teacher * _position_tables(estimate.teacher)
+        self.runs_ahead = (
+            estimate.device == "cuda" and estimate.processes == 1 and self.accumulates and self.has_student
+        )
+        stream = sum(teacher.inference + teacher.hidden for teacher in self.live) * self.runs_ahead
+        teacher_tables = together(teacher.tables for teacher in self.teachers)
         self.always = {
             STUDENT: self.has_student * self.student.whole * self.width / estimate.shards,
             OPTIMIZER: self.has_student * estimate.optimizer_states * self.gradients,
-            TEACHER: (not is_elsewhere) * (teacher.root * self.teacher_width + teacher_blocks) / estimate.shards,
-            TABLES: self.has_student * _position_tables(estimate.student) + teacher_tables,
+            TEACHER: together(teacher.weights for teacher in self.teachers),
+            TABLES: self.has_student * position_tables(estimate.student) + teacher_tables,
             GRADIENTS: self.has_student * self.gradients * self.accumulates,
-            STREAM: (inference + self.teacher_hidden) * runs_ahead,
+            STREAM: stream,
         }
 
     def moments(self) -> Iterator[tuple[str, dict[str, float]]]:
         """Their names and parts, in the order of time."""
         if self.has_student and self.estimate.on_policy_prompts:
             yield "student's on-policy samples", self._on_policy_samples()
-        if self.has_teacher:
-            gathered = _gathered(self.teacher_root, self.teacher_block)
-            # offloaded, the device's own shards, until they are gathered
-            shards = self.estimate.cpu_offload * max(self.teacher_root, self.teacher_block) / self.estimate.shards
-            parts = {GATHERED: gathered + shards, ACTIVATIONS: self.inference}
-            if self.estimate.top_k is not None:
-                # the logits, and what finding the largest takes at most
-                parts |= {LOSS: 2 * self._block_of_logits(), COPIES: self._copied_teacher_head()}
-            yield "teacher's forward", parts
+        if self.live:
+            forwards = [self._forward(teacher) for teacher in self.live]
+            yield "teacher's forward", max(forwards, key=lambda parts: sum(parts.values()))
         if self.has_student:
             # the last block, when the others have left what their backwards need
             last = max(block.forward - block.kept for block in self.blocks)
@@ -250,13 +254,28 @@ class _Step:
             if self.estimate.validation_length > self.estimate.sequence_length:
                 yield "validation", self._validation()
 
+    def _forward(self, teacher: TeacherMemory) -> dict[str, float]:
+        """A teacher's, when all the others have left their heads gathered and their hidden states."""
+        head, hidden = self.teacher_root - teacher.root, self.teacher_hidden - teacher.hidden
+        # offloaded, the device's own shards, until they are gathered
+        shards = self.estimate.cpu_offload * max(teacher.root, teacher.block) / self.estimate.shards
+        parts = {
+            GATHERED: _gathered(teacher.root, teacher.block) + shards + head * self.has_student,
+            ACTIVATIONS: (teacher.inference + hidden * self.has_student) * (not self.runs_ahead),
+        }
+        if self.estimate.top_k is not None:
+            # the logits, and what finding the largest takes at most
+            parts |= {LOSS: 2 * self._block_of_logits(), COPIES: self._copied_teacher_head()}
+        return parts
+
     def _validation(self) -> dict[str, float]:
         """Either model's last block reads the longest recorded samples; no gradients are there."""
         estimate = self.estimate
         shape = estimate.shape_of(estimate.validation_length)
-        models = (estimate.student, self.dtype), (estimate.teacher, estimate.teacher_dtype)
+        teachers = [teacher.config for teacher in estimate.teachers]
+        models = (estimate.student, self.dtype), *((config, estimate.teacher_dtype) for config in teachers)
         running = max(b.no_grad for model, dtype in models for b in measure_blocks(model, *shape, dtype, False))
-        widths = estimate.student.n_embd * self.width, estimate.teacher.n_embd * self.teacher_width
+        widths = estimate.student.n_embd * self.width, *(config.n_embd * self.teacher_width for config in teachers)
         gathered = self.teacher_root + _gathered(self.root, self.block)
         return {
             GRADIENTS: 0,
@@ -290,22 +309,23 @@ class _Step:
         return math.ceil(self.tokens / blocks) * vocab_size * FLOAT32
 
     def _copied_teacher_head(self) -> int:
-        return self._copied(self.estimate.vocab_size * self.estimate.teacher.n_embd, self.teacher_width)
+        return self._copied(self.estimate.vocab_size * self.teacher_widths, self.teacher_width)
 
     def _loss(self) -> dict[str, float]:
         loss, device = self.estimate.loss, self.estimate.device
-        buffers, of_teacher = 2 if loss.temperature == 1.0 else 4, 0
+        # a mixture is summed up beside the block, and each distribution normalised
+        buffers, of_teacher = (2 if loss.temperature == 1.0 else 4) + 2 * (len(self.teachers) > 1), 0
         if device == "cuda":
             # the gradient, before it takes the place of the logits; where nothing is fused, four of the comparison
             buffers += 1 + max((loss.compile is False) * 4, loss.working_blocks)
         # both models' final hidden states, and the gradient of the student's
-        hidden, teacher_hidden = (self.tokens * c.n_embd for c in (self.estimate.student, self.estimate.teacher))
+        hidden = self.tokens * self.estimate.student.n_embd
         at_head = hidden * (self.width + FLOAT32) + self._copied(hidden, self.width) + self.teacher_hidden
-        if self.is_packed:
+        if is_packed(self.estimate):
             # the gradient takes the place of the logits, and a softcap's needs them
             buffers = 1 + (self.estimate.student.final_logit_softcapping is not None)
         else:
-            at_head += self._copied(teacher_hidden, self.teacher_width)
+            at_head += self._copied(self.tokens * self.teacher_widths, self.teacher_width)
             of_teacher = self._copied_teacher_head()
         return {
             GRADIENTS: self.always[GRADIENTS] + self.student.trained_head * FLOAT32,
@@ -370,11 +390,6 @@ def _gathered(root: float, block: float) -> float:
     return max(2 * root + 2 * block, root + 3 * block)
 
 
-def _position_tables(config: Config) -> int:
-    """Sines and cosines for the whole context, which no sharding divides."""
-    return (2 if config.rope_local_base_freq is None else 4) * config.block_size * config.rope_n_elem * FLOAT32
-
-
 def largest_loss(distill: DistillArgs) -> DistillationLoss:
     """The loss of a run, of a schedule one within it: at its ends a divergence may be another one that needs less."""
     return max(map(distill.loss, (0.0, 0.4, 1.0)), key=lambda loss: loss.working_blocks + 2 * (loss.temperature != 1.0))
@@ -388,8 +403,14 @@ def make_estimate(
     Raises:
         UserError: samples may be longer than the models read, or the student's base is to lie elsewhere as its teacher.
     """
-    distill, train, teacher = options.distill, options.train, options.teacher
-    context, shorter = min((models.student.block_size, "student"), (models.teacher.block_size, "teacher"))
+    distill, train, teacher, args_of_teachers = (
+        options.distill,
+        options.train,
+        options.teacher,
+        options.args_of_teachers,
+    )
+    context = models.context_length
+    shorter = "student" if context == models.student.block_size else "teacher"
     length, device = train.max_seq_length or context, "cuda" if options.cuda else "cpu"
     if length > context:
         raise UserError(
@@ -397,7 +418,7 @@ def make_estimate(
             f" {context} or less."
         )
     adapts, same_type = options.lora.r is not None, teacher.precision in (None, options.precision)
-    shares_base = adapts and models.is_one and teacher.quantize is None and same_type
+    shares_base = adapts and models.is_one and teacher.quantize is None and same_type and not models.others
     if shares_base and teacher.cpu_offload:
         raise UserError(
             "--teacher.cpu_offload true, but the teacher is the LoRA student's base, held in memory once, with it."
@@ -405,7 +426,8 @@ def make_estimate(
         )
     states, fused = try_optimizer(make_optimizer, torch.bfloat16 if options.precision == "bf16-true" else torch.float32)
     # no cache has what a student is about to write
-    reads = "cached" if teacher.cache_mode == "read" and distill.on_policy == 0 else "live"
+    read = ["cached" if args.cache_mode == "read" and distill.on_policy == 0 else "live" for args in args_of_teachers]
+    roles = ["fill"] * len(read) if teacher.cache_mode == "fill" else read
     top_k = find_top_k(teacher.cache_dtype, models.vocab_size)
     prompts = min(BATCH, math.ceil(train.global_batch_size / (options.devices * options.num_nodes)))
     return MemoryEstimate(
@@ -431,7 +453,10 @@ def make_estimate(
         shares_base=shares_base,
         quantize=teacher.quantize,
         cpu_offload=teacher.cpu_offload,
-        teacher_role="fill" if teacher.cache_mode == "fill" else reads,
+        teacher_role=roles[0],
+        others=tuple(
+            TeacherModel(of.teacher, of.teacher_tied, role) for of, role in zip(models.others, roles[1:], strict=True)
+        ),
         top_k=top_k,
         on_policy_prompts=prompts * (distill.on_policy > 0),
     )

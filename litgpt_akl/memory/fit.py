@@ -66,8 +66,9 @@ def describe_memory(estimate: MemoryEstimate, limit: float | None) -> str:
     if names[0] == names[1]:
         # a student made of a teacher's layers bears its name
         names = [f"{of.name} of {of.n_layer} layers" for of in (estimate.student, estimate.teacher)]
+    names[1:] = [" and ".join([names[1], *(of.config.name for of in estimate.others)])]
     teacher = f"{names[1]} in {'bf16' if estimate.teacher_dtype == torch.bfloat16 else 'float32'}"
-    if estimate.teacher_role == "cached":
+    if all(of.role == "cached" for of in estimate.teachers):
         teacher += ", cached: its LM head only" if estimate.top_k is None else ", cached: nothing of it is loaded"
     elif estimate.cpu_offload:
         teacher += ", from CPU memory"

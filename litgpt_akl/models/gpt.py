@@ -1,7 +1,7 @@
 """Student and teacher: LitGPT's GPT with an LM head that can also hand over hidden states or give the loss."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -47,6 +47,10 @@ class Head(nn.Module):
         """``[..., vocab]`` of hidden states ``[..., n_embd]``."""
         logits = super().forward(hidden)
         return logits if self.softcap is None else do_softcapping(logits, self.softcap)
+
+    def at(self, hidden: Tensor) -> LMHead:
+        """What the loss asks of a teacher whose final hidden states are ``[n, n_embd]``."""
+        return LMHead(hidden, self.weight, self.bias, self.softcap)
 
     @contextmanager
     def output_of_head(self, give: Callable[["Head", Tensor], Any]) -> Iterator[None]:
@@ -205,35 +209,54 @@ def distillation_loss(
     input_ids: Tensor,
     positions: Tensor,
     labels: Tensor,
-    teacher_hidden: Tensor,
+    teacher_hidden: Tensor | Sequence[Tensor],
     vocab_size: int,
 ) -> HeadLoss:
     """The loss of one micro-batch, computed inside the student's forward.
 
     Args:
-        teacher: from :func:`set_up_teacher`, or the student for its base without adapters; its head is read here, after
-            its forward, or after :func:`~litgpt_akl.models.parallel.unshard`, unless distributions are given.
+        teacher: from :func:`set_up_teacher`, or the student for its base without adapters, or a mixture of several; its
+            head is read here, after its forward, or after :func:`~litgpt_akl.models.parallel.unshard`, unless
+            distributions are given.
         input_ids: ``[batch, time]``.
         positions: ``[n]``, flat positions in ``input_ids`` whose next token is a response token.
         labels: ``[n]``, those next tokens.
-        teacher_hidden: ``[n, D]``, the teacher's final hidden states at the positions, or at those of its own tokens;
-            or ``[n, bytes]``, its distributions there from :func:`top_k_rows`.
+        teacher_hidden: ``[n, D]``, the teacher's final hidden states at the positions, or at those of its own tokens,
+            of a mixture one for each; or ``[n, bytes]``, its distributions there from :func:`top_k_rows`.
         vocab_size: ids that tokenizer and both heads have.
     """
-    teacher_head = teacher.lm_head
+    return distillation_losses(
+        student, teacher, loss, input_ids, positions, labels, teacher_hidden, vocab_size, alone=False
+    )[0]
 
-    def give(head: Head, hidden: Tensor) -> HeadLoss:
-        student = LMHead(*head.factors(hidden.flatten(0, 1)[positions]), head.bias, head.softcap)
-        known = {"vocab_size": vocab_size, "sequences": positions // input_ids.size(1)}
+
+def distillation_losses(
+    student: nn.Module,
+    teacher: nn.Module,
+    loss: DistillationLoss,
+    input_ids: Tensor,
+    positions: Tensor,
+    labels: Tensor,
+    teacher_hidden: Tensor | Sequence[Tensor],
+    vocab_size: int,
+    alone: bool = True,
+) -> list[HeadLoss]:
+    """That of :func:`distillation_loss`, and ``alone`` those to each of the teachers of a mixture by itself."""
+    teacher_head = teacher.lm_head
+    known = {"vocab_size": vocab_size, "sequences": positions // input_ids.size(1)}
+
+    def give(head: Head, hidden: Tensor) -> list[HeadLoss]:
+        of_student = LMHead(*head.factors(hidden.flatten(0, 1)[positions]), head.bias, head.softcap)
         if is_packed(teacher_hidden):
-            return top_k_loss(loss, student, teacher_hidden, labels, **known)
-        of_teacher = LMHead(teacher_hidden, teacher_head.weight, teacher_head.bias, teacher_head.softcap)
-        return loss.of_heads(student, of_teacher, labels, **known, all_count=True)
+            return [top_k_loss(loss, of_student, teacher_hidden, labels, **known)]
+        whole = teacher_head.at(teacher_hidden)
+        parts = whole.heads if alone and len(whole.heads) > 1 else ()
+        return [loss.of_heads(of_student, each, labels, **known, all_count=True) for each in (whole, *parts)]
 
     with student.lm_head.output_of_head(give):
-        result = student(input_ids)
+        results = student(input_ids)
     reshard(teacher)
-    return result
+    return results
 
 
 def check_quantization(kind: str, processes: int, needed: bool) -> None:

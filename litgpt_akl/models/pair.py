@@ -1,6 +1,6 @@
 """Do teacher and student fit? Asked before any weight is read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,8 @@ class Pair:
     """The teacher's own, if it need not be the student's; ``vocab_size`` are then the student's ids alone."""
     teacher_vocab_size: int | None = None
     """Ids that the teacher has, in that case."""
+    others: tuple["Pair", ...] = ()
+    """The same student with each teacher after the first, if there are several."""
 
     @property
     def directories(self) -> dict[str, Path]:
@@ -45,16 +47,27 @@ class Pair:
         return {"student": self.student_dir, "teacher": self.teacher_dir}
 
     @property
+    def all_directories(self) -> dict[str, Path]:
+        """By role, of all teachers if there are several."""
+        others = {f"teacher {number}": pair.teacher_dir for number, pair in enumerate(self.others, start=2)}
+        return self.directories | others
+
+    @property
     def is_one_model(self) -> bool:
         """Whether student and teacher are one directory."""
         return self.student_dir.samefile(self.teacher_dir)
 
     @property
+    def of_each(self) -> tuple["Pair", ...]:
+        """The student with each teacher alone."""
+        return replace(self, others=()), *self.others
+
+    @property
     def context_length(self) -> int:
-        """The student's tokens that both models can read, of which a teacher with its own tokenizer reads none."""
+        """The student's tokens that all models can read, of which a teacher with its own tokenizer reads none."""
         if self.teacher_tokenizer is not None:
             return self.student_config.block_size
-        return min(self.student_config.block_size, self.teacher_config.block_size)
+        return min(self.student_config.block_size, *(pair.teacher_config.block_size for pair in self.of_each))
 
     def check_unchanged(self, role: str) -> None:
         """See that a model's files are those that were there when the first of them was read.
@@ -205,6 +218,13 @@ class Models(NamedTuple):
     teacher_tied: bool
     is_one: bool
     """Whether student and teacher are the same."""
+    others: tuple["Models", ...] = ()
+    """The same student with each teacher after the first, if there are several."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that all models can read."""
+        return min(models.block_size for models in (self.student, self.teacher, *(of.teacher for of in self.others)))
 
 
 def find_models(checkpoint_dir: Path, teacher_checkpoint_dir: Path, pair: Pair | None = None) -> Models:

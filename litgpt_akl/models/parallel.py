@@ -91,8 +91,10 @@ def unshard(model: nn.Module) -> None:
 
 def reshard(model: nn.Module) -> None:
     """Let go of the parameters that a forward without a backward, or :func:`unshard`, has left gathered."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    # of several teachers each is sharded by itself
+    for root in getattr(model, "roots", [model]):
+        if isinstance(root, FSDPModule):
+            root.reshard()
 
 
 @torch.no_grad()

@@ -38,10 +38,12 @@ CLOSED = (
 )
 CORRECT = "How often the most probable token is the recorded one, and the probability that it has."
 OWN = "The peak; on a CPU beyond what Python, its packages and mapped files take."
+EACH = "Of several teachers, whose average the student learns: from each by itself to the student, in their order."
 BACK = "From the teacher's distribution to the student's, and back."
 
 PANELS = (
     Panel("Forward and reverse KL", NATS, {"forward_kl": "forward", "reverse_kl": "reverse"}, BACK),
+    Panel("Forward KL to each teacher", NATS, {f"forward_kl_{n}": f"teacher {n}" for n in range(1, 10)}, EACH),
     Panel("Agreement and gap closed", SHARE, {"agreement": "agreement", "gap_closed": "gap closed"}, CLOSED, "share"),
     Panel("Cross-entropy", NATS, {"cross_entropy": "student", "teacher_cross_entropy": "teacher"}, "Of the records."),
     Panel("Loss", NATS, {"loss": "loss"}, "What is minimised."),

@@ -24,6 +24,7 @@ from litgpt_akl.models.generation import generate, longest_prompt, without_end
 from litgpt_akl.models.gpt import Head
 from litgpt_akl.models.lora import without_adapters
 from litgpt_akl.models.parallel import broadcast_object, reshard
+from litgpt_akl.models.several import each_model
 from litgpt_akl.teacher.teacher import HeadOnly
 from litgpt_akl.training.run import Run, total_steps
 
@@ -99,7 +100,9 @@ def _of_ids(run: Run) -> str:
 def _describe_run(fabric: L.Fabric, run: Run, state: dict) -> dict[str, Any]:
     """The steps that the run is to take, and what is not among its options: sizes, device, versions."""
     facts = {}
-    for role, model in (("Student", state["student"]), ("Teacher", state["teacher"].model)):
+    teachers = each_model(state["teacher"].model)
+    names = ["Teacher"] if len(teachers) == 1 else [f"Teacher {number}" for number in range(1, len(teachers) + 1)]
+    for role, model in (("Student", state["student"]), *zip(names, teachers, strict=True)):
         if not isinstance(model, HeadOnly):
             facts[role] = f"{model.config.n_layer} layers, {num_parameters(model) / 1e6:,.1f} M parameters"
     for name, dataset in (("Training", state["dataset"]), ("Validation", state["validation_dataset"])):
@@ -158,8 +161,9 @@ def _add_responses(
     if run.eval.max_new_tokens is None:
         return "There are no example responses: --eval.max_new_tokens is null."
     student, teacher, note = state["student"], state["teacher"].model, ""
-    is_alike = run.pair.teacher_tokenizer is None
-    longest = min(longest_prompt(model.config) for model in (student, teacher))
+    is_alike, models = run.pair.teacher_tokenizer is None, each_model(teacher)
+    is_whole = not any(isinstance(model, HeadOnly) for model in models)
+    longest = min(longest_prompt(model.config) for model in (student, *models))
     asked = [place for place, prompt in enumerate(prompts) if 0 < len(prompt) <= longest]
     if not asked:
         return "There are no example responses: the data masks no prompts, or they are too long."
@@ -173,7 +177,9 @@ def _add_responses(
         responses["teacher"] = [text["ids"] for text in known]
     elif not is_alike:
         note = "The teacher's responses are missing: it has another tokenizer."
-    elif not isinstance(teacher, HeadOnly):
+    elif len(models) > 1:
+        note = "There are no teacher's responses: each of the teachers would give another one."
+    elif is_whole:
         with without_adapters(teacher):
             responses["teacher"] = _generate(fabric, run, teacher, given)
     else:
@@ -183,7 +189,7 @@ def _add_responses(
     for role, found in responses.items():
         for place, ids in zip(asked, found or (), strict=found is not None):
             compared = None
-            if ids and is_alike and not isinstance(teacher, HeadOnly):
+            if ids and is_alike and is_whole:
                 compared = _compare(fabric, run, state, _micro_batch(prompts[place], ids))
             answers[place][role] = {**_describe_text(run, ids, compared), "ids": ids}
     return note
@@ -223,7 +229,7 @@ def _compare(
     return Compared(*compared)
 
 
-def _look(run: Run, loss: Any, teacher: Any, hidden: Tensor, batch: MicroBatch, spread: list, head: Head, own: Tensor):
+def _look(run: Run, loss: Any, teacher: Any, hidden: Any, batch: MicroBatch, spread: list, head: Head, own: Tensor):
     """What the student's forward gives: within it both heads are whole, also where teacher and student share one."""
     places, vocab_size = batch.positions, run.pair.vocab_size
     own, top_k = own.flatten(0, 1)[places], run.memory.top_k if is_packed(hidden) else None
@@ -231,6 +237,9 @@ def _look(run: Run, loss: Any, teacher: Any, hidden: Tensor, batch: MicroBatch, 
     def logits(rows: slice | list[int]) -> tuple[Tensor, Tensor]:
         if top_k is not None:
             return top_k.dense(hidden[rows], batch.labels[rows]), head.logits(own[rows])
+        if len(each_model(teacher)) > 1:
+            mixed = teacher.lm_head.logits([of[rows] for of in hidden], vocab_size, loss.temperature)
+            return mixed, head.logits(own[rows])
         with without_adapters(teacher):
             # Fabric hands hidden states of half precision over in float32
             of_teacher = teacher.lm_head.logits(hidden[rows].to(teacher.lm_head.weight.dtype))

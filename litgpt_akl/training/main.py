@@ -14,6 +14,7 @@ from litgpt_akl.messages import UserError, progress_bar, reason, tell
 from litgpt_akl.models.export import write_export
 from litgpt_akl.models.parallel import wait_for_all
 from litgpt_akl.teacher.cache import Caches, TeacherCache
+from litgpt_akl.teacher.several import SeveralCaches
 from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.launch import StopSignals, ending_together, is_loss_of_another, leave_if_stopped
 from litgpt_akl.training.logging import continue_metrics, flushed_metrics
@@ -25,6 +26,7 @@ from litgpt_akl.training.run import Run, Splits
 from litgpt_akl.training.setup import make_state, make_teacher, open_inputs
 from litgpt_akl.training.summary import close
 from litgpt_akl.training.teacher_accuracy import report_accuracy
+from litgpt_akl.training.teachers import caches_of_each, of_each_teacher, runs_of_teachers
 from litgpt_akl.training.top_k_cost import report_cost
 
 WAY_ON = "The same command with --resume auto goes on from the last checkpoint."
@@ -46,12 +48,13 @@ def main(fabric: L.Fabric, run: Run) -> None:
             )
 
 
-def train(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> None:
+def train(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches | SeveralCaches) -> None:
     """Train from the start or from a checkpoint, and save, export and report."""
     state = make_state(fabric, run, splits, caches)
     if run.resume is not None:
         fabric.print(f"Resuming from {run.resume}, step {state['step_count']}")
-    report_accuracy(fabric, run, state["teacher"].model, splits[0], caches)
+    for part, teacher, of in zip(*of_each_teacher(run, state["teacher"], caches), strict=True):
+        report_accuracy(fabric, part, teacher.model, splits[0], of)
     state["top_k_cost"] = report_cost(fabric, run, state["teacher"].model, splits[0], state["student"])
     report_mass(fabric, run, state)
     if fabric.is_global_zero:
@@ -100,8 +103,9 @@ def _report_on_student(fabric: L.Fabric, run: Run, state: dict, failures: list[s
             report(fabric, run, state, failures=failures)
         else:
             refresh_page(fabric, run, state, failures.append)
-    with _noted_if_saved(state, failures, f"{run.teacher.cache_dir}"):
-        state["caches"].flush()
+    for of in caches_of_each(state["caches"]):
+        with _noted_if_saved(state, failures, f"{of.directory}"):
+            of.flush()
     for logger in fabric.loggers:
         with _noted_if_saved(state, failures, type(logger).__name__):
             logger.finalize("success")
@@ -125,8 +129,14 @@ def _noted_if_saved(state: dict, failures: list[str], what: str) -> Iterator[Non
 
 @partial(ending_together, way_on="The others were ended; the same command fills what is missing.")
 def fill(fabric: L.Fabric, run: Run) -> None:
-    """Let the teacher read what a cache lacks, in each process of a run."""
+    """Let each teacher read what its cache lacks, one after the other, in each process of a run."""
     splits, caches = open_inputs(fabric, run)
+    for part, of in zip(runs_of_teachers(run), caches_of_each(caches), strict=True):
+        _fill_one(fabric, part, splits, of)
+
+
+def _fill_one(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> None:
+    """One teacher, which is loaded only if its cache lacks something, and let go of."""
     if run.memory.teacher_role == "cached":
         fabric.print(f"{caches.directory} is full: there is nothing to do.")
         return

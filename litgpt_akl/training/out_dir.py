@@ -3,9 +3,10 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,8 +62,8 @@ def out_dir_locked(fabric: L.Fabric, out_dir: Path) -> Iterator[None]:
                 place.rmdir()
 
 
-def default_out_dir(student_dir: Path, teacher_dir: Path | None) -> Path:
-    """Where a run writes that is told nothing: a place of this pair, so that runs of other pairs do not meet."""
+def default_out_dir(student_dir: Path, *teacher_dirs: Path | None) -> Path:
+    """Where a run writes that is told nothing: a place of these models, so that runs of others do not meet."""
 
     def name(directory: Path) -> str:
         path = Path(directory).resolve()
@@ -70,8 +71,9 @@ def default_out_dir(student_dir: Path, teacher_dir: Path | None) -> Path:
         return path.parent.name if re.fullmatch(r"final|step-\d+", path.name) else path.name
 
     # a missing teacher is refused later
-    names = [name(directory) for directory in (student_dir, teacher_dir or student_dir)]
-    return Path("out/akl", f"{names[0]}-from-{names[1] if names[0] != names[1] else 'itself'}")
+    student, *teachers = (name(directory or student_dir) for directory in (student_dir, *(teacher_dirs or (None,))))
+    teachers = ["itself" if teacher == student else teacher for teacher in teachers]
+    return Path("out/akl", f"{student}-from-{'-and-'.join(teachers)}")
 
 
 def check_places(out_dir: Path, teacher: TeacherArgs, pair: Pair) -> None:
@@ -261,12 +263,13 @@ def set_evaluation_aside(out_dir: Path) -> None:
             say(f"{path} is of the student before: it is renamed to {set_aside(path).name}.")
 
 
-def identity(run: Run, dataset: TokenizedDataset, teacher_weights: str | None = None) -> dict[str, Any]:
-    """What is trained on what, as a checkpoint keeps it; ``teacher_weights`` is told where they need not be there."""
-    student, teacher = run.pair.student_dir, run.pair.teacher_dir
-    models = {"student": fingerprint(student)}
-    if teacher_weights or weights_files(teacher):
-        models["teacher"] = teacher_weights or fingerprint(teacher)
+def identity(run: Run, dataset: TokenizedDataset, teacher_weights: Sequence[str | None] = ()) -> dict[str, Any]:
+    """What is trained on what, as a checkpoint keeps it; ``teacher_weights`` are told where they need not be there."""
+    directories = run.pair.all_directories
+    models = {"student": fingerprint(directories.pop("student"))}
+    for (role, teacher), weights in zip_longest(directories.items(), teacher_weights):
+        if weights or weights_files(teacher):
+            models[role] = weights or fingerprint(teacher)
     data = {"samples": len(dataset), "fingerprint": dataset.fingerprint}
     if date := getattr(run.data, "date", None):
         data["date"] = date
@@ -278,7 +281,7 @@ def changes_since(run: Run, recipe: str, saved: dict[str, Any], current: dict[st
     changes = differences(recipe, run.recipe)
     for role, weights in current["models"].items():
         recorded = saved["models"].get(role, weights)
-        if recorded != weights and not is_of(recorded, run.pair.directories[role]):
+        if recorded != weights and not is_of(recorded, run.pair.all_directories[role]):
             changes.append(f"the {role} has other weights")
     if saved["data"] != current["data"]:
         before, now = (data["samples"] for data in (saved["data"], current["data"]))

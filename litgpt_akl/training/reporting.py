@@ -24,6 +24,7 @@ from litgpt_akl.loss.distillation_loss import IGNORE_INDEX
 from litgpt_akl.messages import CONTROL, entry, reason, tell
 from litgpt_akl.models.generation import generate, longest_prompt, without_end
 from litgpt_akl.models.lora import without_adapters
+from litgpt_akl.models.several import each_model
 from litgpt_akl.teacher.teacher import HeadOnly
 from litgpt_akl.training.examples import keep_examples
 from litgpt_akl.training.launch import STOP_SIGNALS, is_loss_of_another
@@ -77,18 +78,18 @@ def tell_example(fabric: L.Fabric, run: Run, state: dict) -> None:
     """Print the prompt that was asked for, with the recorded response and both models' most probable ones.
 
     Nothing is printed if a model cannot read it. The teacher is asked once, and not if its LM head alone is loaded, or
-    if it has another tokenizer. All
-    processes must ask together.
+    it has another tokenizer, or there are several. All processes must ask together.
     """
     student, teacher, dataset = state["student"], state["teacher"].model, state["validation_dataset"]
     decode = run.pair.tokenizer.decode
     example = find_example(run.data, dataset, run.pair.tokenizer, run.eval)
-    if example is None or len(example.prompt) > min(longest_prompt(model.config) for model in (student, teacher)):
+    models = each_model(teacher)
+    if example is None or len(example.prompt) > min(longest_prompt(model.config) for model in (student, *models)):
         return
     options = {"max_new_tokens": run.eval.max_new_tokens, "stop": run.stop, "vocab_size": run.pair.vocab_size}
     prompt, answers = tuple(example.prompt.tolist()), state["teacher_answers"]
-    is_alike = run.pair.teacher_tokenizer is None
-    if prompt not in answers and is_alike and not isinstance(teacher, HeadOnly):
+    is_asked = run.pair.teacher_tokenizer is None and len(models) == 1
+    if prompt not in answers and is_asked and not isinstance(teacher, HeadOnly):
         with without_adapters(teacher):
             # every process asks the same: a sharded model only runs in all of them together
             answers[prompt] = generate(fabric, teacher, [example.prompt], **options)[0]

@@ -41,17 +41,18 @@ class Day(NamedTuple):
         return f"The chat template writes a date into the prompts: {self.date}, {source}"
 
 
-def choose_day(checkpoints: Iterable[Path], cache_dir: str | None = None) -> Day:
+def choose_day(checkpoints: Iterable[Path], *cache_dirs: str | None) -> Day:
     """The day that one of some checkpoints, or else a teacher cache, was made with, or else that of this call.
 
-    Raises UserError if the cache is there and cannot be read.
+    Raises UserError if a cache is there and cannot be read.
     """
     for directory in checkpoints:
         with suppress(Damaged):
             if found := _date_of(read_manifest(directory).get("data")):
                 return Day(found, str(directory))
-    if cache_dir is not None and (found := _date_of(read_identity(cache_dir))):
-        return Day(found, cache_dir)
+    for cache_dir in cache_dirs:
+        if cache_dir is not None and (found := _date_of(read_identity(cache_dir))):
+            return Day(found, cache_dir)
     return Day(chat_template.today(), None)
 
 

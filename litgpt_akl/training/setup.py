@@ -33,6 +33,7 @@ from litgpt_akl.models.weights import open_weights
 from litgpt_akl.teacher.cache import Caches, head_bytes, open_caches, read_head, write_head
 from litgpt_akl.teacher.cache_identity import make_identity, needed_samples, read_identity
 from litgpt_akl.teacher.cache_size import check_space, describe_saving, describe_space, response_tokens
+from litgpt_akl.teacher.several import SeveralCaches
 from litgpt_akl.teacher.teacher import HeadOnly, Teacher
 from litgpt_akl.training.checkpoint import draw_own_numbers, load_training_state, read_training_state
 from litgpt_akl.training.metrics import MetricsMarker
@@ -43,9 +44,10 @@ from litgpt_akl.training.out_dir import changes_since, identity, is_finished, op
 from litgpt_akl.training.run import Run, Splits, choose_day, total_steps, warmup_steps
 from litgpt_akl.training.sample_text import describe_sample
 from litgpt_akl.training.summary import announce
+from litgpt_akl.training.teachers import caches_of_each, make_teachers, open_caches_of
 
 
-def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
+def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches | SeveralCaches] | None:
     """A run's datasets and its cache, if it has one; None if the run is finished already.
 
     What the run is about to take of memory and disk is printed. Raises UserError if it does not fit there, or if
@@ -55,6 +57,7 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
         end_with_parent()
     if fabric.world_size > 1 and fabric.device.type == "cpu":
         return_freed_memory()
+    cache_dirs = [args.cache_dir for args in run.args_of_teachers]
     asked, fills, pair = run.resume, run.teacher.cache_mode == "fill", run.pair
     if not fills:
         if fabric.is_global_zero:
@@ -64,7 +67,7 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
         run.resume = fabric.broadcast(run.resume)
     # one day for all processes, whatever their clocks say
     checkpoints = [run.resume] if isinstance(run.resume, Path) else [run.out_dir / FINAL] if asked else []
-    day = fabric.broadcast(choose_day(checkpoints, run.teacher.cache_dir) if fabric.is_global_zero else None)
+    day = fabric.broadcast(choose_day(checkpoints, *cache_dirs) if fabric.is_global_zero else None)
     # whatever is downloaded or prepared is then found by the other processes
     with fabric.rank_zero_first():
         options = pair.context_length, pair.student_dir
@@ -93,9 +96,7 @@ def open_inputs(fabric: L.Fabric, run: Run) -> tuple[Splits, Caches] | None:
     run.memory = with_samples(run.memory, splits, run.distill)
     if run.shared_ids is not None and not run.shared_ids.are_all:
         run.memory = replace(run.memory, shared_ids=len(run.shared_ids.student))
-    caches = Caches()
-    if run.teacher.cache_dir is not None:
-        caches, told["cache"] = _open_cache(fabric, run, splits)
+    caches, told["cache"] = open_caches_of(fabric, run, splits, _open_cache)
     if fabric.is_global_zero:
         run.sample = describe_sample(run.data, splits[0], pair.tokenizer, run.stop)
         announce(run, splits, **told)
@@ -179,7 +180,7 @@ def _describe_cache(
     return f"{text} {saving}"
 
 
-def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> dict[str, Any]:
+def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches | SeveralCaches) -> dict[str, Any]:
     """Models, optimizer, scheduler and counters; with ``run.resume``, as they were when it was saved.
 
     Only process 0 reads weights. Raises UserError if a checkpoint cannot be read, does not fit, is of another run, or
@@ -187,12 +188,13 @@ def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> di
     """
     memory_before = anonymous_memory()
     config, weights, tied = _read_student(fabric, run)
-    teacher = None if run.memory.shares_base else make_teacher(fabric, run, caches)
+    teacher = None if run.memory.shares_base else make_teachers(fabric, run, caches, make_teacher)
     student = _build_student(fabric, run, config, tied)
     optimizer = fabric.setup_optimizers(make_optimizer(run.optimizer, student, run.memory.optimizer_is_fused))
     steps, warmup = total_steps(run.train, len(splits[0])), warmup_steps(run.train, len(splits[0]))
     options = {"vocab_size": run.pair.vocab_size, "longest": run.longest_sample, "seed": run.seed}
     options["stop"] = run.stop
+    weights_of_teachers = [of.teacher_weights for of in caches_of_each(caches)]
     own = OnPolicySamples(fabric, student, run.distill, **options) if run.distill.on_policy > 0 else None
     state = {
         "student": student,
@@ -210,7 +212,7 @@ def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> di
         # merged into the head alone, its adapter makes two matrices of one
         "tied": tied and not run.lora.head,
         # one process reads what has to be read
-        **fabric.broadcast(identity(run, splits[0], caches.teacher_weights) if fabric.is_global_zero else None),
+        **fabric.broadcast(identity(run, splits[0], weights_of_teachers) if fabric.is_global_zero else None),
         "steps": steps,
         # how far the run has come
         **dict.fromkeys(("step_count", "epoch", "tokens", "nonfinite_in_a_row"), 0),
@@ -228,8 +230,9 @@ def make_state(fabric: L.Fabric, run: Run, splits: Splits, caches: Caches) -> di
         load_weights(student, weights)
     # setting models up has drawn some, how many depends on the number of processes; on GPUs all have the first one's
     draw_own_numbers(0)
-    for role in run.pair.stamps:
-        run.pair.check_unchanged(role)
+    for pair in run.pair.of_each:
+        for role in pair.stamps:
+            pair.check_unchanged(role)
     if run.resume is not None:
         _resume(fabric, run, state)
     return state

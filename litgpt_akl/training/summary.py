@@ -5,7 +5,7 @@ import inspect
 import json
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from litgpt.prompts import Default, PromptStyle, prompt_styles
 from torch import nn
 
 from litgpt_akl.config.recipe import plain
+from litgpt_akl.config.teachers import shares
 from litgpt_akl.data.streaming import own_prompt_style
 from litgpt_akl.files.manifest import FINAL, FINAL_HF, PAGE
 from litgpt_akl.loss.objective import OPTIONS
@@ -25,6 +26,7 @@ from litgpt_akl.models.vocabulary import count_ids, describe_padding
 from litgpt_akl.training.optimizer import make_optimizer
 from litgpt_akl.training.run import Run, Splits, describe_steps, warmup_steps
 from litgpt_akl.training.sample_text import describe_mask, first_sample
+from litgpt_akl.training.teachers import runs_of_teachers
 
 
 def announce(run: Run, splits: Splits, *, day: str, on_policy: str, cache: str, notes: list[str]) -> None:
@@ -41,7 +43,8 @@ def announce(run: Run, splits: Splits, *, day: str, on_policy: str, cache: str, 
         notes: what a user is to know of models and prompts.
     """
     trains = run.teacher.cache_mode != "fill"
-    entry("Pair", _pair(run) if trains else f"teacher {_model(run, 'teacher')}")
+    teachers = "; ".join(f"teacher {_model(part, 'teacher')}" for part in runs_of_teachers(run))
+    entry("Pair", _pair(run) if trains else teachers)
     entry("Data", f"{_data(run, splits)}{f'. {day}' if day else ''}")
     if trains:
         entry("Objective", f"{_objective(run)}. {on_policy or 'Responses are those of the data'}")
@@ -84,17 +87,28 @@ def _model(run: Run, role: str) -> str:
 
 def _pair(run: Run) -> str:
     size, text = sizes(run), f"student {_model(run, 'student')}"
-    if run.memory.shares_base:
+    if run.pair.others:
+        text += f", taught by {_several(run)}"
+    elif run.memory.shares_base:
         text += ", whose base is its teacher, held in memory once"
     else:
         text += f", teacher {_model(run, 'teacher')}, {size['teacher'] / size['student']:.2g} times as large"
-    if run.memory.teacher_role == "cached":
+    if run.memory.teacher_role == "cached" and not run.pair.others:
         loaded = "its LM head alone" if run.memory.top_k is None else "nothing of it"
         text += f", cached: {loaded} is loaded"
     if run.lora.r is not None:
         trained = amount(run.memory.sizes[0].trained)
         text += f". LoRA of rank {run.lora.r} on {', '.join(run.lora.targets)}: {trained} parameters are trained"
     return text
+
+
+def _several(run: Run) -> str:
+    """The teachers, and what each counts."""
+    teachers = []
+    for part, share in zip(runs_of_teachers(run), shares(run.teachers), strict=True):
+        cached = ", cached: its LM head alone is loaded" if part.memory.teacher_role == "cached" else ""
+        teachers.append(f"{share:.3g} of {_model(part, 'teacher')}{cached}")
+    return f"the average of {len(teachers)} teachers: {'; '.join(teachers)}"
 
 
 def _data(run: Run, splits: Splits) -> str:
@@ -215,6 +229,10 @@ ROWS = {
 """Of the table at the end, and which way is better."""
 
 
+OF_ONE = "val_forward_kl_"
+"""How the columns of several teachers begin, each of which is compared by itself; its number follows."""
+
+
 QUICK = {"max_records": "50", "generation.max_prompts": "10", "generation.seeds": "[10]"}
 QUICK |= {"generation.max_new_tokens": "64"}
 """Options of an evaluation that takes a minute where one of all records takes an hour."""
@@ -230,7 +248,8 @@ def close(run: Run, log: Path | None, records: int) -> None:
     """
     validations = _validations(log)
     if len(validations) > 1:
-        print(f"\n{table(validations[0], validations[-1], records)}\n", flush=True)
+        teachers = [short_name(pair.teacher_dir) for pair in run.pair.of_each]
+        print(f"\n{table(validations[0], validations[-1], records, teachers)}\n", flush=True)
         if run.memory.top_k is not None:
             entry("Note", f"{OF_IDS.format(run.memory.top_k.k)} evaluate_akl has those of all ids.")
     entry("Student", run.out_dir / FINAL)
@@ -252,20 +271,24 @@ def _validations(log: Path | None) -> list[dict[str, float]]:
     try:
         with log.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get("val_forward_kl")]
-        return [{name: float(row[name]) for name in ("step", "val_teacher_cross_entropy", *ROWS)} for row in rows]
+        names = ["step", "val_teacher_cross_entropy", *ROWS]
+        names += [name for name in (rows[0] if rows else ()) if name.startswith(OF_ONE)]
+        return [{name: float(row[name]) for name in names} for row in rows]
     except (OSError, ValueError, KeyError, AttributeError, csv.Error):
         return []
 
 
-def table(before: dict[str, float], now: dict[str, float], records: int) -> str:
-    """Two validations of so many records beside the teacher, for people."""
+def table(before: dict[str, float], now: dict[str, float], records: int, teachers: Sequence[str] = ()) -> str:
+    """Two validations of so many records beside the teacher, for people; ``teachers`` are the names of several."""
     cross_entropy = now["val_teacher_cross_entropy"]
     teacher = {"val_forward_kl": 0.0, "val_reverse_kl": 0.0, "val_agreement": 1.0, "val_cross_entropy": cross_entropy}
     teacher["val_ppl"] = math.exp(min(cross_entropy, 700.0))
     step = f"step {before['step']:.0f}"
     lines = [f"{f'On {records:,} held-out records, which way is better':53}{step:>9}{'now':>9}{'teacher':>9}"]
-    for name, (text, better) in ROWS.items():
-        cells = "".join(f"{readable_measure(name, of[name]):>9}" for of in (before, now, teacher))
+    own = {f"{OF_ONE}{number}": (f"forward KL to {of[-30:]}", "lower") for number, of in enumerate(teachers, start=1)}
+    # a single teacher has no such row
+    for name, (text, better) in (ROWS | {name: row for name, row in own.items() if name in now}).items():
+        cells = "".join(f"{readable_measure(name, of[name]):>9}" for of in (before, now, teacher) if name in of)
         lines.append(f"{text:46}{better:<7}{cells}")
     return "\n".join(lines)
 

@@ -85,9 +85,10 @@ def doubt_teacher(run: Run, state: dict, cross_entropy: float) -> None:
     if state["teacher_is_doubted"] or not cross_entropy > uniform:
         return
     state["teacher_is_doubted"] = True
+    whose = "the teacher's" if not run.pair.others else "the mixed teachers'"
     entry(
         "Warning",
-        f"the teacher's cross-entropy of these responses is {cross_entropy:.2f} nats a token, that of a uniform guess"
+        f"{whose} cross-entropy of these responses is {cross_entropy:.2f} nats a token, that of a uniform guess"
         f" {uniform:.2f}. See whether it is asked in its own form and answers well: litgpt chat"
         f" {shlex.quote(str(run.pair.teacher_dir))}. It can write the responses itself: litgpt generate_responses.",
     )

@@ -14,7 +14,7 @@ from litgpt_akl.data.dataset import TokenizedDataset
 from litgpt_akl.data.steps import in_order
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.messages import progress_bar
-from litgpt_akl.models.gpt import distillation_loss
+from litgpt_akl.models.gpt import distillation_loss, distillation_losses
 from litgpt_akl.models.parallel import all_gather_object, all_reduce, rank, reshard
 from litgpt_akl.teacher.teacher import Teacher
 from litgpt_akl.training.other_tokenizer import loss_of_batch, per_position
@@ -154,6 +154,7 @@ def validate(fabric: L.Fabric, run: Run, state: dict) -> dict[str, float] | None
         None if a stop signal came, else:
         Nats per token: ``val_loss`` (the objective), ``val_cross_entropy``, ``val_teacher_cross_entropy``,
         ``val_divergence``, ``val_forward_kl``, ``val_reverse_kl``; ``val_ppl``; ``val_agreement`` of top-1 ids;
+        ``val_forward_kl_1`` and on, of several teachers to each by itself;
         ``val_gap_closed``, the share of the step-0 cross-entropy gap to the teacher that is closed by now
         (NaN if there was no gap, or no validation at the start).
     """
@@ -169,8 +170,9 @@ def validate(fabric: L.Fabric, run: Run, state: dict) -> dict[str, float] | None
         for moved, teacher_hidden in teacher.hidden_states([batch], cache):
             targets = moved.input_ids, moved.positions, moved.labels, teacher_hidden
             of_batch = loss_of_batch(state, loss, moved)
-            result = distillation_loss(student, teacher.model, of_batch, *targets, state["vocab_size"])
-            sums.add(loss=result.loss, tokens=result.loss.new_tensor(result.tokens), **result.stats)
+            result, *of_each = distillation_losses(student, teacher.model, of_batch, *targets, state["vocab_size"])
+            own = {f"forward_kl_{n}": each.stats["forward_kl"] for n, each in enumerate(of_each, start=1)}
+            sums.add(loss=result.loss, tokens=result.loss.new_tensor(result.tokens), **result.stats, **own)
         bar.update(min(fabric.world_size * len(batch.input_ids), records - bar.n))
     bar.close()
     student.train()
@@ -185,7 +187,17 @@ def validate(fabric: L.Fabric, run: Run, state: dict) -> dict[str, float] | None
     if state["step_count"] == 0:
         state["start_cross_entropy"] = cross_entropy
     start = state.get("start_cross_entropy", math.nan)
-    names = ("loss", "cross_entropy", "teacher_cross_entropy", "divergence", "forward_kl", "reverse_kl", "agreement")
+    own = [name for name in means if name.startswith("forward_kl_")]
+    names = (
+        "loss",
+        "cross_entropy",
+        "teacher_cross_entropy",
+        "divergence",
+        "forward_kl",
+        "reverse_kl",
+        "agreement",
+        *own,
+    )
     return {
         **{f"val_{name}": means[name] for name in names},
         "val_ppl": math.exp(min(cross_entropy, 700.0)),

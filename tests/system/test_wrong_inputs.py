@@ -100,6 +100,50 @@ TYPES = of(
     ("--eval.evaluate_example last", "--eval.evaluate_example|last|first, random or", "--eval.evaluate_example first"),
     until=ABSENT,
 )
+LISTED = "finetune_akl student --teachers"
+BOTH = "'[{directory: teacher}, {directory: student}]'"
+SEVERAL = [
+    *of(
+        f"{LISTED}",
+        ("'[]'", "--teachers []|names no teacher|[{directory: A}, {directory: B}]", BOTH),
+        ("'[{directory: teacher, weight: 0}]'", "the weight of teacher|above 0|0.0", "'[{directory: teacher}]'"),
+        (
+            "'[{directory: teacher, weight: 1}, {directory: student, weight: -1}]'",
+            "the weight of student|above 0|-1.0|Raise it",
+            "'[{directory: teacher, weight: 1}, {directory: student, weight: 1}]'",
+        ),
+        ("'[{directory: teacher, weight: .nan}]'", "the weight of teacher|above 0|nan", "'[{directory: teacher}]'"),
+        ("'[{directory: teacher}, {directory: ./teacher/}]'", "the directory|/teacher more than once", BOTH),
+        (
+            "'[{directory: teacher, cache_dir: c}, {directory: student, cache_dir: c}]'",
+            "the cache_dir|/c more than once",
+            "'[{directory: teacher, cache_dir: c}, {directory: student}]'",
+        ),
+        (f"{BOTH} --teacher_checkpoint_dir teacher", "--teachers|--teacher_checkpoint_dir teacher|Leave one", BOTH),
+        (f"{BOTH} --teacher.use_base true --lora.r 2", "--teachers|--teacher.use_base true|Leave one", BOTH),
+        (
+            f"{BOTH} --teacher.cache_dir c",
+            "--teacher.cache_dir c|a cache of its own|cache_dir in --teachers",
+            "'[{directory: teacher, cache_dir: c}, {directory: student}]'",
+        ),
+        (
+            "'[{directory: teacher, cache_dir: c}, {directory: student}]' --teacher.cache_mode fill",
+            "--teacher.cache_mode fill|student has no cache_dir",
+            "'[{directory: teacher, cache_dir: c}, {directory: student, cache_dir: d}]' --teacher.cache_mode fill",
+        ),
+        (f"{BOTH} --teacher.cache_mode read", "cache_mode read has no effect|without a cache_dir in --teachers", BOTH),
+        ("teacher", "--teachers|a list with directory, weight, cache_dir|teacher", "'[{directory: teacher}]'"),
+        ("'[{weight: 2}]'", "--teachers|directory", "'[{directory: teacher, weight: 2}]'"),
+        ("'[{directory: teacher, wieght: 2}]'", "--teachers|wieght", "'[{directory: teacher, weight: 2}]'"),
+        ("'[{directory: teacher, weight: much}]'", "--teachers|much", "'[{directory: teacher, weight: 2}]'"),
+        until="--data is missing",
+    ),
+    *of(
+        f"finetune_akl student {DATA} {NUMBERS} --teachers",
+        (f"{BOTH[:-2]}, {{directory: missing}}]'", "missing does not exist", BOTH),
+        (f"{BOTH[:-2]}, {{directory: other}}]'", "tokenizer|student|other", BOTH),
+    ),
+]
 OPTIMIZERS = of(
     f"finetune_akl missing --teacher_checkpoint_dir teacher {DATA}",
     ("--train.min_lr 1", "--train.min_lr|1.0|0.001|Lower min_lr", "--train.min_lr 1e-4"),
@@ -496,7 +540,7 @@ ROWS = [
     *itertools.chain(
         TYPES, OPTIMIZERS, CHOICES, NAMES, DATA_NAMES, MISSING, PATHS, SAMPLES, PAIRS, TOGETHER, RESUMED, CONFIGURED
     ),
-    *itertools.chain(EVALUATED, GENERATED, EXCHANGED, MADE, EXPORTED, REPORTED),
+    *itertools.chain(SEVERAL, EVALUATED, GENERATED, EXCHANGED, MADE, EXPORTED, REPORTED),
 ]
 TRAINED = {row.mended for row in RESUMED}
 """Rows whose way out is tried by a whole run, not by a dry one."""
