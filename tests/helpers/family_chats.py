@@ -188,7 +188,7 @@ def write_chat_family(name: str, directory: Path, *, tied: bool) -> None:
         tokenizer.post_processor = processors.Sequence([*before, template])
     write_family(name, directory, tied=tied, ids=tokenizer.get_vocab_size())
     write_tokenizer(directory, tokenizer, Case(chat.template, "", chat.eos, chat.bos), **chat.config)
-    _widen_window(directory)
+    widen_window(directory)
     ids = {"eos_token_id": tokenizer.token_to_id(chat.eos)}
     ids |= {"bos_token_id": None if chat.bos is None else tokenizer.token_to_id(chat.bos)}
     hf_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -197,7 +197,7 @@ def write_chat_family(name: str, directory: Path, *, tied: bool) -> None:
     write_json(directory / "generation_config.json", {**ids, "eos_token_id": ends if chat.ends else ends[0]})
 
 
-def _widen_window(directory: Path) -> None:
+def widen_window(directory: Path) -> None:
     """LitGPT answers no prompt that is longer than a sliding window."""
     config = Config.from_file(directory / "model_config.yaml")
     hf_config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

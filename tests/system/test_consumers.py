@@ -2,23 +2,15 @@
 
 import json
 import math
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import materials
 import pytest
 import torch
-from helpers.litgpt_commands import GREEDY, LITGPT, NEW_TOKENS, QUESTION, litgpt, training_options
+from helpers.litgpt_commands import GREEDY, NEW_TOKENS, QUESTION, litgpt, serving, training_options
 from litgpt import LLM
 from litgpt.config import Config
 from litgpt.eval.evaluate import convert_and_evaluate
@@ -89,52 +81,10 @@ def test_chat(final, answer, tmp_path):
     assert output.split(">> Reply: ")[1].startswith(f"{answer}\n")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@contextmanager
-def serving(checkpoint_dir: Path, directory: Path, timeout: float = 120) -> Iterator[str]:
-    """The address of a server that is ready; it and all that it started are gone afterwards."""
-    port = free_port()
-    options = ("--accelerator", "cpu", "--devices", "1", "--port", str(port))
-    with (directory / "server.log").open("w") as log:
-        server = subprocess.Popen(
-            [LITGPT, "serve", checkpoint_dir, *GREEDY, *options],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=directory,
-            start_new_session=True,
-        )
-    try:
-        wait_until_ready(server, f"http://127.0.0.1:{port}/health", time.monotonic() + timeout, directory)
-        yield f"http://127.0.0.1:{port}/predict"
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait(timeout=30)
-
-
-def wait_until_ready(server: subprocess.Popen, address: str, deadline: float, directory: Path) -> None:
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            with urllib.request.urlopen(address, timeout=5) as response:
-                if response.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    pytest.fail((directory / "server.log").read_text()[-3000:])
-
-
 @pytest.mark.slow
 def test_serve(final, answer, tmp_path):
-    with serving(final, tmp_path) as address:
-        body = json.dumps({"prompt": QUESTION}).encode()
-        request = urllib.request.Request(address, data=body, headers={"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as response:
-            assert json.load(response) == {"output": answer}
+    with serving(final, tmp_path) as ask:
+        assert ask(QUESTION) == answer
 
 
 @torch.no_grad()
