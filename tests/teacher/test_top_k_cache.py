@@ -166,7 +166,8 @@ def test_a_page_shows_what_is_known(student_dir, teacher_dir, filled, tmp_path):
     found, exact = (read_examples(directory)["first"] for directory in (filled.run, tmp_path / "exact"))
     assert "most probable tokens are cached" not in exact["note"]
     for one, whole in zip(found["positions"], exact["positions"], strict=True):
-        assert one["tokens"][:8] == whole["tokens"][:8]
+        # rounded, two of them may be equal
+        assert {*one["tokens"][:8]} == {*whole["tokens"][:8]}
         assert one["p"][:8] == pytest.approx(whole["p"][:8], abs=2e-3)
         assert one["next_p"] == pytest.approx(whole["next_p"], abs=2e-3)
         assert sum(one["p"]) + one["p_others"] == pytest.approx(1, abs=1e-5)
