@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import distributed
 
 from litgpt_akl.data.aligned_dataset import SEEN, AlignedDataset, OtherTokenizer
 from litgpt_akl.data.steps import MicroBatch, in_order
@@ -13,7 +14,7 @@ from litgpt_akl.loss.aligned_loss import ALIGNED, OF_TOKENS, TEACHER_MASS, Align
 from litgpt_akl.loss.distillation_loss import DistillationLoss
 from litgpt_akl.messages import UserError, entry
 from litgpt_akl.models.gpt import distillation_loss
-from litgpt_akl.models.parallel import reshard
+from litgpt_akl.models.parallel import all_reduce, reshard
 from litgpt_akl.models.shared_vocabulary import partners
 from litgpt_akl.teacher.teacher import HeadOnly
 from litgpt_akl.training.run import Run, Splits
@@ -111,7 +112,7 @@ def report_mass(fabric: L.Fabric, run: Run, state: dict[str, Any]) -> None:
             total += torch.stack([values[ALIGNED], values[TEACHER_MASS]])
     student.train()
     reshard(student.module)
-    positions, mass = fabric.all_reduce(total, reduce_op="sum").tolist()
+    positions, mass = all_reduce(total, distributed.ReduceOp.SUM).tolist()
     mass /= max(1, positions)
     told = f"Where tokens are the same the teacher gives {mass:.1%} of its mass to ids that the student has"
     if mass < run.teacher.min_aligned:

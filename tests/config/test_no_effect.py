@@ -155,9 +155,8 @@ REFUSED = [
 ALWAYS_USED = {
     *("access_token activation_checkpointing checkpoint_dir compile config data device_memory devices dry_run").split(),
     *("export_hf keep_last logger_name num_nodes on_nonfinite optimizer out_dir precision resume save_minutes").split(),
-    *(
-        "seed teacher_checkpoint_dir lora.r teacher.cache_dir teacher.precision teacher.quantize teacher.tokenizer"
-    ).split(),
+    *"seed teacher_checkpoint_dir teachers lora.r".split(),
+    *"teacher.cache_dir teacher.precision teacher.quantize teacher.tokenizer".split(),
     *(f"distill.{name}" for name in "block_tokens compile divergence kd_ratio temperature".split()),
     "distill.schedule.temperature",
     # which ids are the head is logged and shown for every divergence
@@ -171,7 +170,7 @@ ALWAYS_USED = {
 
 
 def test_every_option_is_classified():
-    options = {name for name in options_of("finetune_akl") if not name.endswith(".")}
+    options = {name for name in options_of("finetune_akl") if not name.endswith((".", "+"))}
     known = ALWAYS_USED | {name for name, _, _ in REFUSED}
     groups = {"train", "eval", "log", "teacher", "lora", "distill", "help", "-h"}
     groups |= {f"distill.{group}" for group in ("akl", "schedule", *TAKERS)}

@@ -68,7 +68,7 @@ def take_one_step(directories: dict[str, Path], tied: bool, path: Path, nodes: i
     reshard(models["teacher"])
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(models["student"].parameters(), lr=1e-3))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-    asked = {"teacher": Teacher(fabric, models["teacher"]), "caches": Caches()}
+    asked = {"teacher": Teacher(fabric, models["teacher"]), "caches": Caches(), "aligned": None}
     state = {**models, **asked, "optimizer": optimizer, "scheduler": scheduler, "vocab_size": vocab_size}
     tokens = 5 * fabric.world_size
     step_batch = StepBatch(

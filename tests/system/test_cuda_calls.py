@@ -50,7 +50,7 @@ def streams(monkeypatch) -> list[Stream]:
 def test_a_teacher_has_one_stream_for_all_its_steps(streams, monkeypatch, micro_batches, expected):
     fabric = SimpleNamespace(device=torch.device("cuda"), world_size=1)
     teacher = Teacher(fabric, torch.nn.Linear(1, 1))
-    monkeypatch.setattr(teacher, "_hidden_states", lambda batch, live: (batch, batch.input_ids.float()))
+    monkeypatch.setattr(teacher, "_answer", lambda top_k, batch, live: (batch, batch.input_ids.float()))
     batches = [
         MicroBatch(torch.full((1, 2), number), torch.zeros(1), torch.zeros(1)) for number in range(micro_batches)
     ]

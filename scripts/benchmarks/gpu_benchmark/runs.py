@@ -122,6 +122,7 @@ def make_state(
         "optimizer": optimizer,
         "scheduler": make_scheduler(optimizer, 0, STEPS, 0.0),
         "loss": estimate.loss,
+        "aligned": None,
         "vocab_size": estimate.vocab_size,
     }
 
