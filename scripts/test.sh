@@ -11,5 +11,5 @@ if ! command -v chromedriver > /dev/null && [ "$(id -u)" = 0 ] && command -v apt
 fi
 ruff check .
 ruff format --check .
-# each test file in one of two processes: the tests of a file share what it makes once
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# each test file in one of three processes, of which one often waits: the tests of a file share what it makes once
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
