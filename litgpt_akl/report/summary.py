@@ -57,11 +57,15 @@ def verdict(history: History) -> str:
     if len(steps) == 1 or not math.isfinite(before):
         return f"At step {int(steps[-1]):,}, the only one that was validated, {state}."
     done = int(steps[-1] - steps[0])
+    at_first = value(history, "agreement", 0)
     came = "came closer to" if after < before else "did not come closer to"
     text = (
         f"In {done:,} steps the student {came} its teacher: forward KL went from {before:.3g} to {after:.3g} nats per"
-        f" token, and agreement from {value(history, 'agreement', 0):.0%} to {agreement:.0%} of the tokens"
     )
+    if after < before and agreement < at_first:
+        text += f" token; but the two agree on fewer of the tokens, {agreement:.0%} where it was {at_first:.0%}"
+    else:
+        text += f" token, and agreement from {at_first:.0%} to {agreement:.0%} of the tokens"
     best = int(np.nanargmin(history.validation["forward_kl"]))
     if value(history, "forward_kl", best) < 0.98 * after:
         closest = value(history, "forward_kl", best)

@@ -70,7 +70,8 @@ def tell_validation(step: int, metrics: dict[str, float]) -> None:
     distances = "  ".join(f"{name} {metrics[f'val_{key}']:6.3f}" for name, key in kinds.items())
     others = f"cross-entropy {metrics['val_cross_entropy']:6.3f}  agreement {metrics['val_agreement']:6.1%}"
     if math.isfinite(closed := metrics["val_gap_closed"]):
-        others += f"  gap closed {closed:5.0%}"
+        # a student that fits the records better than its teacher has no gap left
+        others += f"  gap closed {closed:5.0%}" if closed <= 1 else "  gap closed >100%"
     entry(f"Step {step:>4}", f"{distances}\n{others}")
 
 

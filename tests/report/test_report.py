@@ -150,6 +150,10 @@ def told(**columns: list[float]) -> History:
         ({"step": [0, 9], "forward_kl": [2, 1], "agreement": [0.25, 0.5]}, "from 2 to 1 nats per token, and agreement"),
         ({"step": [0, 9], "forward_kl": [2, 3], "agreement": [0.25, 0.2]}, "did not come closer to its teacher"),
         (
+            {"step": [0, 9], "forward_kl": [2, 1], "agreement": [0.5, 0.3]},
+            "but the two agree on fewer of the tokens, 30%",
+        ),
+        (
             {"step": [0, 4, 9], "forward_kl": [3, 1, 2], "agreement": [0, 0, 0]},
             "closest at step 4, with 1, and final/ is",
         ),
