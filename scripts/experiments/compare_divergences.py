@@ -31,15 +31,11 @@ from comparison.results import Results, as_json, collect
 from comparison.runs import Place
 from comparison.store import Store
 from comparison.tables import tables
-from comparison.workers import work
+from comparison.workers import say, work
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("matplotlib", "scipy")
 """Of the extra ``experiments``, beside those that the demo's material takes."""
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def compare(settings: Settings, out: Path, demo: Path, workers: int) -> Store:
@@ -67,10 +63,9 @@ def compare(settings: Settings, out: Path, demo: Path, workers: int) -> Store:
 
     def call_of(task: Task) -> tuple[Callable, tuple]:
         say(f"{task.kind} {task.run or ''}")
-        return getattr(runs, task.kind), (place,) if task.run is None else (place, task.run)
+        return runs.call_of(task.kind, place, task.run)
 
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    work(due, call_of, workers=workers, threads=threads, log=out / "worker.log")
+    work(due, call_of, workers=workers, log=out / "worker.log")
     return store
 
 

@@ -28,7 +28,7 @@ from comparison.methods import FULL, METHODS, QUICK, REFERENCE
 from comparison.race import Plan, Race, Task
 from comparison.race_report import as_data, report
 from comparison.runs import Place
-from comparison.workers import work
+from comparison.workers import say, work
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RACING = tuple(
@@ -37,10 +37,6 @@ RACING = tuple(
     if name in (REFERENCE, "akl_mean_mix", "mix", "scheduled_mix", "fkl", "rkl", "todi", "tad", "csd", "drkl")
 )
 """Of the methods, by default."""
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def compete(race: Race, out: Path, demo: Path, workers: int) -> Plan:
@@ -70,11 +66,9 @@ def compete(race: Race, out: Path, demo: Path, workers: int) -> Plan:
 
     def call_of(task: Task) -> tuple[Callable, tuple]:
         say(f"{task.kind} {task.run or ''}, {task.steps} steps")
-        place = places[task.steps]
-        return getattr(runs, task.kind), (place,) if task.run is None else (place, task.run)
+        return runs.call_of(task.kind, places[task.steps], task.run)
 
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    work(due, call_of, workers=workers, threads=threads, log=out / "worker.log")
+    work(due, call_of, workers=workers, log=out / "worker.log")
     return plan
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -106,6 +107,12 @@ def test(place: Place, run: Run) -> None:
         )
         found = json.loads((Path(out_dir) / "evaluation.json").read_text(encoding="utf-8"))
     place.store.write_test(run, found["student"] | {"seconds": time.monotonic() - began})
+
+
+def call_of(kind: Literal["fill", "train", "test"], place: Place, run: Run | None) -> tuple[Callable, tuple]:
+    """The function that does such a piece of work, and its arguments."""
+    function = {"fill": fill, "train": train, "test": test}[kind]
+    return function, (place,) if run is None else (place, run)
 
 
 def records(place: Place, directory: Path) -> JSON:

@@ -4,10 +4,16 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Hashable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+
+
+def say(text: str) -> None:
+    """Print a line with the time of day."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
 
 
 def _serve(tasks: Connection, threads: int, log: Path) -> None:
@@ -43,7 +49,6 @@ def work(
     call_of: Callable[[Hashable], tuple[Callable, tuple]],
     *,
     workers: int,
-    threads: int,
     log: Path,
 ) -> None:
     """Do what is due, as it becomes due, until nothing is.
@@ -51,14 +56,13 @@ def work(
     Args:
         due: what can be done now, the most urgent first; asked again after each task.
         call_of: the function that does a task, and its arguments.
-        workers: how many processes.
-        threads: of each.
+        workers: how many processes, among which the cores are shared out.
         log: takes what they print; one file each, numbered.
 
     Raises:
         SystemExit: a task failed; what was done before stays.
     """
-    context = multiprocessing.get_context("spawn")
+    context, threads = multiprocessing.get_context("spawn"), max(1, len(os.sched_getaffinity(0)) // workers)
     processes, idle, busy = [], [], {}
     try:
         for number in range(workers):
